@@ -1,0 +1,116 @@
+"""What an encoder is: a CPU side that prepares rows, a device side that turns them into unit rows.
+
+A dual encoder is used one tower at a time, so that a text job never holds the image tower. The CPU side
+(`ImagePreparer`, `TextPreparer`) loads no weights and runs in ordinary tasks; the device side
+(`ImageTower`, `TextTower`) lives once in each actor.
+
+Shapes: N rows, D embedding_dim, C channels, H height, W width.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from revision_ray.config import MISSING
+from revision_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Which dual encoder, from where, and how it runs."""
+
+    kind: Literal["open_clip", "transformers", "llm2clip"] = "open_clip"
+    """Library that the checkpoint belongs to."""
+    model: str = MISSING
+    """open_clip: architecture name, or path of a config JSON. transformers: hub id or folder (CLIP, SigLIP,
+    SigLIP 2). llm2clip: hub id or folder of the image checkpoint."""
+    pretrained: str | None = None
+    """open_clip only: a pretrained tag, or the path of a checkpoint file."""
+    text_model: str | None = None
+    """llm2clip only: hub id or folder of the text language model."""
+    revision: str | None = None
+    """Hub revision of `model`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype; auto is bfloat16 on a GPU that has it and float32 on the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU that the actor was given, else the CPU."""
+    trust_remote_code: bool = False
+    """Run Python code that the checkpoint ships. Off unless you have read that code."""
+
+
+class ImagePreparer(Protocol):
+    """RGB image to the uint8 pixels that the tower takes: resized and cropped, not yet normalised."""
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """uint8 (C, H, W), the same shape for every image."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """One text as the tower takes it: ids without padding, and whether the context cut it off."""
+
+    ids: np.ndarray  # int32 (T,)
+    truncated: bool
+
+
+class TextPreparer(Protocol):
+    def __call__(self, texts: Sequence[str]) -> list[Tokens]: ...
+
+
+class ImageTower(Protocol):
+    embedding_dim: int
+
+    def encode(self, pixels_NCHW: np.ndarray) -> np.ndarray:
+        """float32 unit rows (N, D) of uint8 pixels (N, C, H, W)."""
+        ...
+
+
+class TextTower(Protocol):
+    embedding_dim: int
+
+    def encode(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 unit rows (N, D) of N token sequences; padding never changes a row beyond float tolerance."""
+        ...
+
+
+class Backend(Protocol):
+    """What each of `open_clip.py`, `transformers.py`, `llm2clip.py` offers as module-level functions."""
+
+    def image_preparer(self, config: EncoderConfig) -> ImagePreparer: ...
+    def text_preparer(self, config: EncoderConfig) -> TextPreparer: ...
+    def image_tower(self, config: EncoderConfig) -> ImageTower: ...
+    def text_tower(self, config: EncoderConfig) -> TextTower: ...
+    def fingerprint(self, config: EncoderConfig) -> str: ...
+
+
+def backend(config: EncoderConfig) -> Backend:
+    """The module that implements `config.kind`."""
+    return importlib.import_module(f"revision_ray.encode.{config.kind}")  # type: ignore[return-value]
+
+
+def device_of(config: EncoderConfig) -> torch.device:
+    """The device that `config` and this machine allow.
+
+    Raises:
+        ConfigError: CUDA was asked for by name and there is none.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError(
+            "encoder.device=cuda, but this process sees no GPU; give the actors one (num_gpus) or use device=auto"
+        )
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def dtype_of(config: EncoderConfig) -> torch.dtype:
+    """The compute dtype that `config` and the device allow."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    on_gpu = device_of(config).type == "cuda"
+    return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32

@@ -1,0 +1,242 @@
+"""Bytes at URIs: local paths, s3://, gs:// through pyarrow filesystems. Every write is atomic.
+
+A local file is written beside its place, synced and renamed. On an object store one PUT (or a completed
+multipart upload) is atomic by itself; nothing appears before it is closed.
+"""
+
+import errno
+import fnmatch
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from revision_ray.errors import DataError
+
+_TEMPORARY = ".tmp-"
+
+
+def absolute(uri: str) -> str:
+    """`uri` as it is when it has a scheme, else as an absolute local path; no trailing slash."""
+    if not uri:
+        raise DataError("an empty path was given; name a file, a directory or a URI such as s3://bucket/prefix")
+    if uri.startswith("file://"):
+        uri = uri[len("file://") :]
+    return uri.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+@lru_cache(maxsize=64)
+def _filesystem_of(base: str) -> pafs.FileSystem:
+    return pafs.FileSystem.from_uri(base)[0]
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of `uri` and the path on it. Options ride in the query: `s3://b/x?region=...`.
+
+    Raises:
+        DataError: unknown scheme, or the filesystem cannot be reached.
+    """
+    uri = absolute(uri)
+    if "://" not in uri:
+        return _LOCAL, uri
+    scheme, rest = uri.split("://", 1)
+    path, _, query = rest.partition("?")
+    bucket = path.split("/", 1)[0]
+    try:
+        base = f"{scheme}://{bucket}" + (f"?{query}" if query else "")
+        return _filesystem_of(base), path.rstrip("/")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise DataError(
+            f"{uri}: {error}; use a local path, s3://bucket/path or gs://bucket/path"
+        ) from error
+
+
+_LOCAL = pafs.LocalFileSystem()
+
+
+def join(uri: str, *names: str) -> str:
+    """`uri` extended by path segments; a query stays at the end."""
+    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return posixpath.join(path, *names) + mark + query
+
+
+def name_of(uri: str) -> str:
+    """The last path segment of `uri`, without its query."""
+    return posixpath.basename((uri.partition("?")[0] if "://" in uri else uri).rstrip("/"))
+
+
+def info(uri: str) -> pafs.FileInfo:
+    """Type, size and modification time of what is at `uri` (type NotFound where nothing is)."""
+    filesystem, path = resolve(uri)
+    try:
+        return filesystem.get_file_info(path)
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be looked up: {error}") from error
+
+
+def exists(uri: str) -> bool:
+    return info(uri).type != pafs.FileType.NotFound
+
+
+def list_files(uri: str, pattern: str = "*", recursive: bool = False) -> list[tuple[str, pafs.FileInfo]]:
+    """(URI, info) of the files below directory `uri` whose name matches `pattern`, sorted by URI.
+
+    A directory that does not exist has no files. Temporary files of unfinished writes are left out.
+    """
+    filesystem, path = resolve(uri)
+    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    try:
+        found = filesystem.get_file_info(selector)
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be listed: {error}") from error
+    files = []
+    for entry in found:
+        name = posixpath.basename(entry.path)
+        if entry.type == pafs.FileType.File and fnmatch.fnmatch(name, pattern) and _TEMPORARY not in name:
+            files.append((_uri_like(uri, entry.path), entry))
+    return sorted(files, key=lambda pair: pair[0])
+
+
+def glob_files(uri: str) -> list[tuple[str, pafs.FileInfo]]:
+    """(URI, info) of the files that the wildcard path `uri` matches (`*`, `?`, `[...]`, `**`), sorted."""
+    filesystem, path = resolve(uri) if "://" not in uri else _resolve_wildcard(uri)
+    segments = path.split("/")
+    first = next((i for i, segment in enumerate(segments) if any(c in segment for c in "*?[")), len(segments))
+    if first == len(segments):
+        entry = info(uri)
+        return [(absolute(uri), entry)] if entry.type == pafs.FileType.File else []
+    root = "/".join(segments[:first]) or "/"
+    selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
+    try:
+        found = filesystem.get_file_info(selector)
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be listed: {error}") from error
+    wanted = segments[first:]
+    matches = [
+        (_uri_like(uri, entry.path), entry)
+        for entry in found
+        if entry.type == pafs.FileType.File
+        and _TEMPORARY not in posixpath.basename(entry.path)
+        and _match(entry.path[len(root.rstrip("/")) + 1 :].split("/"), wanted)
+    ]
+    return sorted(matches, key=lambda pair: pair[0])
+
+
+def _resolve_wildcard(uri: str) -> tuple[pafs.FileSystem, str]:
+    # A "?" in an object-store URI starts its query, so only * and [] are wildcards there.
+    return resolve(uri)
+
+
+def _match(segments: list[str], wanted: list[str]) -> bool:
+    if not wanted:
+        return not segments
+    if wanted[0] == "**":
+        return any(_match(segments[i:], wanted[1:]) for i in range(len(segments) + 1))
+    return bool(segments) and fnmatch.fnmatchcase(segments[0], wanted[0]) and _match(segments[1:], wanted[1:])
+
+
+def _uri_like(uri: str, path: str) -> str:
+    if "://" not in uri or uri.startswith("file://"):
+        return path
+    scheme, rest = uri.split("://", 1)
+    query = rest.partition("?")[2]
+    return f"{scheme}://{path}" + (f"?{query}" if query else "")
+
+
+def open_input(uri: str) -> pa.NativeFile:
+    """A seekable binary file at `uri`; local files are memory-mapped.
+
+    Raises:
+        DataError: nothing there, or it cannot be read.
+    """
+    filesystem, path = resolve(uri)
+    try:
+        if filesystem is _LOCAL:
+            return pa.memory_map(path) if os.path.getsize(path) else pa.BufferReader(b"")
+        return filesystem.open_input_file(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{uri}: no such file") from error
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be read: {error}") from error
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content at `uri`."""
+    with open_input(uri) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise DataError(f"{uri}: cannot be read: {error}") from error
+
+
+def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
+    """`content` stands at `uri`, whole or not at all; parents are created.
+
+    Raises:
+        DataError: the storage refused the write (disk full, no permission); nothing is left behind.
+    """
+    filesystem, path = resolve(uri)
+    try:
+        if filesystem is _LOCAL:
+            _replace_local(path, content)
+        else:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+    except OSError as error:
+        room = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "refused"
+        raise DataError(
+            f"{uri}: writing {len(memoryview(content))} bytes failed ({room}): {error}; make room or name another "
+            "output, then run the same command again: what was finished is kept"
+        ) from error
+
+
+def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = os.path.join(os.path.dirname(path), f"{_TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def read_json(uri: str) -> Any:
+    """The JSON document at `uri`.
+
+    Raises:
+        DataError: nothing there, or it is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise DataError(f"{uri}: is not JSON: {error}") from error
+
+
+def write_json(uri: str, document: Any) -> None:
+    write_bytes(uri, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+
+
+def delete_file(uri: str) -> None:
+    """Nothing stands at `uri` any more. For files that this library wrote itself."""
+    filesystem, path = resolve(uri)
+    filesystem.delete_file(path)
+
+
+def sha256(*parts: bytes) -> str:
+    """Hex digest over length-prefixed `parts`, so that no two lists of parts collide by concatenation."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
