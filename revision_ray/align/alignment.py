@@ -1,0 +1,246 @@
+"""The fitted alignment as an artifact: a directory that any machine can read with safetensors and JSON alone.
+
+Shapes: D embedding dim, K centroid steps.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from revision_ray import storage
+from revision_ray.align.affine import Affine
+from revision_ray.align.moments import Moments
+from revision_ray.align.strategies import StrategyConfig
+from revision_ray.data.shards import EncoderIdentity
+from revision_ray.errors import AlignmentError, DataError
+
+FORMAT_VERSION = 1
+DOCUMENT, TENSORS = "alignment.json", "alignment.safetensors"
+TEXT_MOMENTS, IMAGE_MOMENTS = "moments/text.safetensors", "moments/image.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Distance between the image centroid and the mean text row, Euclidean, with its standard error."""
+
+    before: float
+    after: float
+    before_standard_error: float
+    # Root mean square distance that sampling alone leaves between the two centroids: the floor of `after`
+    # on rows that took no part in the fit.
+    after_standard_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the fit was made from."""
+
+    texts: tuple[str, ...]
+    images: tuple[str, ...]
+    max_rows: int | None = None
+    drift_rows: int | None = None
+    num_rejected_texts: int = 0
+    num_rejected_images: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """A strategy fitted to one encoder's texts and images of one domain."""
+
+    strategy: StrategyConfig
+    affine: Affine
+    text_centroid: np.ndarray  # float64 (D,)
+    image_centroid: np.ndarray  # float64 (D,)
+    drifted_centroids: np.ndarray  # float64 (K, D): mu' before each centroid step
+    text_trace: float
+    image_trace: float
+    num_texts: int
+    num_images: int
+    domain: str
+    text_encoder: EncoderIdentity
+    image_encoder: EncoderIdentity
+    modality_gap: Gap
+    text_centroid_standard_error: float
+    image_centroid_standard_error: float
+    drifted_centroid_standard_error: float
+    inputs: Inputs
+
+    @property
+    def embedding_dim(self) -> int:
+        return len(self.text_centroid)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        named = {
+            "text_centroid": self.text_centroid,
+            "image_centroid": self.image_centroid,
+            "offset": self.affine.offset,
+        }
+        if len(self.drifted_centroids):
+            named["drifted_centroid"] = self.drifted_centroids
+        if self.affine.matrix is not None:
+            named["matrix"] = self.affine.matrix
+        return {name: np.ascontiguousarray(array, np.float64) for name, array in named.items()}
+
+    @property
+    def content_hash(self) -> str:
+        """Identifies the map itself: equal hashes align any row to the same bits."""
+        return _content_hash(safetensors.numpy.save(self.tensors()), self._map_settings())
+
+    def _map_settings(self) -> dict[str, Any]:
+        affine = self.affine
+        return {
+            "scale": affine.scale,
+            "noise": affine.noise,
+            "seed": affine.seed,
+            "unit_output": affine.unit_output,
+        }
+
+    def check_encoder(self, encoder: EncoderIdentity, embedding_dim: int, where: str, override: bool) -> None:
+        """Texts at `where`, of this encoder and dimension, may be aligned by this fit.
+
+        Raises:
+            AlignmentError: another dimension; or another or unknown encoder, and `override` is off.
+        """
+        if embedding_dim != self.embedding_dim:
+            raise AlignmentError(
+                f"{where}: embedding_dim is {embedding_dim}, the fit's is {self.embedding_dim}; "
+                "embed with the encoder of the fit, or fit again on this encoder's stores"
+            )
+        if encoder.fingerprint == self.text_encoder.fingerprint or override:
+            return
+        raise AlignmentError(
+            f"{where}: was made by {_named(encoder)}, the fit by {_named(self.text_encoder)}; embed with the encoder of "
+            "the fit, or fit again, or set allow_other_encoder=true if you know that both give the same rows"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """What alignment.json holds."""
+        gap = self.modality_gap
+        return {
+            "format_version": FORMAT_VERSION,
+            "strategy": self.strategy.strategy,
+            "settings": asdict(self.strategy),
+            "embedding_dim": self.embedding_dim,
+            "num_texts": self.num_texts,
+            "num_images": self.num_images,
+            "domain": self.domain,
+            "text_encoder": asdict(self.text_encoder),
+            "image_encoder": asdict(self.image_encoder),
+            **self._map_settings(),
+            "text_trace": self.text_trace,
+            "image_trace": self.image_trace,
+            "modality_gap": {"before": gap.before, "after": gap.after},
+            "standard_errors": {
+                "text_centroid": self.text_centroid_standard_error,
+                "image_centroid": self.image_centroid_standard_error,
+                "drifted_centroid": self.drifted_centroid_standard_error,
+                # Null where a side has too few rows to tell: JSON has no NaN.
+                "modality_gap_before": gap.before_standard_error
+                if np.isfinite(gap.before_standard_error)
+                else None,
+                "modality_gap_after": gap.after_standard_error,
+            },
+            "inputs": asdict(self.inputs),
+            "content_hash": self.content_hash,
+        }
+
+
+def _named(encoder: EncoderIdentity) -> str:
+    if not encoder.fingerprint:
+        return "an unknown encoder"
+    return f"encoder {encoder.name} ({encoder.fingerprint[:12]})"
+
+
+def _content_hash(tensors: bytes, settings: dict[str, Any]) -> str:
+    return storage.sha256(tensors, repr(sorted(settings.items())).encode())
+
+
+def save_alignment(alignment: Alignment, text: Moments, image: Moments, uri: str) -> None:
+    """The alignment and its moments stand at directory `uri`; alignment.json appears last and completes it.
+
+    Raises:
+        DataError: the storage refused a write.
+    """
+    storage.write_bytes(storage.join(uri, TEXT_MOMENTS), text.to_bytes())
+    storage.write_bytes(storage.join(uri, IMAGE_MOMENTS), image.to_bytes())
+    storage.write_bytes(storage.join(uri, TENSORS), safetensors.numpy.save(alignment.tensors()))
+    storage.write_json(storage.join(uri, DOCUMENT), alignment.document())
+
+
+def load_alignment(uri: str) -> Alignment:
+    """The alignment at directory `uri`.
+
+    Raises:
+        AlignmentError: none there, unfinished, damaged, or of a format that this version does not read.
+    """
+    try:
+        document = storage.read_json(storage.join(uri, DOCUMENT))
+        content = storage.read_bytes(storage.join(uri, TENSORS))
+    except DataError as error:
+        raise AlignmentError(f"{uri}: no fit there ({error}); make one with jobs/fit.py") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise AlignmentError(f"{uri}: format_version is {version}, this version reads {FORMAT_VERSION}")
+    try:
+        alignment = _of_document(document, safetensors.numpy.load(content))
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise AlignmentError(
+            f"{uri}: the fit is damaged ({error!r}); make it again with jobs/fit.py"
+        ) from error
+    if alignment.content_hash != document["content_hash"]:
+        raise AlignmentError(
+            f"{uri}: {TENSORS} does not match {DOCUMENT}; make the fit again with jobs/fit.py"
+        )
+    return alignment
+
+
+def _of_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Alignment:
+    gap, errors, inputs = document["modality_gap"], document["standard_errors"], document["inputs"]
+    image_centroid = tensors["image_centroid"]
+    drifted = tensors.get("drifted_centroid", np.empty((0, len(image_centroid))))
+    affine = Affine(
+        scale=document["scale"],
+        offset=tensors["offset"],
+        matrix=tensors.get("matrix"),
+        noise=document["noise"],
+        seed=document["seed"],
+        unit_output=document["unit_output"],
+        recentre=image_centroid - drifted if len(drifted) else None,
+    )
+    return Alignment(
+        strategy=StrategyConfig(**document["settings"]),
+        affine=affine,
+        text_centroid=tensors["text_centroid"],
+        image_centroid=image_centroid,
+        drifted_centroids=drifted,
+        text_trace=document["text_trace"],
+        image_trace=document["image_trace"],
+        num_texts=document["num_texts"],
+        num_images=document["num_images"],
+        domain=document["domain"],
+        text_encoder=EncoderIdentity(**document["text_encoder"]),
+        image_encoder=EncoderIdentity(**document["image_encoder"]),
+        modality_gap=Gap(
+            before=gap["before"],
+            after=gap["after"],
+            before_standard_error=np.nan
+            if errors["modality_gap_before"] is None
+            else errors["modality_gap_before"],
+            after_standard_error=errors["modality_gap_after"],
+        ),
+        text_centroid_standard_error=errors["text_centroid"],
+        image_centroid_standard_error=errors["image_centroid"],
+        drifted_centroid_standard_error=errors["drifted_centroid"],
+        inputs=Inputs(**{**inputs, "texts": tuple(inputs["texts"]), "images": tuple(inputs["images"])}),
+    )
+
+
+def load_moments(uri: str) -> tuple[Moments, Moments]:
+    """The text and image moments that were saved with the alignment at `uri`."""
+    return (
+        Moments.from_bytes(storage.read_bytes(storage.join(uri, TEXT_MOMENTS))),
+        Moments.from_bytes(storage.read_bytes(storage.join(uri, IMAGE_MOMENTS))),
+    )

@@ -1,0 +1,190 @@
+"""Moments of whole stores as a Ray Data map-reduce: row groups out, a few kilobytes of sums back.
+
+Tasks read row groups themselves and return merged partial moments; the driver adds those as they come.
+Merging is exact (`moments.ExactSum`), so neither the number of workers, nor scheduling, nor a task that ran twice
+can change a bit, and the driver holds one sum whatever the number of rows.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+
+from revision_ray.align import moments
+from revision_ray.align.affine import Affine
+from revision_ray.align.moments import Moments
+from revision_ray.cluster import connect, data_context, one_thread
+from revision_ray.data import shards
+from revision_ray.data.schema import Rejected
+from revision_ray.data.store import RowGroup, Store
+from revision_ray.errors import AlignmentError, DataError
+from revision_ray.progress import progress
+
+# Upper bound of a task's share: about 300 MB of 1280-d float16 rows, so a lost task costs little.
+_MOST_ROW_GROUPS_PER_TASK = 64
+_TASKS_PER_CPU = 4
+_FEWEST_CPUS = 8  # an autoscaling cluster starts small; plan tasks for what it may become
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A uniform sample without replacement: how many rows to take of each row group, and the seed."""
+
+    rows: dict[tuple[str, int], int]
+    seed: int
+
+
+def draw_sample(store: Store, num_rows: int, seed: int) -> Sample | None:
+    """`num_rows` of the store's rows, uniformly; None (take all) where it has no more.
+
+    How many come from each row group is drawn here, which ones is drawn in the task from the same seed, so the
+    sample is a function of content and seed.
+    """
+    if num_rows >= store.num_rows:
+        return None
+    groups = sorted(store.row_groups, key=lambda group: (group.shard_hash, group.index))
+    generator = np.random.default_rng(seed)
+    counts = generator.multivariate_hypergeometric(
+        [group.num_rows for group in groups], num_rows, method="marginals"
+    )
+    return Sample(
+        rows={(g.shard_hash, g.index): int(n) for g, n in zip(groups, counts, strict=True) if n}, seed=seed
+    )
+
+
+def store_moments(
+    store: Store,
+    name: str,
+    *,
+    affine: Affine | None = None,
+    second: bool = False,
+    sample: Sample | None = None,
+) -> tuple[Moments, list[Rejected]]:
+    """Moments of the store's unit rows, mapped by `affine` if one is given, and the rows without a direction.
+
+    `name` is what the progress display says. The moments' shard hashes are those of `store`.
+
+    Raises:
+        DataError: a shard is missing or unreadable.
+    """
+    connect()
+    groups = [g for g in store.row_groups if sample is None or (g.shard_hash, g.index) in sample.rows]
+    total = Moments.zeros(store.embedding_dim, second)
+    rejected: list[Rejected] = []
+    work = partial(
+        _partial_moments, affine=affine, second=second, sample=sample, embedding_dim=store.embedding_dim
+    )
+    with progress(name, sum(_rows_of(g, sample) for g in groups), "rows") as shown:
+        for result in _run(groups, work):
+            total.merge(Moments.from_bytes(result["moments"]))
+            rejected += [Rejected(**row) for row in json.loads(result["rejected"])]
+            shown.advance(result["num_rows"])
+    total.shard_hashes = frozenset(group.shard_hash for group in store.row_groups)
+    return total, sorted(rejected, key=lambda row: (row.uri, row.id))
+
+
+def _rows_of(group: RowGroup, sample: Sample | None) -> int:
+    return group.num_rows if sample is None else sample.rows[group.shard_hash, group.index]
+
+
+def _run(groups: Sequence[RowGroup], work: Any) -> Iterator[dict[str, Any]]:
+    cpus = max(int(ray.cluster_resources().get("CPU", 1)), _FEWEST_CPUS)
+    share = max(1, min(len(groups) // (cpus * _TASKS_PER_CPU), _MOST_ROW_GROUPS_PER_TASK))
+    items = [
+        {"row_groups": json.dumps([asdict(group) for group in groups[start : start + share]])}
+        for start in range(0, len(groups), share)
+    ]
+    with data_context():
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(work)
+        try:
+            yield from dataset.iter_rows()
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, DataError | AlignmentError):
+                raise cause from None
+            raise
+
+
+def _partial_moments(
+    item: dict[str, Any], *, affine: Affine | None, second: bool, sample: Sample | None, embedding_dim: int
+) -> dict[str, Any]:
+    total = Moments.zeros(embedding_dim, second)
+    rejected: list[Rejected] = []
+    num_rows = 0
+    with one_thread():
+        for document in json.loads(item["row_groups"]):
+            group = RowGroup(**document)
+            block_ND, positions_N = _read(group, sample)
+            num_rows += len(block_ND)
+            if block_ND.shape[1] != embedding_dim:
+                block_ND = np.full((len(block_ND), embedding_dim), np.nan, np.float32)
+            ids = None
+            if affine is not None and affine.needs_ids:
+                ids = _ids(group, positions_N)
+            part, invalid = moments.of_block(
+                block_ND,
+                affine=affine,
+                ids=ids,
+                second=second,
+                offset=moments.bucket_offset(group.shard_hash, group.index),
+            )
+            total.merge(part)
+            if invalid:
+                rejected += reasons(group, positions_N[invalid], embedding_dim)
+    return {
+        "moments": total.to_bytes(),
+        "rejected": json.dumps([asdict(row) for row in rejected]),
+        "num_rows": num_rows,
+    }
+
+
+def _read(group: RowGroup, sample: Sample | None) -> tuple[np.ndarray, np.ndarray]:
+    block_ND = shards.read_embeddings(group.uri, group.index)
+    if len(block_ND) != group.num_rows:
+        raise DataError(
+            f"{group.uri}: row group {group.index} has {len(block_ND)} rows, the manifest says {group.num_rows}; "
+            "the shard was replaced; embed into a new output"
+        )
+    if sample is None:
+        return block_ND, np.arange(len(block_ND))
+    size = _rows_of(group, sample)
+    generator = np.random.default_rng([sample.seed, int(group.shard_hash[:15] or "0", 16), group.index])
+    positions = np.sort(generator.choice(len(block_ND), size, replace=False))
+    return block_ND[positions], positions
+
+
+def _ids(group: RowGroup, positions_N: np.ndarray) -> list[str]:
+    return shards.read_columns(group.uri, ["id"], group.index).column("id").take(positions_N).to_pylist()
+
+
+def reasons(group: RowGroup, positions_N: np.ndarray, embedding_dim: int) -> list[Rejected]:
+    """Why the rows at these positions of a row group have no place in a fit."""
+    ids = _ids(group, positions_N)
+    found = shards.describe_rows(group.uri, group.index, positions_N.tolist(), embedding_dim)
+    return [
+        Rejected(id=str(row_id), uri=f"{group.uri}:row group {group.index}, row {position}", reason=reason)
+        for row_id, position, reason in zip(ids, positions_N, found, strict=True)
+    ]
+
+
+def check_rejected(rejected: Sequence[Rejected], num_rows: int, most: float, listed: str) -> None:
+    """No more than the share `most` of `num_rows` rows was rejected.
+
+    Raises:
+        DataError: more were; the message gives the causes and where the list is.
+    """
+    if len(rejected) <= most * num_rows:
+        return
+    causes: dict[str, int] = {}
+    for row in rejected:
+        causes[row.reason] = causes.get(row.reason, 0) + 1
+    worst = sorted(causes.items(), key=lambda pair: -pair[1])[:3]
+    shown = "; ".join(f"{count} x {reason}" for reason, count in worst)
+    raise DataError(
+        f"{len(rejected)} of {num_rows} rows were rejected ({shown}), more than max_rejected_fraction={most} allows; "
+        f"the list is in {listed}; mend the input, or raise max_rejected_fraction"
+    )

@@ -1,0 +1,245 @@
+"""Sums over unit rows that merge exactly: in any order, any grouping, any number of workers.
+
+Each row group is summed in float64; the sums of row groups are then added in fixed point, which is
+associative, so no order has to be kept to get the same bits. The rounding of a row group's sum to the
+fixed-point grid (2^-52) is below what float64 itself rounds when it makes that sum.
+
+Shapes: N rows, D embedding dim, C rows of a chunk, B buckets, J fixed vectors of a map.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors.numpy
+
+from revision_ray.align.affine import Affine
+from revision_ray.align.rows import chunks
+from revision_ray.errors import AlignmentError
+
+# Disjoint parts of the rows whose spread gives standard errors (delete-a-group jackknife).
+NUM_BUCKETS = 16
+_FRACTION_BITS = 52
+# Chunks that enter one matrix product of the second moments together.
+_CHUNKS_PER_PRODUCT = 16
+
+
+@dataclass
+class ExactSum:
+    """A sum of float64 arrays in fixed point: value = high + low * 2^-52, 0 <= low < 2^52.
+
+    Addition is associative and commutative to the bit. Range: 2^63, at a resolution of 2.2e-16.
+    """
+
+    high: np.ndarray  # int64
+    low: np.ndarray  # int64
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...]) -> "ExactSum":
+        return ExactSum(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+
+    def add(self, values: np.ndarray, index: int | slice = slice(None)) -> None:
+        """`values` (float64, finite) are part of the sum, at `index` of its first axis."""
+        whole = np.floor(values)
+        self._add(
+            whole.astype(np.int64), np.rint((values - whole) * 2.0**_FRACTION_BITS).astype(np.int64), index
+        )
+
+    def merge(self, other: "ExactSum") -> None:
+        """What `other` holds is part of this sum."""
+        self._add(other.high, other.low, slice(None))
+
+    def _add(self, high: np.ndarray, low: np.ndarray, index: int | slice) -> None:
+        total = self.low[index] + low
+        self.high[index] += high + (total >> _FRACTION_BITS)
+        self.low[index] = total & ((1 << _FRACTION_BITS) - 1)
+
+    def value(self) -> np.ndarray:
+        """The sum, rounded to float64."""
+        return self.high.astype(np.float64) + self.low.astype(np.float64) * 2.0**-_FRACTION_BITS
+
+    def total(self) -> "ExactSum":
+        """The sum over the first axis, exactly."""
+        result = ExactSum.zeros(self.high.shape[1:])
+        for high, low in zip(self.high, self.low, strict=True):
+            result._add(high, low, slice(None))
+        return result
+
+
+@dataclass
+class Moments:
+    """Count, sum and (on request) second moment of unit rows, with the shards that they came from."""
+
+    counts: np.ndarray  # int64 (B,)
+    sums: ExactSum  # (B, D)
+    second: ExactSum | None  # (D, D)
+    shard_hashes: frozenset[str] = frozenset()
+
+    @staticmethod
+    def zeros(embedding_dim: int, second: bool = False) -> "Moments":
+        return Moments(
+            np.zeros(NUM_BUCKETS, np.int64),
+            ExactSum.zeros((NUM_BUCKETS, embedding_dim)),
+            ExactSum.zeros((embedding_dim, embedding_dim)) if second else None,
+        )
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.sums.high.shape[1]
+
+    @property
+    def count(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def centroid(self) -> np.ndarray:
+        """Mean of the unit rows, float64 (D,)."""
+        self._require_rows()
+        return self.sums.total().value() / self.count
+
+    @property
+    def trace(self) -> float:
+        """Mean squared distance to the centroid: T = 1 - ||mu||^2 for unit rows (paper, sec. 4.2)."""
+        return float(1.0 - np.sum(self.centroid**2))
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Centred covariance, float64 (D, D), symmetric.
+
+        Raises:
+            AlignmentError: the second moments were not collected.
+        """
+        if self.second is None:
+            raise AlignmentError(
+                "these moments hold no second moments; fit again with a strategy that collects them"
+            )
+        centroid = self.centroid
+        return self.second.value() / self.count - np.outer(centroid, centroid)
+
+    @property
+    def centroid_standard_error(self) -> float:
+        """Root mean square distance between this centroid and the population's: sqrt(T / (N - 1))."""
+        return math.sqrt(self.trace / (self.count - 1)) if self.count > 1 else math.inf
+
+    def without_bucket(self, bucket: int) -> tuple[int, np.ndarray]:
+        """(count, centroid) of all rows but one bucket's, for the jackknife."""
+        count = self.count - int(self.counts[bucket])
+        rest = (
+            self.sums.total().value() - self.sums.high[bucket] - self.sums.low[bucket] * 2.0**-_FRACTION_BITS
+        )
+        return count, rest / count
+
+    def merge(self, other: "Moments") -> None:
+        """The rows of `other` are counted here too. Merging is exact: order and grouping change no bit.
+
+        Raises:
+            AlignmentError: other dimension, a shard already counted, or second moments on one side only.
+        """
+        if other.embedding_dim != self.embedding_dim:
+            raise AlignmentError(
+                f"moments of dimension {other.embedding_dim} cannot join those of {self.embedding_dim}"
+            )
+        twice = self.shard_hashes & other.shard_hashes
+        if twice:
+            raise AlignmentError(f"{len(twice)} shards are already counted, among them {min(twice)}")
+        if (self.second is None) != (other.second is None):
+            raise AlignmentError(
+                "one side has second moments and the other has not; fit both with the same strategy"
+            )
+        self.counts = self.counts + other.counts
+        self.sums.merge(other.sums)
+        if self.second is not None and other.second is not None:
+            self.second.merge(other.second)
+        self.shard_hashes |= other.shard_hashes
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors document; `from_bytes` gives it back to the bit."""
+        tensors = {"counts": self.counts, "sum_high": self.sums.high, "sum_low": self.sums.low}
+        if self.second is not None:
+            tensors |= {"second_high": self.second.high, "second_low": self.second.low}
+        return safetensors.numpy.save(tensors, {"shard_hashes": json.dumps(sorted(self.shard_hashes))})
+
+    @staticmethod
+    def from_bytes(content: bytes) -> "Moments":
+        """The moments that `to_bytes` wrote.
+
+        Raises:
+            AlignmentError: not such a document.
+        """
+        try:
+            tensors = safetensors.numpy.load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            return Moments(
+                tensors["counts"],
+                ExactSum(tensors["sum_high"], tensors["sum_low"]),
+                ExactSum(tensors["second_high"], tensors["second_low"]) if "second_high" in tensors else None,
+                frozenset(json.loads(header["__metadata__"]["shard_hashes"])),
+            )
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise AlignmentError(f"these are not saved moments: {error}") from error
+
+    def _require_rows(self) -> None:
+        if not self.count:
+            raise AlignmentError("no rows were counted, so there is no centroid; is the store empty?")
+
+
+def bucket_offset(shard_hash: str, row_group: int) -> int:
+    """Where a row group starts to fill the buckets: fixed by its content, spread over the row groups."""
+    return (int(shard_hash[:8] or "0", 16) + row_group) % NUM_BUCKETS
+
+
+def of_block(
+    block_ND: np.ndarray,
+    *,
+    affine: Affine | None = None,
+    ids: Sequence[str] | None = None,
+    second: bool = False,
+    offset: int = 0,
+) -> tuple[Moments, list[int]]:
+    """Moments of the rows of a block, scaled to unit length and then mapped by `affine`, if one is given; and
+    the positions of the rows without a direction, which are left out.
+
+    One thread, fixed chunks, file order: the same block always gives the same bits. Callers hold BLAS and
+    Torch to one thread.
+    """
+    moments = Moments.zeros(block_ND.shape[1], second)
+    sums_BD = np.zeros((NUM_BUCKETS, block_ND.shape[1]))
+    second_DD = np.zeros((block_ND.shape[1],) * 2) if second else None
+    waiting: list[np.ndarray] = []
+    invalid: list[int] = []
+    fixed_JD = affine.fixed_vectors() if affine else np.empty((0, block_ND.shape[1]))
+    gram_JJ = fixed_JD @ fixed_JD.T
+    for number, chunk in enumerate(chunks(block_ND, invalid)):
+        bucket = (offset + number) % NUM_BUCKETS
+        if affine:
+            rows_CD, a_C, b_CJ = affine.coefficients(chunk, ids, fixed_JD, gram_JJ)
+        else:
+            rows_CD, a_C, b_CJ = chunk.rows_CD, chunk.inverse_norm_C, np.empty((len(chunk.rows_CD), 0))
+        sums_BD[bucket] += a_C @ rows_CD + b_CJ.sum(0) @ fixed_JD
+        moments.counts[bucket] += len(rows_CD)
+        if second_DD is not None:
+            waiting.append(a_C[:, None] * rows_CD + b_CJ @ fixed_JD)
+            if len(waiting) == _CHUNKS_PER_PRODUCT:
+                _add_products(second_DD, waiting)
+    moments.sums.add(sums_BD)
+    if second_DD is not None and moments.second is not None:
+        _add_products(second_DD, waiting)
+        moments.second.add(second_DD)
+    return moments, invalid
+
+
+def _add_products(second_DD: np.ndarray, waiting: list[np.ndarray]) -> None:
+    if waiting:
+        rows_ND = np.concatenate(waiting)
+        second_DD += rows_ND.T @ rows_ND  # NumPy sees the transpose and halves the work (syrk)
+        waiting.clear()
+
+
+def merged(parts: Iterable[Moments], embedding_dim: int, second: bool = False) -> Moments:
+    """All parts as one."""
+    total = Moments.zeros(embedding_dim, second)
+    for part in parts:
+        total.merge(part)
+    return total

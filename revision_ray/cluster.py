@@ -1,0 +1,52 @@
+"""The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import torch
+from ray.data import DataContext
+from threadpoolctl import threadpool_limits
+
+
+def connect() -> None:
+    """Ray is running in this process: inside a submitted job its cluster, else RAY_ADDRESS, else a local one."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(
+        address=address,
+        logging_level=logging.WARNING,
+        **({"include_dashboard": False} if address == "local" else {}),
+    )
+
+
+@contextmanager
+def data_context(target_block_bytes: int | None = None) -> Iterator[DataContext]:
+    """Ray Data's settings for what runs inside; the former ones are back afterwards.
+
+    Ray Data's own progress bars are off: jobs show theirs (`revision_ray.progress`).
+    """
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if target_block_bytes is not None:
+        context.target_max_block_size = target_block_bytes
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    with DataContext.current(context):
+        yield context
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """BLAS and Torch work on one thread: sums then have one order, and tasks do not fight over cores."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(former)

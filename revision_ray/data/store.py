@@ -1,0 +1,155 @@
+"""Embedding stores as their readers see them: what is in there, in row groups that tasks can share out."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from revision_ray import storage
+from revision_ray.data import shards
+from revision_ray.data.shards import EncoderIdentity, Manifest, Modality
+from revision_ray.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGroup:
+    """The unit of work of every map-reduce over embeddings.
+
+    `shard_hash` identifies the content of the shard wherever it lies.
+    """
+
+    uri: str
+    shard_hash: str
+    index: int
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """One or more store directories of one modality, encoder and dimension, read as one."""
+
+    uris: tuple[str, ...]
+    modality: Modality
+    embedding_dim: int
+    encoder: EncoderIdentity
+    domain: str
+    row_groups: tuple[RowGroup, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(group.num_rows for group in self.row_groups)
+
+
+def open_stores(uris: Sequence[str], modality: Modality) -> Store:
+    """The stores at `uris` as one; a directory of plain Parquet files is taken with a warning.
+
+    Raises:
+        DataError: nothing there, another modality, or stores whose dimension or encoder differ.
+    """
+    if not uris:
+        raise DataError(f"no {modality} store was given")
+    opened = [_open(storage.absolute(uri), modality) for uri in uris]
+    first = opened[0]
+    for store in opened[1:]:
+        if store.embedding_dim != first.embedding_dim:
+            raise DataError(
+                f"{store.uris[0]}: embedding_dim is {store.embedding_dim}, {first.uris[0]} has "
+                f"{first.embedding_dim}; stores of different encoders cannot be joined"
+            )
+        if store.encoder.fingerprint != first.encoder.fingerprint:
+            raise DataError(
+                f"{store.uris[0]}: encoder is {store.encoder}, {first.uris[0]} has {first.encoder}; "
+                "embed both with one encoder"
+            )
+    # One shard copied into two stores is one shard: rows are counted once, whatever the listing says.
+    groups = {(g.shard_hash, g.index): g for store in opened for g in store.row_groups}
+    dropped = sum(len(store.row_groups) for store in opened) - len(groups)
+    if dropped:
+        log.warning("%d row groups of %s occur in more than one place and are read once", dropped, list(uris))
+    return Store(
+        uris=tuple(store.uris[0] for store in opened),
+        modality=modality,
+        embedding_dim=first.embedding_dim,
+        encoder=first.encoder,
+        domain=",".join(sorted({store.domain for store in opened if store.domain})),
+        row_groups=tuple(groups[key] for key in sorted(groups)),
+    )
+
+
+def _open(uri: str, modality: Modality) -> Store:
+    if storage.exists(storage.join(uri, shards.MANIFEST)):
+        return _of_manifest(uri, shards.read_manifest(uri), modality)
+    if storage.exists(storage.join(uri, shards.SETTINGS)):
+        raise DataError(
+            f"{uri}: this store is unfinished (no {shards.MANIFEST}); run jobs/embed.py on it again"
+        )
+    return _of_bare_parquet(uri, modality)
+
+
+def _of_manifest(uri: str, manifest: Manifest, modality: Modality) -> Store:
+    if manifest.modality != modality:
+        raise DataError(
+            f"{uri}: holds {manifest.modality} embeddings, expected {modality}; are the two swapped?"
+        )
+    if not manifest.num_rows:
+        raise DataError(
+            f"{uri}: the store is empty ({manifest.num_rejected} rows were rejected, see {shards.REJECTED})"
+        )
+    groups = [
+        RowGroup(uri=storage.join(uri, shard.name), shard_hash=shard.content_hash, index=index, num_rows=rows)
+        for shard in manifest.shards
+        for index, rows in enumerate(shard.row_group_rows)
+    ]
+    return Store(
+        uris=(uri,),
+        modality=modality,
+        embedding_dim=manifest.embedding_dim,
+        encoder=manifest.encoder,
+        domain=manifest.domain,
+        row_groups=tuple(groups),
+    )
+
+
+def _of_bare_parquet(uri: str, modality: Modality) -> Store:
+    files = [path for path, _ in storage.list_files(uri, "*.parquet")]
+    if not files:
+        raise DataError(
+            f"{uri}: no {shards.MANIFEST} and no Parquet files there; expected an embedding store"
+        )
+    log.warning("%s has no %s: its encoder is unknown and cannot be checked", uri, shards.MANIFEST)
+    with ThreadPoolExecutor(8) as pool:
+        groups = [group for found in pool.map(_bare_row_groups, files) for group in found]
+    if not groups:
+        raise DataError(f"{uri}: {len(files)} Parquet files there hold no rows")
+    return Store(
+        uris=(uri,),
+        modality=modality,
+        embedding_dim=shards.read_embeddings(groups[0].uri, groups[0].index).shape[1],
+        encoder=EncoderIdentity(),
+        domain="",
+        row_groups=tuple(groups),
+    )
+
+
+def _bare_row_groups(path: str) -> list[RowGroup]:
+    with storage.open_input(path) as file:
+        try:
+            metadata = pq.read_metadata(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: is not a readable Parquet file: {error}") from error
+        file.seek(0)
+        digest = hashlib.sha256()
+        while block := file.read_buffer(1 << 24):
+            digest.update(block)
+    rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    return [
+        RowGroup(uri=path, shard_hash=digest.hexdigest(), index=i, num_rows=n)
+        for i, n in enumerate(rows)
+        if n
+    ]

@@ -1,0 +1,63 @@
+"""Progress as a person or a job log wants it: a bar on a terminal, one clean line at intervals elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts `unit`s towards `total` and shows them; `note` holds further figures to show."""
+
+    def __init__(self, name: str, total: int | None, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done = 0
+        self._start = self._shown = time.monotonic()
+        self._bar = (
+            tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
+        )
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+            self._bar.set_postfix_str(note, refresh=False)
+        elif time.monotonic() - self._shown >= _SECONDS_BETWEEN_LINES:
+            self._line(note)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._line("")
+
+    def _line(self, note: str) -> None:
+        self._shown = time.monotonic()
+        seconds = max(self._shown - self._start, 1e-9)
+        share = f" of {self.total:,}" if self.total else ""
+        rate = self.done / seconds
+        log.info(
+            "%s: %s%s %s, %.1f s, %.0f/s %s",
+            self.name,
+            f"{self.done:,}",
+            share,
+            self.unit,
+            seconds,
+            rate,
+            note,
+        )
+
+
+@contextmanager
+def progress(name: str, total: int | None, unit: str) -> Iterator[Progress]:
+    shown = Progress(name, total, unit)
+    try:
+        yield shown
+    finally:
+        shown.finish()
