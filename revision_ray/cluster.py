@@ -10,6 +10,8 @@ import torch
 from ray.data import DataContext
 from threadpoolctl import threadpool_limits
 
+from revision_ray.errors import RevisionError
+
 
 def connect() -> None:
     """Ray is running in this process: inside a submitted job its cluster, else RAY_ADDRESS, else a local one."""
@@ -50,3 +52,17 @@ def one_thread() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(former)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """An error of ours that was raised in a task or an actor is raised here as itself, without Ray's traces."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, RevisionError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None

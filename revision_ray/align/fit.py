@@ -13,12 +13,12 @@ from revision_ray import config, storage
 from revision_ray.align import alignment as artifact
 from revision_ray.align.affine import Affine
 from revision_ray.align.alignment import Alignment, Gap, Inputs, load_alignment, load_moments, save_alignment
-from revision_ray.align.map_reduce import Sample, check_rejected, draw_sample, store_moments
+from revision_ray.align.map_reduce import Sample, draw_sample, store_moments
 from revision_ray.align.moments import NUM_BUCKETS, Moments
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
 from revision_ray.config import MISSING
+from revision_ray.data.rejected import REJECTED, check_rejected, write_rejected
 from revision_ray.data.schema import Rejected
-from revision_ray.data.shards import REJECTED, write_rejected
 from revision_ray.data.store import Store, open_stores
 from revision_ray.errors import AlignmentError
 

@@ -17,11 +17,11 @@ import ray
 from revision_ray.align import moments
 from revision_ray.align.affine import Affine
 from revision_ray.align.moments import Moments
-from revision_ray.cluster import connect, data_context, one_thread
+from revision_ray.cluster import connect, data_context, one_thread, user_errors
 from revision_ray.data import shards
 from revision_ray.data.schema import Rejected
 from revision_ray.data.store import RowGroup, Store
-from revision_ray.errors import AlignmentError, DataError
+from revision_ray.errors import DataError
 from revision_ray.progress import progress
 
 # Upper bound of a task's share: about 300 MB of 1280-d float16 rows, so a lost task costs little.
@@ -98,15 +98,8 @@ def _run(groups: Sequence[RowGroup], work: Any) -> Iterator[dict[str, Any]]:
         {"row_groups": json.dumps([asdict(group) for group in groups[start : start + share]])}
         for start in range(0, len(groups), share)
     ]
-    with data_context():
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(work)
-        try:
-            yield from dataset.iter_rows()
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, DataError | AlignmentError):
-                raise cause from None
-            raise
+    with data_context(), user_errors():
+        yield from ray.data.from_items(items, override_num_blocks=len(items)).map(work).iter_rows()
 
 
 def _partial_moments(
@@ -169,22 +162,3 @@ def reasons(group: RowGroup, positions_N: np.ndarray, embedding_dim: int) -> lis
         Rejected(id=str(row_id), uri=f"{group.uri}:row group {group.index}, row {position}", reason=reason)
         for row_id, position, reason in zip(ids, positions_N, found, strict=True)
     ]
-
-
-def check_rejected(rejected: Sequence[Rejected], num_rows: int, most: float, listed: str) -> None:
-    """No more than the share `most` of `num_rows` rows was rejected.
-
-    Raises:
-        DataError: more were; the message gives the causes and where the list is.
-    """
-    if len(rejected) <= most * num_rows:
-        return
-    causes: dict[str, int] = {}
-    for row in rejected:
-        causes[row.reason] = causes.get(row.reason, 0) + 1
-    worst = sorted(causes.items(), key=lambda pair: -pair[1])[:3]
-    shown = "; ".join(f"{count} x {reason}" for reason, count in worst)
-    raise DataError(
-        f"{len(rejected)} of {num_rows} rows were rejected ({shown}), more than max_rejected_fraction={most} allows; "
-        f"the list is in {listed}; mend the input, or raise max_rejected_fraction"
-    )

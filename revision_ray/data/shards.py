@@ -10,8 +10,8 @@ Shapes: N rows, D embedding_dim.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from revision_ray.errors import DataError
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"revision_ray"
-MANIFEST, SETTINGS, REJECTED = "manifest.json", "settings.json", "rejected.parquet"
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
 # A few MB a row group at D = 1280, float16: large enough to read at full speed, small enough to share out.
 ROWS_PER_ROW_GROUP = 2048
 
@@ -63,6 +63,11 @@ class Footer:
     last: bool = True
     rejected: tuple[Rejected, ...] = ()
     format_version: int = FORMAT_VERSION
+
+    @property
+    def place(self) -> tuple[str, int, tuple[str, ...], int]:
+        """Where its rows stand among those of all shards: by source, then in the order of reading."""
+        return self.split_uri, self.split_start, self.split_files[:1], self.index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +121,7 @@ def write_shard(uri: str, rows: EmbeddingTable, footer: Footer, layout: Layout =
         pa.binary(dtype.itemsize * footer.embedding_dim), len(values), [None, pa.py_buffer(values)]
     )
     columns = {"id": pa.array(rows.ids, pa.string()), "embedding": embedding, **rows.columns}
-    footer = _with(footer, content_hash=_content_hash(columns), num_rows=len(values))
+    footer = replace(footer, content_hash=_content_hash(columns), num_rows=len(values))
     if layout == "list":
         # Parquet readers other than Arrow know no half floats: the list layout is always float32.
         flat = pa.array(values.astype(np.float32).reshape(-1))
@@ -150,10 +155,6 @@ def entry_of(name: str, footer: Footer) -> ShardEntry:
     )
 
 
-def _with(footer: Footer, **changes: Any) -> Footer:
-    return Footer(**{**footer.__dict__, **changes})
-
-
 def _content_hash(columns: dict[str, pa.Array]) -> str:
     """Of the values and not of the file, so that it outlives a change of Parquet writer."""
     parts = []
@@ -173,15 +174,20 @@ def read_footer(uri: str) -> Footer:
     try:
         with storage.open_input(uri) as file:
             metadata = pq.read_schema(file).metadata or {}
-        document = json.loads(metadata[FOOTER_KEY])
-        document["encoder"] = EncoderIdentity(**document["encoder"])
-        document["rejected"] = tuple(Rejected(**entry) for entry in document["rejected"])
-        document["split_files"] = tuple(document["split_files"])
-        return Footer(**document)
+        return parse_footer(metadata[FOOTER_KEY])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{uri}: is not a shard of an embedding store ({error}); delete it or restore it"
         ) from error
+
+
+def parse_footer(text: str | bytes) -> Footer:
+    """The footer whose JSON is `text`."""
+    document = json.loads(text)
+    document["encoder"] = EncoderIdentity(**document["encoder"])
+    document["rejected"] = tuple(Rejected(**entry) for entry in document["rejected"])
+    document["split_files"] = tuple(document["split_files"])
+    return Footer(**document)
 
 
 def read_embeddings(uri: str, row_group: int | None = None) -> np.ndarray:
@@ -269,23 +275,6 @@ def read_columns(uri: str, columns: Sequence[str], row_group: int | None = None)
         return parquet.read_row_group(row_group, list(columns), use_threads=False)
 
 
-def write_rejected(uri: str, rejected: Sequence[Rejected]) -> None:
-    """The list of rejected rows with their reasons stands at `uri`, also when it is empty."""
-    table = pa.table(
-        {
-            name: pa.array([getattr(row, name) for row in rejected], pa.string())
-            for name in ("id", "uri", "reason")
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(uri, sink.getvalue())
-
-
-def manifest_document(manifest: Manifest) -> dict[str, Any]:
-    return asdict(manifest)
-
-
 def read_manifest(uri: str) -> Manifest:
     """The manifest of the store at directory `uri`.
 
@@ -329,3 +318,9 @@ def describe_rows(uri: str, row_group: int, positions: Sequence[int], embedding_
         else:
             described.append("zero vector")
     return described
+
+
+def column_names(uri: str) -> list[str]:
+    """The columns of the shard at `uri`."""
+    with storage.open_input(uri) as file:
+        return _parquet(uri, file).schema_arrow.names

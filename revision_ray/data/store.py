@@ -39,6 +39,7 @@ class Store:
     embedding_dim: int
     encoder: EncoderIdentity
     domain: str
+    alignment: str  # content hash of the fit that mapped these rows; empty for rows as encoded
     row_groups: tuple[RowGroup, ...]
 
     @property
@@ -67,6 +68,10 @@ def open_stores(uris: Sequence[str], modality: Modality) -> Store:
                 f"{store.uris[0]}: encoder is {store.encoder}, {first.uris[0]} has {first.encoder}; "
                 "embed both with one encoder"
             )
+        if store.alignment != first.alignment:
+            raise DataError(
+                f"{store.uris[0]} and {first.uris[0]}: one is aligned by a fit that the other is not"
+            )
     # One shard copied into two stores is one shard: rows are counted once, whatever the listing says.
     groups = {(g.shard_hash, g.index): g for store in opened for g in store.row_groups}
     dropped = sum(len(store.row_groups) for store in opened) - len(groups)
@@ -78,6 +83,7 @@ def open_stores(uris: Sequence[str], modality: Modality) -> Store:
         embedding_dim=first.embedding_dim,
         encoder=first.encoder,
         domain=",".join(sorted({store.domain for store in opened if store.domain})),
+        alignment=first.alignment,
         row_groups=tuple(groups[key] for key in sorted(groups)),
     )
 
@@ -99,7 +105,7 @@ def _of_manifest(uri: str, manifest: Manifest, modality: Modality) -> Store:
         )
     if not manifest.num_rows:
         raise DataError(
-            f"{uri}: the store is empty ({manifest.num_rejected} rows were rejected, see {shards.REJECTED})"
+            f"{uri}: the store is empty ({manifest.num_rejected} rows were rejected, see rejected.parquet)"
         )
     groups = [
         RowGroup(uri=storage.join(uri, shard.name), shard_hash=shard.content_hash, index=index, num_rows=rows)
@@ -112,6 +118,7 @@ def _of_manifest(uri: str, manifest: Manifest, modality: Modality) -> Store:
         embedding_dim=manifest.embedding_dim,
         encoder=manifest.encoder,
         domain=manifest.domain,
+        alignment=manifest.alignment,
         row_groups=tuple(groups),
     )
 
@@ -133,6 +140,7 @@ def _of_bare_parquet(uri: str, modality: Modality) -> Store:
         embedding_dim=shards.read_embeddings(groups[0].uri, groups[0].index).shape[1],
         encoder=EncoderIdentity(),
         domain="",
+        alignment="",
         row_groups=tuple(groups),
     )
 

@@ -1,0 +1,204 @@
+"""Aligned rows inside Ray Data pipelines, and the job that writes them down for those who want that."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from revision_ray import config, storage
+from revision_ray.align.affine import Affine
+from revision_ray.align.alignment import Alignment, load_alignment
+from revision_ray.align.map_reduce import reasons
+from revision_ray.cluster import connect, data_context, one_thread, user_errors
+from revision_ray.config import MISSING
+from revision_ray.data import shards
+from revision_ray.data.finish import Finish, claim, finish_store
+from revision_ray.data.shards import EmbeddingTable, Footer, Layout
+from revision_ray.data.store import RowGroup, Store, open_stores
+from revision_ray.errors import AlignmentError
+from revision_ray.progress import progress
+
+log = logging.getLogger(__name__)
+
+
+class AlignRows:
+    """A `map_batches` function (NumPy batches): `embedding` is aligned, all other columns stay.
+
+    Aligned embeddings are float32 (N, D), computed in float64. Rows without a direction come out as NaN.
+    """
+
+    def __init__(self, affine: Affine) -> None:
+        self.affine = affine
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids = [str(row_id) for row_id in batch["id"]] if self.affine.needs_ids else None
+        with one_thread():
+            aligned_ND, _ = self.affine.apply(batch["embedding"], ids)
+        return {**batch, "embedding": aligned_ND}
+
+
+def read_rows(store: Store, columns: Sequence[str] = ("id",)) -> ray.data.Dataset:
+    """The store's rows as a Ray Data dataset: `embedding` (D,) in the store's dtype, and `columns`.
+
+    One row group a block at most, read where the block is made.
+    """
+    connect()
+
+    def read(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        (uri,), (index,) = batch["uri"].tolist(), batch["index"].tolist()
+        table = shards.read_columns(uri, columns, index)
+        named = {name: table.column(name).to_numpy() for name in columns}
+        return {**named, "embedding": shards.read_embeddings(uri, index)}
+
+    items = [{"uri": group.uri, "index": group.index} for group in store.row_groups]
+    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        read, batch_size=1, batch_format="numpy"
+    )
+
+
+def aligned_rows(
+    store: Store, alignment: Alignment, columns: Sequence[str] = ("id",), *, allow_other_encoder: bool = False
+) -> ray.data.Dataset:
+    """The store's rows with their embeddings aligned, float32; nothing is written.
+
+    Raises:
+        AlignmentError: the store's encoder or dimension is not the fit's, or it is aligned already.
+    """
+    check_store(store, alignment, allow_other_encoder)
+    wanted = tuple(dict.fromkeys(["id", *columns]))
+    return read_rows(store, wanted).map_batches(
+        AlignRows(alignment.affine), batch_size=None, batch_format="numpy", zero_copy_batch=True
+    )
+
+
+def check_store(store: Store, alignment: Alignment, allow_other_encoder: bool) -> None:
+    """The store's texts may be aligned by this fit.
+
+    Raises:
+        AlignmentError: its encoder or dimension is not the fit's, or it is aligned already.
+    """
+    if store.alignment:
+        raise AlignmentError(
+            f"{store.uris[0]}: these rows are aligned already; use the store they were made from"
+        )
+    where = ", ".join(store.uris)
+    alignment.check_encoder(store.encoder, store.embedding_dim, where, allow_other_encoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignJob:
+    """Write an aligned copy of a text store. Training needs none: it aligns in its ingest."""
+
+    texts: str = MISSING
+    """Text store."""
+    alignment: str = MISSING
+    """Directory of a fit."""
+    output: str = MISSING
+    """Directory of the aligned store."""
+    layout: Layout = "binary"
+    """binary for jobs of this project; list is a float32 list column for pandas, datasets, vector stores."""
+    dtype: Literal["float16", "float32"] = "float32"
+    """Of the stored embeddings."""
+    max_rejected_fraction: float = 0.001
+    """Fail when a larger share of rows is NaN, infinite, zero, or of another dimension."""
+    allow_other_encoder: bool = False
+    """Align although the texts come from another encoder than the fit."""
+
+
+def run(job: AlignJob) -> str:
+    """Every text of the store stands aligned in the output, shard by shard; shards that stand are kept.
+
+    Raises:
+        AlignmentError: the fit is not for this store.
+        DataError: the output is another store, or too many rows have no direction.
+    """
+    output = storage.absolute(job.output)
+    alignment = load_alignment(job.alignment)
+    store = open_stores([job.texts], "text")
+    check_store(store, alignment, job.allow_other_encoder)
+    footer = Footer(
+        modality="text",
+        embedding_dim=store.embedding_dim,
+        dtype=job.dtype,
+        encoder=store.encoder,
+        identity=alignment.content_hash,
+    )
+    claim(
+        output,
+        {
+            "alignment": alignment.content_hash,
+            "texts": list(store.uris),
+            "dtype": job.dtype,
+            "layout": job.layout,
+        },
+    )
+    by_shard: dict[str, list[RowGroup]] = {}
+    for group in store.row_groups:
+        by_shard.setdefault(group.uri, []).append(group)
+    _write_all(list(by_shard.values()), footer, alignment.affine, output, job.layout)
+    config.save_resolved(job, storage.join(output, "config.yaml"))
+    finish = Finish(
+        domain=store.domain,
+        layout=job.layout,
+        max_rejected_fraction=job.max_rejected_fraction,
+        duplicate_ids="number",
+        alignment=alignment.content_hash,
+    )
+    manifest = finish_store(output, finish)
+    return f"{manifest.num_rows:,} texts aligned by {alignment.strategy.strategy}\nstore: {output}"
+
+
+def _write_all(
+    work: list[list[RowGroup]], footer: Footer, affine: Affine, output: str, layout: Layout
+) -> None:
+    """Every shard stands aligned in the output; one task for each that was missing."""
+    connect()
+
+    def write(item: dict[str, Any]) -> dict[str, Any]:
+        groups = work[item["place"]]
+        _write_shard(groups, footer, affine, output, layout)
+        return {"num_rows": sum(group.num_rows for group in groups)}
+
+    with (
+        data_context(),
+        user_errors(),
+        progress("align", sum(g.num_rows for s in work for g in s), "rows") as shown,
+    ):
+        items = [{"place": place} for place in range(len(work))]
+        for row in ray.data.from_items(items, override_num_blocks=len(items)).map(write).iter_rows():
+            shown.advance(row["num_rows"])
+
+
+def _write_shard(groups: list[RowGroup], footer: Footer, affine: Affine, output: str, layout: Layout) -> None:
+    uri = groups[0].uri
+    # The name follows from content, so shards of several stores never collide.
+    name = f"part-{groups[0].shard_hash[:16]}.parquet"
+    target = storage.join(output, name)
+    if storage.exists(target):
+        return
+    kept_columns = [c for c in ("text", "truncated") if c in shards.column_names(uri)]
+    table = shards.read_columns(uri, ["id", *kept_columns])
+    ids = [str(row_id) for row_id in table.column("id").to_pylist()]
+    aligned, rejected, start = [], [], 0
+    for group in groups:
+        block_ND = shards.read_embeddings(uri, group.index)
+        with one_thread():
+            aligned_ND, invalid = affine.apply(block_ND, ids[start : start + len(block_ND)])
+        if invalid:
+            rejected += reasons(group, np.array(invalid), affine.embedding_dim)
+        aligned.append(aligned_ND)
+        start += len(block_ND)
+    stacked_ND = np.concatenate(aligned)
+    keep = np.flatnonzero(~np.isnan(stacked_ND[:, 0]))
+    columns = {
+        c: pa.array(table.column(c).take(keep).to_pylist(), table.column(c).type) for c in kept_columns
+    }
+    truncated = columns["truncated"].to_pylist() if "truncated" in columns else []
+    footer = replace(footer, split=groups[0].shard_hash, split_uri=uri, num_truncated=sum(truncated),
+                     rejected=tuple(rejected))  # fmt: skip
+    rows = EmbeddingTable(ids=[ids[row] for row in keep], embedding_ND=stacked_ND[keep], columns=columns)
+    shards.write_shard(target, rows, footer, layout)

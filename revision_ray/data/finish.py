@@ -1,0 +1,132 @@
+"""The end of every job that writes a store: repeated ids mended, rejected rows listed, the manifest made."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from revision_ray import storage
+from revision_ray.data import shards
+from revision_ray.data.duplicates import find_repeated, mend_shard
+from revision_ray.data.rejected import REJECTED, check_rejected, write_rejected
+from revision_ray.data.shards import Footer, Layout, Manifest
+from revision_ray.errors import DataError
+
+log = logging.getLogger(__name__)
+
+DuplicateIds = Literal["reject", "number"]
+_FOOTERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """What the manifest says beyond the footers, and what is tolerated."""
+
+    domain: str
+    layout: Layout
+    max_rejected_fraction: float
+    duplicate_ids: DuplicateIds
+    alignment: str = ""
+
+
+def read_footers(output: str) -> dict[str, Footer]:
+    """Footers of the shards in the store at `output`, by URI."""
+    uris = [uri for uri, _ in storage.list_files(output, "part-*.parquet")]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        return dict(zip(uris, pool.map(shards.read_footer, uris), strict=True))
+
+
+def claim(output: str, settings: dict[str, object]) -> None:
+    """The store at `output` is of these settings: they decide its content and are written down, or equal.
+
+    Raises:
+        DataError: it is a store of other settings, or the directory holds something else.
+    """
+    uri = storage.join(output, shards.SETTINGS)
+    settings = {"format_version": shards.FORMAT_VERSION, **settings}
+    if not storage.exists(uri):
+        strangers = [name for name, _ in storage.list_files(output)]
+        if strangers:
+            raise DataError(
+                f"{output}: holds files that are no embedding store ({strangers[0]}); name another output"
+            )
+        storage.write_json(uri, settings)
+        return
+    found = storage.read_json(uri)
+    for key, value in settings.items():
+        if found.get(key) != value:
+            raise DataError(
+                f"{output}: is a store with {key} = {found.get(key)}, this job says {value}; name another output"
+            )
+
+
+def finish_store(output: str, finish: Finish, *, changed: bool = True) -> Manifest:
+    """The manifest and the list of rejected rows stand, made from the shards' footers.
+
+    `changed` says whether shards were added, so that ids have to be compared again.
+
+    Raises:
+        DataError: no rows, or more rejected rows than `finish` allows; then the manifest is not written.
+    """
+    manifest_uri = storage.join(output, shards.MANIFEST)
+    former = shards.read_manifest(output) if storage.exists(manifest_uri) else None
+    footers = read_footers(output)
+    if not footers:
+        raise DataError(f"{output}: the sources hold no rows")
+    dims = {footer.embedding_dim: uri for uri, footer in footers.items()}
+    if len(dims) > 1:
+        raise DataError(f"shards of different dimensions: {dims}; embed each encoder into an output of its own")
+    if changed or former is None:
+        footers |= _mended(footers, {entry.name for entry in former.shards} if former else set(), finish)
+    rejected = sorted(
+        (row for footer in footers.values() for row in footer.rejected), key=lambda row: (row.uri, row.id)
+    )
+    listed = storage.join(output, REJECTED)
+    write_rejected(listed, rejected)
+    entries = [shards.entry_of(storage.name_of(uri), footer) for uri, footer in sorted(footers.items())]
+    num_rows = sum(entry.num_rows for entry in entries)
+    check_rejected(rejected, num_rows + len(rejected), finish.max_rejected_fraction, listed)
+    if not num_rows:
+        raise DataError(f"{output}: the sources hold no rows")
+    first = next(iter(footers.values()))
+    manifest = Manifest(
+        modality=first.modality,
+        embedding_dim=first.embedding_dim,
+        dtype=first.dtype,
+        num_rows=num_rows,
+        num_rejected=len(rejected),
+        num_truncated=sum(entry.num_truncated for entry in entries),
+        domain=finish.domain,
+        encoder=first.encoder,
+        shards=tuple(entries),
+        layout=finish.layout,
+        alignment=finish.alignment,
+    )
+    storage.write_json(manifest_uri, asdict(manifest))
+    return manifest
+
+
+def describe(manifest: Manifest, output: str) -> str:
+    """What the store holds, for a person."""
+    truncated = f", {manifest.num_truncated} truncated" if manifest.modality == "text" else ""
+    return (
+        f"{manifest.num_rows:,} {manifest.modality} embeddings, d = {manifest.embedding_dim}, in "
+        f"{len(manifest.shards)} shards; {manifest.num_rejected} rows rejected{truncated}\nstore: {output}"
+    )
+
+
+def _mended(footers: dict[str, Footer], known: set[str], finish: Finish) -> dict[str, Footer]:
+    """Footers of the shards that had repeated ids, mended. Shards that a manifest lists come first and stay."""
+    order = sorted(footers, key=lambda uri: (storage.name_of(uri) not in known, *footers[uri].place))
+    repeated = find_repeated(order)
+    if repeated:
+        log.warning(
+            "%d rows repeat an id: those of equal content get a number, those of other content are %s",
+            sum(len(rows) for rows in repeated.values()),
+            "rejected" if finish.duplicate_ids == "reject" else "numbered too",
+        )
+    number_all = finish.duplicate_ids == "number"
+    return {
+        order[place]: mend_shard(order[place], rows, number_all, finish.layout)
+        for place, rows in repeated.items()
+    }

@@ -1,0 +1,167 @@
+"""The embed job: sources to an embedding store, resumed where it was left, extended where sources are new."""
+
+import logging
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from revision_ray import config, storage
+from revision_ray.config import MISSING
+from revision_ray.data import sources
+from revision_ray.data.finish import DuplicateIds, Finish, claim, describe, finish_store, read_footers
+from revision_ray.data.schema import Split
+from revision_ray.data.shards import EncoderIdentity, Footer, Layout, Modality
+from revision_ray.encode.encoder import EncoderConfig, backend
+from revision_ray.encode.pipeline import Plan, Resources, encode_splits
+from revision_ray.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedJob:
+    """Embed images or texts with one tower of a dual encoder into an embedding store."""
+
+    images: str | list[str] | None = None
+    """Image sources: folders, WebDataset tars, Parquet, dataset.json; URIs and wildcards."""
+    texts: str | list[str] | None = None
+    """Text sources: JSONL, lines, Parquet, LLaVA-style JSON, dataset.json, WebDataset tars."""
+    output: str = MISSING
+    """Directory of the store. One that exists is resumed, and extended by sources that it does not hold."""
+    domain: str = ""
+    """What the data are about (statistics of one domain do not serve another)."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the stored embeddings."""
+    layout: Layout = "binary"
+    """binary is fast; list is a float32 list column for pandas, datasets and vector stores."""
+    batch_size: int = 256
+    """Rows that the tower takes at once."""
+    rows_per_shard: int | None = None
+    """Source rows to a shard, the unit that is resumed; by default 8192 texts or 1024 images (their pixels wait
+    in memory together)."""
+    max_image_pixels: int = 178_956_970
+    """Larger images are rejected before they are decoded (decompression bombs)."""
+    max_rejected_fraction: float = 0.001
+    """Fail when a larger share of the rows is unreadable, empty or duplicate; what was encoded is kept."""
+    duplicate_ids: DuplicateIds = "reject"
+    """Rows of other content under an id that exists: reject them, or keep them under a number of their own."""
+    resources: Resources = field(default_factory=Resources)
+
+    @property
+    def modality(self) -> Modality:
+        return "image" if self.images is not None else "text"
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.texts is None):
+            raise ConfigError(
+                "name either images or texts, not both and not neither; each is a store of its own"
+            )
+        for name in ("batch_size", "rows_per_shard", "max_image_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected at least 1")
+
+
+def run(job: EmbedJob) -> str:
+    """Embed as `job` says and describe the store.
+
+    Raises:
+        DataError: a source is missing, damaged or changed since it was embedded; the output is another store; or
+            too many rows were rejected.
+    """
+    output = storage.absolute(job.output)
+    identity = _identity(job.encoder)
+    rows_per_shard = job.rows_per_shard or (1024 if job.modality == "image" else 8192)
+    footers = read_footers(output)
+    # Before anything is claimed: a source that is missing must leave no trace.
+    splits = _splits(job, rows_per_shard, list(footers.values()))
+    claim(
+        output,
+        {
+            "modality": job.modality,
+            "encoder": asdict(identity),
+            "dtype": job.dtype,
+            "layout": job.layout,
+            "rows_per_shard": rows_per_shard,
+            "domain": job.domain,
+        },
+    )
+    done = _done(footers)
+    complete = _complete(footers, done)
+    left = tuple(split for split in splits if split.key not in complete)
+    if len(left) < len(splits):
+        log.info("%s: %d of %d splits are embedded already", output, len(splits) - len(left), len(splits))
+    plan = Plan(
+        modality=job.modality,
+        splits=left,
+        done=done,
+        encoder=job.encoder,
+        identity=identity,
+        output=output,
+        dtype=job.dtype,
+        layout=job.layout,
+        rows_per_shard=rows_per_shard,
+        batch_size=job.batch_size,
+        max_image_pixels=job.max_image_pixels,
+    )
+    encode_splits(plan, job.resources)
+    config.save_resolved(job, storage.join(output, "config.yaml"))
+    finish = Finish(
+        domain=job.domain,
+        layout=job.layout,
+        max_rejected_fraction=job.max_rejected_fraction,
+        duplicate_ids=job.duplicate_ids,
+    )
+    return describe(finish_store(output, finish, changed=bool(left)), output)
+
+
+def _identity(encoder: EncoderConfig) -> EncoderIdentity:
+    name = "/".join(
+        part.rstrip("/").split("/")[-1] for part in (encoder.model, encoder.pretrained or "") if part
+    )
+    return EncoderIdentity(name=f"{encoder.kind}:{name}", fingerprint=backend(encoder).fingerprint(encoder))
+
+
+def _splits(job: EmbedJob, rows_per_shard: int, footers: list[Footer]) -> list[Split]:
+    """What the sources hold, without image files that stand in the store already.
+
+    Raises:
+        DataError: no rows, or a source has changed since its rows were embedded.
+    """
+    if job.images is not None:
+        uris = [job.images] if isinstance(job.images, str) else job.images
+        taken = [
+            Split(kind="image_files", uri=f.split_uri, files=f.split_files, identity=f.identity)
+            for f in footers
+            if f.split_files
+        ]
+        splits = sources.image_splits(uris, rows_per_split=rows_per_shard, taken=taken)
+    else:
+        assert job.texts is not None
+        splits = sources.text_splits([job.texts] if isinstance(job.texts, str) else job.texts)
+    former = {footer.split_uri: footer.identity for footer in footers if not footer.split_files}
+    for split in splits:
+        if not split.files and former.get(split.uri, split.identity) != split.identity:
+            raise DataError(
+                f"{split.uri}: has changed since it was embedded into {job.output}; restore it, or embed into a new "
+                "output (add data as new files, not by changing old ones)"
+            )
+    return splits
+
+
+def _done(footers: dict[str, Footer]) -> dict[str, frozenset[int]]:
+    """Indices of the shards that stand, by split."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for footer in footers.values():
+        found[footer.split].add(footer.index)
+    return {key: frozenset(indices) for key, indices in found.items()}
+
+
+def _complete(footers: dict[str, Footer], done: dict[str, frozenset[int]]) -> set[str]:
+    """Keys of the splits of which every shard stands, up to the last."""
+    return {
+        footer.split
+        for footer in footers.values()
+        if footer.last and done[footer.split] == frozenset(range(footer.index + 1))
+    }
