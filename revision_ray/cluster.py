@@ -8,22 +8,22 @@ from contextlib import contextmanager
 import ray
 import torch
 from ray.data import DataContext
+from ray.exceptions import RayError
 from threadpoolctl import threadpool_limits
 
 from revision_ray.errors import RevisionError
 
 
 def connect() -> None:
-    """Ray is running in this process: inside a submitted job its cluster, else RAY_ADDRESS, else a local one."""
+    """Ray runs in this process: the cluster a job was submitted to, else RAY_ADDRESS's, else a local one."""
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(
-        address=address,
-        logging_level=logging.WARNING,
-        **({"include_dashboard": False} if address == "local" else {}),
-    )
+    if address == "local":
+        ray.init(address=address, logging_level=logging.WARNING, include_dashboard=False)
+    else:
+        ray.init(address=address, logging_level=logging.WARNING)
 
 
 @contextmanager
@@ -38,6 +38,8 @@ def data_context(target_block_bytes: int | None = None) -> Iterator[DataContext]
     if target_block_bytes is not None:
         context.target_max_block_size = target_block_bytes
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns of the bars that are off on purpose.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     with DataContext.current(context):
         yield context
 
@@ -56,10 +58,10 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """An error of ours that was raised in a task or an actor is raised here as itself, without Ray's traces."""
+    """An error of ours from a task or an actor is raised here as itself, without Ray's traces."""
     try:
         yield
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, RevisionError):
             cause = getattr(cause, "cause", None) or cause.__cause__

@@ -10,15 +10,16 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from revision_ray import storage
 from revision_ray.errors import ConfigError, RevisionError
 
-__all__ = ["MISSING", "load", "run_job", "save_resolved", "to_yaml"]
+__all__ = ["MISSING", "help_text", "keys", "load", "run_job", "save_resolved", "to_yaml"]
 
 Schema = TypeVar("Schema")
 
@@ -36,25 +37,47 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
     for argument in yamls:
         if argument.startswith("-"):
             raise ConfigError(f"unknown option {argument!r}; options are key=value, or --help")
+    merged = OmegaConf.structured(schema)
+    for argument in yamls + overrides:
+        part = _read_override(argument) if argument in overrides else _read_yaml(argument)
+        try:
+            merged = OmegaConf.merge(merged, part)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{argument}: {_explain(error, schema)}") from error
+        except TypeError as error:
+            # OmegaConf's answer to a mapping where a list is expected, and the reverse.
+            raise ConfigError(f"{argument}: {error}; a list is given as a whole: key=[a,b]") from error
     try:
-        merged = OmegaConf.structured(schema)
-        if yamls:
-            merged = OmegaConf.merge(merged, OmegaConf.create(_read_yaml(yamls[0])))
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides))
         resolved = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: a value is required; give it as {error.full_key}=VALUE") from error
+        key = error.full_key
+        raise ConfigError(f"{key}: a value is required; give it as {key}=VALUE") from error
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
     assert isinstance(resolved, schema)
     return resolved
 
 
-def _read_yaml(uri: str) -> str:
+def _read_yaml(uri: str) -> DictConfig:
     try:
-        return storage.read_bytes(uri).decode("utf-8")
+        parsed = OmegaConf.create(storage.read_bytes(uri).decode("utf-8"))
     except RevisionError as error:
         raise ConfigError(f"configuration file {uri}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configuration file {uri}: not UTF-8 text: {error}") from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"configuration file {uri}: line {line}: not YAML: {error.problem}") from error
+    if not isinstance(parsed, DictConfig):
+        raise ConfigError(f"configuration file {uri}: expected a mapping of keys to values, found a list")
+    return parsed
+
+
+def _read_override(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except MarkedYAMLError as error:
+        raise ConfigError(f"{override}: the value is not YAML: {error.problem}; quote it") from error
 
 
 def _explain(error: OmegaConfBaseException, schema: type) -> str:
@@ -62,7 +85,7 @@ def _explain(error: OmegaConfBaseException, schema: type) -> str:
     if error.full_key and error.full_key not in text:
         text = f"{error.full_key}: {text}"
     if "Did you mean" not in text and "not in" in text and error.full_key:
-        near = difflib.get_close_matches(error.full_key, [key for key, *_ in _keys(schema)], n=1)
+        near = difflib.get_close_matches(error.full_key, [key for key, *_ in keys(schema)], n=1)
         text += f" Did you mean: '{near[0]}'?" if near else ""
     return f"{text} (run with --help for every key)"
 
@@ -77,25 +100,32 @@ def save_resolved(config: Any, uri: str) -> None:
     storage.write_bytes(uri, to_yaml(config).encode())
 
 
-def _keys(schema: type, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(dotted key, type, default, explanation) of every field, nested dataclasses unfolded."""
+def keys(schema: type, default: Any = None, prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(dotted key, type, default, explanation) of every field, nested dataclasses unfolded.
+
+    Defaults are those of the instance `default` where there is one: a job may default an inner key otherwise
+    than the inner dataclass does.
+    """
     explanations = _field_docstrings(schema)
     rows = []
     for field in dataclasses.fields(schema):
         key = prefix + field.name
-        nested = field.type if isinstance(field.type, type) else None
-        if nested is not None and dataclasses.is_dataclass(nested):
-            rows += _keys(nested, key + ".")
-            continue
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        else:
-            default = field.default
-        shown = "required" if default in (MISSING, dataclasses.MISSING) else json.dumps(default, default=str)
-        type_name = getattr(field.type, "__name__", None) if isinstance(field.type, type) else None
-        type_text = (type_name or str(field.type)).replace("typing.", "")
-        rows.append((key, type_text, shown, explanations.get(field.name, "")))
+        value = _default_of(field) if default is None else getattr(default, field.name)
+        inner = [t for t in (field.type, *get_args(field.type)) if dataclasses.is_dataclass(t)]
+        if not inner or value is None:
+            shown = "required" if value == MISSING else json.dumps(value, default=str)
+            name = field.type.__name__ if field.type in (str, int, float, bool) else str(field.type)
+            rows.append((key, name.replace("typing.", ""), shown, explanations.get(field.name, "")))
+        for nested in inner:
+            assert isinstance(nested, type)
+            rows += keys(nested, value if isinstance(value, nested) else None, key + ".")
     return rows
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING if field.default is dataclasses.MISSING else field.default
 
 
 def _field_docstrings(schema: type) -> dict[str, str]:
@@ -120,7 +150,7 @@ def help_text(schema: type, program: str) -> str:
     """Every key of `schema` with its type, default and explanation."""
     about = inspect.cleandoc(schema.__doc__ or "").strip()
     lines = [f"usage: python {program} [CONFIG.yaml] key=value ...", "", about, "", "keys:"]
-    for key, type_text, default, explanation in _keys(schema):
+    for key, type_text, default, explanation in keys(schema):
         lines.append(f"  {key}: {type_text} = {default}")
         lines += textwrap.wrap(explanation, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
@@ -136,7 +166,10 @@ def run_job(schema: type[Schema], job: Callable[[Schema], str]) -> None:
         sys.stdout.write(help_text(schema, os.path.relpath(sys.argv[0])) + "\n")
         return
     logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
     )
     try:
         result = job(load(schema, argv))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import posixpath
+import stat
 import uuid
 from functools import lru_cache
 from typing import Any
@@ -25,7 +26,9 @@ _TEMPORARY = ".tmp-"
 def absolute(uri: str) -> str:
     """`uri` as it is when it has a scheme, else as an absolute local path; no trailing slash."""
     if not uri:
-        raise DataError("an empty path was given; name a file, a directory or a URI such as s3://bucket/prefix")
+        raise DataError(
+            "an empty path was given; name a file, a directory or a URI such as s3://bucket/prefix"
+        )
     if uri.startswith("file://"):
         uri = uri[len("file://") :]
     return uri.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
@@ -52,23 +55,40 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         base = f"{scheme}://{bucket}" + (f"?{query}" if query else "")
         return _filesystem_of(base), path.rstrip("/")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise DataError(
-            f"{uri}: {error}; use a local path, s3://bucket/path or gs://bucket/path"
-        ) from error
+        raise DataError(f"{uri}: {error}; use a local path, s3://bucket/path or gs://bucket/path") from error
 
 
 _LOCAL = pafs.LocalFileSystem()
 
 
+def _query_apart(uri: str) -> tuple[str, str]:
+    """`uri` without its query, and the query with its mark. In a local path "?" is a character as any."""
+    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return path, mark + query
+
+
 def join(uri: str, *names: str) -> str:
     """`uri` extended by path segments; a query stays at the end."""
-    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
-    return posixpath.join(path, *names) + mark + query
+    path, query = _query_apart(uri)
+    return posixpath.join(path, *names) + query
 
 
 def name_of(uri: str) -> str:
     """The last path segment of `uri`, without its query."""
-    return posixpath.basename((uri.partition("?")[0] if "://" in uri else uri).rstrip("/"))
+    return posixpath.basename(_query_apart(uri)[0].rstrip("/"))
+
+
+def parent_of(uri: str) -> str:
+    """The directory that holds `uri`, with the same query."""
+    path, query = _query_apart(uri)
+    return (posixpath.dirname(path.rstrip("/")) or "/") + query
+
+
+def relative_path(uri: str, root: str) -> str:
+    """The path of `uri` below the directory `root`, without query."""
+    path, root = _query_apart(uri)[0], _query_apart(root)[0].rstrip("/") + "/"
+    assert path.startswith(root), (uri, root)
+    return path[len(root) :]
 
 
 def info(uri: str) -> pafs.FileInfo:
@@ -90,47 +110,63 @@ def list_files(uri: str, pattern: str = "*", recursive: bool = False) -> list[tu
     A directory that does not exist has no files. Temporary files of unfinished writes are left out.
     """
     filesystem, path = resolve(uri)
+    return [
+        (file_uri, entry)
+        for file_uri, entry in _files_below(filesystem, path, uri, recursive)
+        if fnmatch.fnmatchcase(posixpath.basename(entry.path), pattern)
+    ]
+
+
+def _files_below(
+    filesystem: pafs.FileSystem, path: str, uri: str, recursive: bool
+) -> list[tuple[str, pafs.FileInfo]]:
+    """(URI, info) of the finished files below `path`, sorted; `uri` lends its form and names errors."""
     selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
     try:
-        found = filesystem.get_file_info(selector)
+        files = [
+            (_uri_like(uri, entry.path), entry)
+            for entry in filesystem.get_file_info(selector)
+            if entry.type == pafs.FileType.File and _TEMPORARY not in posixpath.basename(entry.path)
+        ]
     except OSError as error:
         raise DataError(f"{uri}: cannot be listed: {error}") from error
-    files = []
-    for entry in found:
-        name = posixpath.basename(entry.path)
-        if entry.type == pafs.FileType.File and fnmatch.fnmatch(name, pattern) and _TEMPORARY not in name:
-            files.append((_uri_like(uri, entry.path), entry))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{uri}: holds a file whose name is not UTF-8: {error.object!r}; rename it"
+        ) from error
     return sorted(files, key=lambda pair: pair[0])
 
 
 def glob_files(uri: str) -> list[tuple[str, pafs.FileInfo]]:
     """(URI, info) of the files that the wildcard path `uri` matches (`*`, `?`, `[...]`, `**`), sorted."""
-    filesystem, path = resolve(uri) if "://" not in uri else _resolve_wildcard(uri)
+    filesystem, path = resolve(
+        uri
+    )  # In an object-store URI "?" starts the query: only * and [] are wildcards.
     segments = path.split("/")
-    first = next((i for i, segment in enumerate(segments) if any(c in segment for c in "*?[")), len(segments))
+    first = next((i for i, segment in enumerate(segments) if is_wildcard(segment)), len(segments))
     if first == len(segments):
         entry = info(uri)
         return [(absolute(uri), entry)] if entry.type == pafs.FileType.File else []
-    root = "/".join(segments[:first]) or "/"
-    selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
-    try:
-        found = filesystem.get_file_info(selector)
-    except OSError as error:
-        raise DataError(f"{uri}: cannot be listed: {error}") from error
-    wanted = segments[first:]
-    matches = [
-        (_uri_like(uri, entry.path), entry)
-        for entry in found
-        if entry.type == pafs.FileType.File
-        and _TEMPORARY not in posixpath.basename(entry.path)
-        and _match(entry.path[len(root.rstrip("/")) + 1 :].split("/"), wanted)
+    root, wanted = "/".join(segments[:first]) or "/", segments[first:]
+    deep = len(wanted) > 1 or wanted == ["**"]
+    return [
+        (file_uri, entry)
+        for file_uri, entry in _files_below(filesystem, root, uri, recursive=deep)
+        if _match(entry.path[len(root.rstrip("/")) + 1 :].split("/"), wanted)
     ]
-    return sorted(matches, key=lambda pair: pair[0])
 
 
-def _resolve_wildcard(uri: str) -> tuple[pafs.FileSystem, str]:
-    # A "?" in an object-store URI starts its query, so only * and [] are wildcards there.
-    return resolve(uri)
+def is_wildcard(uri: str) -> bool:
+    """Whether `uri` holds a wildcard character outside of its query."""
+    return any(character in _query_apart(uri)[0] for character in "*?[")
+
+
+def wildcard_root(uri: str) -> str:
+    """The directory above the first wildcard of `uri`, which everything that it matches is below of."""
+    path, query = _query_apart(absolute(uri))
+    while is_wildcard(path):
+        path = posixpath.dirname(path)
+    return path + query
 
 
 def _match(segments: list[str], wanted: list[str]) -> bool:
@@ -158,7 +194,10 @@ def open_input(uri: str) -> pa.NativeFile:
     filesystem, path = resolve(uri)
     try:
         if filesystem is _LOCAL:
-            return pa.memory_map(path) if os.path.getsize(path) else pa.BufferReader(b"")
+            status = os.stat(path)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            return pa.memory_map(path) if status.st_size else pa.BufferReader(b"")
         return filesystem.open_input_file(path)
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file") from error
@@ -191,14 +230,16 @@ def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
     except OSError as error:
         room = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "refused"
         raise DataError(
-            f"{uri}: writing {len(memoryview(content))} bytes failed ({room}): {error}; make room or name another "
-            "output, then run the same command again: what was finished is kept"
+            f"{uri}: writing {len(memoryview(content))} bytes failed ({room}): {error}; make room or name "
+            "another output, then run the same command again: what was finished is kept"
         ) from error
 
 
 def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = os.path.join(os.path.dirname(path), f"{_TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}")
+    temporary = os.path.join(
+        os.path.dirname(path), f"{_TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}"
+    )
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -38,14 +38,14 @@ class EmbedJob:
     batch_size: int = 256
     """Rows that the tower takes at once."""
     rows_per_shard: int | None = None
-    """Source rows to a shard, the unit that is resumed; by default 8192 texts or 1024 images (their pixels wait
-    in memory together)."""
+    """Source rows to a shard, the unit that is resumed; by default 8192 texts or 1024 images (whose pixels
+    wait in memory together)."""
     max_image_pixels: int = 178_956_970
     """Larger images are rejected before they are decoded (decompression bombs)."""
     max_rejected_fraction: float = 0.001
     """Fail when a larger share of the rows is unreadable, empty or duplicate; what was encoded is kept."""
     duplicate_ids: DuplicateIds = "reject"
-    """Rows of other content under an id that exists: reject them, or keep them under a number of their own."""
+    """Rows of other content under an id that exists: reject them, or keep them, numbered."""
     resources: Resources = field(default_factory=Resources)
 
     @property
@@ -67,8 +67,8 @@ def run(job: EmbedJob) -> str:
     """Embed as `job` says and describe the store.
 
     Raises:
-        DataError: a source is missing, damaged or changed since it was embedded; the output is another store; or
-            too many rows were rejected.
+        DataError: a source is missing, damaged or changed since it was embedded; the output is another store;
+            or too many rows were rejected.
     """
     output = storage.absolute(job.output)
     identity = _identity(job.encoder)
@@ -144,8 +144,8 @@ def _splits(job: EmbedJob, rows_per_shard: int, footers: list[Footer]) -> list[S
     for split in splits:
         if not split.files and former.get(split.uri, split.identity) != split.identity:
             raise DataError(
-                f"{split.uri}: has changed since it was embedded into {job.output}; restore it, or embed into a new "
-                "output (add data as new files, not by changing old ones)"
+                f"{split.uri}: has changed since it was embedded into {job.output}; restore it, or embed into a "
+                "new output (add data as new files, not by changing old ones)"
             )
     return splits
 

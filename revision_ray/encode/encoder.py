@@ -8,6 +8,7 @@ Shapes: N rows, D embedding_dim, C channels, H height, W width.
 """
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -19,6 +20,10 @@ from PIL import Image
 from revision_ray.config import MISSING
 from revision_ray.errors import ConfigError
 
+# One thread per tokenizer: Ray gives a task so many CPUs and counts on it, and a pool of threads does not
+# survive a fork (the tokenizers library then warns and goes on with one).
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -27,10 +32,11 @@ class EncoderConfig:
     kind: Literal["open_clip", "transformers", "llm2clip"] = "open_clip"
     """Library that the checkpoint belongs to."""
     model: str = MISSING
-    """open_clip: architecture name, or path of a config JSON. transformers: hub id or folder (CLIP, SigLIP,
-    SigLIP 2). llm2clip: hub id or folder of the image checkpoint."""
+    """open_clip: architecture name, path of a config JSON, folder with open_clip_config.json, or hf-hub:ID.
+    transformers: hub id or folder (CLIP, SigLIP, SigLIP 2). llm2clip: hub id or folder of the image
+    checkpoint."""
     pretrained: str | None = None
-    """open_clip only: a pretrained tag, or the path of a checkpoint file."""
+    """open_clip only: a pretrained tag, or the path of a checkpoint file (a folder brings its own)."""
     text_model: str | None = None
     """llm2clip only: hub id or folder of the text language model."""
     revision: str | None = None
@@ -40,7 +46,8 @@ class EncoderConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU that the actor was given, else the CPU."""
     trust_remote_code: bool = False
-    """Run Python code that the checkpoint ships. Off unless you have read that code."""
+    """llm2clip only: run Python code that the image checkpoint ships, where its weights are not laid out as
+    we know them. Off unless you have read that code."""
 
 
 class ImagePreparer(Protocol):
@@ -75,7 +82,7 @@ class TextTower(Protocol):
     embedding_dim: int
 
     def encode(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 unit rows (N, D) of N token sequences; padding never changes a row beyond float tolerance."""
+        """float32 unit rows (N, D) of N token sequences; padding changes no row beyond float tolerance."""
         ...
 
 
@@ -103,7 +110,8 @@ def device_of(config: EncoderConfig) -> torch.device:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError(
-            "encoder.device=cuda, but this process sees no GPU; give the actors one (num_gpus) or use device=auto"
+            "encoder.device=cuda, but this process sees no GPU; give the actors one (num_gpus) or use "
+            "device=auto"
         )
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
@@ -114,3 +122,34 @@ def dtype_of(config: EncoderConfig) -> torch.dtype:
         return getattr(torch, config.dtype)
     on_gpu = device_of(config).type == "cuda"
     return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelScale:
+    """How bytes become what an image tower was trained on: (byte * scale - mean) / std, per channel."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels_NCHW: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Pixels on `device`: they travel as bytes, a quarter of float32, and are scaled there in float32."""
+        # A view of shared memory (Arrow, Ray) is read-only, which torch.from_numpy warns about.
+        raw_NCHW = torch.from_numpy(np.require(pixels_NCHW, requirements=["C", "W"])).to(device)
+        mean_C11, std_C11 = (
+            torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std)
+        )
+        return ((raw_NCHW.float() * self.scale - mean_C11) / std_C11).to(dtype)
+
+
+def pad_right(tokens: Sequence[np.ndarray], length: int, pad_id: int) -> np.ndarray:
+    """int64 (N, length): each sequence from the left, `pad_id` behind it."""
+    padded_NT = np.full((len(tokens), length), pad_id, dtype=np.int64)
+    for row_T, ids in zip(padded_NT, tokens, strict=True):
+        row_T[: len(ids)] = ids
+    return padded_NT
+
+
+def unit_rows(features_ND: torch.Tensor) -> np.ndarray:
+    """float32 rows of length one in main memory, normalised in float32 whatever the compute dtype was."""
+    return torch.nn.functional.normalize(features_ND.float(), dim=-1).cpu().numpy()

@@ -2,8 +2,8 @@
 
     splits --prepare--> units of rows_per_shard prepared rows --encode--> unit rows --write--> part-*.parquet
 
-A unit is one row of the Ray Data stream and becomes one shard, which appears atomically and records what it was
-made from. A job that starts again reads the shards' footers and makes only the units that are missing.
+A unit is one row of the Ray Data stream and becomes one shard, which appears atomically and records what it
+was made from. A job that starts again reads the shards' footers and makes only the units that are missing.
 """
 
 import json
@@ -31,8 +31,8 @@ class Resources:
     """What each stage asks of the cluster."""
 
     gpus_per_actor: float | None = None
-    """GPUs (or a fraction of one) for each encoder actor; by default 1 where the cluster has GPUs, else 0. On a
-    cluster that starts GPU nodes on demand, say 1."""
+    """GPUs (or a fraction of one) for each encoder actor; by default 1 where the cluster has GPUs, else 0. On
+    a cluster that starts GPU nodes on demand, say 1."""
     cpus_per_actor: float = 1.0
     """CPUs for each encoder actor; its thread count where it runs on the CPU."""
     max_actors: int | None = None
@@ -186,7 +186,7 @@ class Prepare:
 
 
 def _grouped(rows: Iterable[Any], size: int) -> Iterator[tuple[int, bool, list[Any]]]:
-    """(index, whether it is the last, rows): groups of `size` rows, rejected ones counted; at least one group."""
+    """(index, whether it is the last, rows): groups of `size` rows, rejected ones too; at least one group."""
     index, group = 0, []
     for row in rows:
         if len(group) == size:
@@ -250,7 +250,7 @@ class Encode:
             else:
                 tokens = np.split(np.frombuffer(payload, np.int32), np.cumsum(shape)[:-1]) if shape else []
                 embedding_ND = encode_texts(self.text_tower, tokens, self.plan.batch_size)
-            encoded.append(pa.py_buffer(np.ascontiguousarray(embedding_ND, np.float32)))
+            encoded.append(embedding_ND.astype(np.float32, copy=False).tobytes())
         return units.select(["footer", "rows"]).append_column(
             "embedding", pa.array(encoded, pa.large_binary())
         ).append_column("embedding_dim", pa.array([self.embedding_dim] * len(encoded)))  # fmt: skip

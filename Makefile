@@ -1,0 +1,48 @@
+# Every target sets itself up: `make demo` and `make test` work in a fresh clone.
+#   make demo PYTHON=python3.12 VENV=/somewhere/else
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# OpenMP threads that spin while they wait slow every other process of a small machine down, up to ten times.
+export OMP_WAIT_POLICY ?= passive
+# Ray reports usage statistics at each start unless told otherwise.
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: demo test test-slow check bench lock clean
+
+demo: $(READY)
+	$(BIN)/python jobs/demo.py configs/demo.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+# The file appears last, so an installation that was cut off is made again; a changed pin or dependency, too.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version 2>&1) was found; run make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# What is installed now becomes the pins. To raise them, empty constraints.txt, delete the environment, run this.
+lock: $(READY)
+	$(BIN)/python -m pip freeze --disable-pip-version-check --exclude-editable > constraints.txt
+	@touch $(READY)
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find revision_ray jobs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,365 @@
+"""cluster.yaml is what Ray and AWS accept; a job line does the same after `ray job submit`."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import botocore.session
+import botocore.validate
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from moto.server import ThreadedMotoServer
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+# --- cluster.yaml -----------------------------------------------------------------------------------------
+
+
+def cluster_yaml() -> dict:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+def pins() -> dict[str, str]:
+    return dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+
+
+def test_ray_accepts_the_configuration():
+    validate_config(prepare_config(cluster_yaml()))
+
+
+def test_ray_refuses_a_misspelt_configuration():
+    """The validation above can fail: Ray knows every key."""
+    config = cluster_yaml()
+    config["available_node_types"]["gpu"]["min_worker"] = 0
+    with pytest.raises(Exception, match="min_worker"):
+        validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("node_type", ["head", "cpu", "gpu"])
+def test_aws_accepts_the_node(node_type):
+    """Every key and type of `node_config` is one of EC2's RunInstances."""
+    node_config = cluster_yaml()["available_node_types"][node_type]["node_config"]
+    shape = (
+        botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    )
+    request = {**node_config, "MinCount": 1, "MaxCount": 1}
+    report = botocore.validate.ParamValidator().validate(request, shape)
+    assert not report.has_errors(), report.generate_report()
+
+
+@pytest.fixture(scope="module")
+def aws(tmp_path_factory):
+    """An address that answers as AWS does, with an account in which the header's commands were run."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ssh").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE"):
+            patch.delenv(name, raising=False)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "none")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        # Ray keeps the key pair that it makes in ~/.ssh.
+        patch.setenv("HOME", str(home))
+        iam = boto3.client("iam", region_name="us-west-2")
+        iam.create_role(RoleName="revision-ray", AssumeRolePolicyDocument="{}")
+        iam.create_instance_profile(InstanceProfileName="revision-ray")
+        iam.add_role_to_instance_profile(InstanceProfileName="revision-ray", RoleName="revision-ray")
+        yield boto3.client("ec2", region_name="us-west-2")
+    server.stop()
+
+
+def test_ray_launches_every_node_type(aws):
+    """Ray's own code for `ray up` on AWS, to the running instance: networks, keys, groups, requests."""
+    config = bootstrap_aws(prepare_config(cluster_yaml()))
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for name, node_type in config["available_node_types"].items():
+        assert len(provider.create_node(node_type["node_config"], {"ray-user-node-type": name}, 1)) == 1
+    launched = [
+        instance for group in aws.describe_instances()["Reservations"] for instance in group["Instances"]
+    ]
+    assert {instance["InstanceType"] for instance in launched} == {
+        "m7i.2xlarge",
+        "m7i.8xlarge",
+        "g6e.12xlarge",
+    }
+    # Without the role a worker cannot read s3:// paths.
+    assert all(instance["IamInstanceProfile"]["Arn"].endswith("/revision-ray") for instance in launched)
+    assert [i["InstanceType"] for i in launched if i.get("InstanceLifecycle") == "spot"] == ["m7i.8xlarge"]
+
+
+def test_nodes_have_the_resources_that_the_autoscaler_is_told(aws):
+    """Else it would wait for tasks that no node can take, or start nodes that stay half idle."""
+    for name in ("cpu", "gpu"):
+        node_type = cluster_yaml()["available_node_types"][name]
+        described = aws.describe_instance_types(InstanceTypes=[node_type["node_config"]["InstanceType"]])
+        machine = described["InstanceTypes"][0]
+        devices = sum(gpu["Count"] for gpu in machine.get("GpuInfo", {}).get("Gpus", []))
+        assert node_type["resources"] == {"CPU": machine["VCpuInfo"]["DefaultVCpus"], "GPU": devices}
+
+
+def test_workers_scale_from_zero_and_the_head_takes_no_task():
+    config = prepare_config(cluster_yaml())
+    head, cpu, gpu = (config["available_node_types"][name] for name in ("head", "cpu", "gpu"))
+    assert cpu["min_workers"] == gpu["min_workers"] == head["max_workers"] == 0
+    assert config["max_workers"] >= cpu["max_workers"] + gpu["max_workers"] > 0
+    assert 0 < config["idle_timeout_minutes"] <= 15
+    assert head["resources"]["CPU"] == 0
+    assert "--num-cpus=0" in config["head_start_ray_commands"][-1]
+
+
+def test_token_authentication_is_on_and_nothing_listens_openly():
+    text = (ROOT / "cluster.yaml").read_text()
+    config = yaml.safe_load(text)
+    options = config["docker"]["run_options"]
+    assert "--env RAY_AUTH_MODE=token" in options
+    token_path = next(option.split("=")[1] for option in options if "RAY_AUTH_TOKEN_PATH=" in option)
+    assert config["file_mounts"][token_path] == "~/.ray/auth_token"
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+    # A token of Ray's is 64 hexadecimal digits, an AWS key id begins with AKIA.
+    assert "RAY_AUTH_TOKEN=" not in text
+    assert not re.search(r"[0-9a-f]{32}|AKIA[A-Z0-9]{16}", text)
+
+
+def test_images_hold_the_pinned_ray_and_the_tested_python():
+    config = cluster_yaml()
+    gpu_image = config["available_node_types"]["gpu"]["docker"]["worker_image"]
+    for image, flavour in ((config["docker"]["image"], "cpu"), (gpu_image, "gpu")):
+        assert image == f"rayproject/ray:{pins()['ray']}-py311-{flavour}"
+
+
+def test_set_up_installs_exactly_the_dependencies_of_the_project(tmp_path):
+    """The shell command of cluster.yaml, run as a node runs it, up to the call of pip."""
+    config = cluster_yaml()
+    listing, install = config["setup_commands"]
+    assert "--constraint ~/project/constraints.txt --requirement /tmp/requirements.txt" in install
+    (tmp_path / "project").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "project")
+    command = listing.replace("> /tmp/requirements.txt", "")
+    environment = {"HOME": str(tmp_path), "PATH": f"{BIN}:/usr/bin:/bin"}
+    result = subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, check=True
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert result.stdout.split("\n")[:-1] == project["dependencies"]
+    mounted = {Path(remote).name: local for remote, local in config["file_mounts"].items()}
+    assert mounted["pyproject.toml"] == "pyproject.toml"
+    assert mounted["constraints.txt"] == "constraints.txt"
+
+
+# --- ray job submit ---------------------------------------------------------------------------------------
+
+
+class Head:
+    """A head node in processes of its own, with token authentication, and the line that submits to it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        token_path = folder / "token"
+        token_path.write_text(secrets.token_hex(32))
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.without_token = {**clean, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.with_token = {
+            **self.without_token,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token_path),
+        }
+        gcs, client, dashboard, agent = free_ports(4)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        # Worker ports are below the system's own range, from which free_ports takes the others.
+        command = [
+            *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"),
+            *(f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
+            *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+            *("--dashboard-host=127.0.0.1", "--object-store-memory=200000000"),
+            *("--min-worker-port=20000", "--max-worker-port=20999"),
+        ]
+        self.log = folder / "head.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, env=self.with_token, cwd=folder, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def wait_until_ready(self) -> None:
+        for _ in range(120):
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                self.get("/api/version", self.with_token)
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(self.log.read_text())
+
+    def get(self, path: str, environment: dict[str, str]) -> int:
+        request = urllib.request.Request(self.address + path)
+        if "RAY_AUTH_TOKEN_PATH" in environment:
+            token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+            request.add_header("Authorization", f"Bearer {token}")
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return response.status
+
+    def submit(self, working_dir: Path, *entrypoint: str, environment: dict[str, str] | None = None):
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--working-dir", "."]
+        return subprocess.run(
+            [*command, "--", *entrypoint],
+            env=environment or self.with_token,
+            cwd=working_dir,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=500,
+        )
+
+    def end(self) -> None:
+        """Every process that this head started has ended; other Rays of the machine are left alone."""
+        family = [
+            *psutil.Process(self.process.pid).children(recursive=True),
+            psutil.Process(self.process.pid),
+        ]
+        self.process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=10)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head():
+    # A short path: Ray's Unix sockets below it may have 107 bytes in all.
+    folder = Path(tempfile.mkdtemp(prefix="rv", dir="/tmp"))
+    started = Head(folder)
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        started.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The files that a clone has and a job needs, with a heavy environment and old runs beside them."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("revision_ray", "jobs", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for heavy in (".venv/lib/library.so", "runs/demo/checkpoint.safetensors", ".git/objects/pack"):
+        (folder / heavy).parent.mkdir(parents=True)
+        (folder / heavy).write_bytes(bytes(1_000_000))
+    return folder
+
+
+WHERE = """
+import json, os, ray, revision_ray
+ray.init()
+where = ray.remote(lambda: __import__("revision_ray").__file__)
+files = [os.path.join(at, name) for at, _, names in os.walk(".") for name in names]
+print("FOUND", json.dumps({
+    "driver": revision_ray.__file__, "worker": ray.get(where.remote()), "top": sorted(os.listdir(".")),
+    "size": sum(map(os.path.getsize, files)), "cwd": os.getcwd(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory) -> Path:
+    """Two directories of Parquet with the two columns that anyone's embeddings have."""
+    folder = tmp_path_factory.mktemp("stores")
+    generator = np.random.default_rng(0)
+    for name, centre in (("texts", 0.2), ("images", -0.2)):
+        rows = generator.normal(centre, 1.0, size=(300, 16)).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        table = pa.table({"id": [f"{name}-{row}" for row in range(300)], "embedding": list(rows)})
+        (folder / name).mkdir()
+        pq.write_table(table, folder / name / "part-0.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submitted(head, checkout, stores) -> dict[str, subprocess.CompletedProcess]:
+    """Three jobs, handed to the cluster at the same time."""
+    fit = ("python", "jobs/fit.py", "configs/fit.yaml")
+    lines = {
+        # -P keeps the current directory off the path, as with a script in jobs/.
+        "where": ("python", "-P", "-c", WHERE),
+        "fit": (*fit, f"texts={stores}/texts", f"images={stores}/images", f"output={stores}/fit"),
+        "typo": (*fit, "txets=nowhere"),
+    }
+    with ThreadPoolExecutor(len(lines)) as pool:
+        results = pool.map(lambda line: head.submit(checkout, *line), lines.values())
+        return dict(zip(lines, results, strict=True))
+
+
+def test_driver_and_workers_import_the_package_that_was_submitted(head, submitted):
+    """Not the one that this environment has installed: nodes of a cluster have none."""
+    result = submitted["where"]
+    assert result.returncode == 0, result.stdout
+    line = next(line for line in result.stdout.splitlines() if line.startswith("FOUND"))
+    found = json.loads(line.removeprefix("FOUND "))
+    assert found["driver"] == found["worker"] == found["cwd"] + "/revision_ray/__init__.py"
+    assert found["cwd"].startswith(str(head.folder))
+    # What .gitignore names, and the repository's own objects, stay at home.
+    assert found["top"] == [".gitignore", "configs", "jobs", "pyproject.toml", "revision_ray"]
+    assert found["size"] < 2_000_000
+
+
+def test_a_job_line_runs_on_the_cluster(submitted, stores):
+    result = submitted["fit"]
+    assert result.returncode == 0, result.stdout
+    gap = json.loads((stores / "fit" / "alignment.json").read_text())["modality_gap"]
+    assert gap["after"] < 0.1 * gap["before"]
+
+
+def test_a_failing_job_fails_the_submission(submitted):
+    result = submitted["typo"]
+    assert result.returncode != 0
+    assert "Did you mean: 'texts'" in result.stdout
+    assert "exit code 2" in result.stdout, "the job's own exit code is in Ray's message"
+
+
+def test_without_the_token_nothing_is_accepted(head, checkout):
+    result = head.submit(checkout, "python", "-c", "print('ran')", environment=head.without_token)
+    assert result.returncode != 0
+    assert "Unauthorized" in result.stdout
+    assert "ran\n" not in result.stdout
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        head.get("/api/jobs/", head.without_token)
+    stranger = head.folder / "wrong-token"
+    stranger.write_text(secrets.token_hex(32))
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        head.get("/api/jobs/", {"RAY_AUTH_TOKEN_PATH": str(stranger)})
