@@ -7,6 +7,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +28,12 @@ Repeated = dict[int, bool]
 
 
 def find_repeated(uris: Sequence[str]) -> dict[int, Repeated]:
-    """For each shard (by its place in `uris`) the rows whose id stands in an earlier shard, or earlier in it."""
+    """For each shard (by its place in `uris`) the rows whose id stands earlier, in it or in another shard."""
     connect()
     with user_errors():
         num_rows = sum(ray.get([_count.remote(uri) for uri in uris]))
         partitions = 1 + num_rows // _ROWS_PER_PARTITION
-        hashed = _hashes.options(num_returns=partitions)
+        hashed: Any = _hashes.options(num_returns=partitions)
         columns = [hashed.remote(uri, place, partitions) for place, uri in enumerate(uris)]
         parts = [[column] for column in columns] if partitions == 1 else columns
         found = [_repeated.remote(*[part[p] for part in parts]) for p in range(partitions)]
@@ -83,6 +84,17 @@ def _repeated(*parts: np.ndarray) -> list[tuple[int, int, bool]]:
     ]
 
 
+def rejected_rows(uri: str, repeated: Repeated) -> list[Rejected]:
+    """The rows of the shard at `uri` whose id stands earlier under other content."""
+    other = [row for row, same in sorted(repeated.items()) if not same]
+    ids = shards.read_columns(uri, ["id"]).column("id").take(other).to_pylist() if other else []
+    reason = "duplicate id: an earlier row with other content has it"
+    return [
+        Rejected(id=row_id, uri=f"{storage.name_of(uri)}:row {row}", reason=reason)
+        for row, row_id in zip(other, ids, strict=True)
+    ]
+
+
 def mend_shard(uri: str, repeated: Repeated, number_all: bool, layout: Layout) -> Footer:
     """The shard at `uri` with its repeated ids mended, written in place of the former; its new footer.
 
@@ -94,16 +106,9 @@ def mend_shard(uri: str, repeated: Repeated, number_all: bool, layout: Layout) -
     table = shards.read_columns(uri, ["id", *(n for n in names if n in shards.column_names(uri))])
     embedding_ND = shards.read_embeddings(uri)
     ids = table.column("id").to_pylist()
-    rejected, kept = [], []
-    for row, row_id in enumerate(ids):
-        if row in repeated and not (repeated[row] or number_all):
-            where = f"{storage.name_of(uri)}:row {row}"
-            reason = "duplicate id: an earlier row with other content has it"
-            rejected.append(Rejected(id=row_id, uri=where, reason=reason))
-            continue
-        kept.append(row)
-        if row in repeated:
-            ids[row] = f"{row_id}-{footer.split[:8]}-{footer.index}-{row}"
+    kept = [row for row in range(len(ids)) if number_all or repeated.get(row, True)]
+    for row in repeated:
+        ids[row] = f"{ids[row]}-{footer.split[:8]}-{footer.index}-{row}"
     columns = {
         name: pa.array(table.column(name).take(kept).to_pylist(), table.column(name).type)
         for name in names
@@ -111,7 +116,7 @@ def mend_shard(uri: str, repeated: Repeated, number_all: bool, layout: Layout) -
     }
     footer = replace(
         footer,
-        rejected=(*footer.rejected, *rejected),
+        rejected=(*footer.rejected, *([] if number_all else rejected_rows(uri, repeated))),
         num_truncated=sum(columns["truncated"].to_pylist())
         if "truncated" in columns
         else footer.num_truncated,

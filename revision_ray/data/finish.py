@@ -7,8 +7,9 @@ from typing import Literal
 
 from revision_ray import storage
 from revision_ray.data import shards
-from revision_ray.data.duplicates import find_repeated, mend_shard
+from revision_ray.data.duplicates import Repeated, find_repeated, mend_shard, rejected_rows
 from revision_ray.data.rejected import REJECTED, check_rejected, write_rejected
+from revision_ray.data.schema import Rejected
 from revision_ray.data.shards import Footer, Layout, Manifest
 from revision_ray.errors import DataError
 
@@ -56,7 +57,8 @@ def claim(output: str, settings: dict[str, object]) -> None:
     for key, value in settings.items():
         if found.get(key) != value:
             raise DataError(
-                f"{output}: is a store with {key} = {found.get(key)}, this job says {value}; name another output"
+                f"{output}: is a store with {key} = {found.get(key)}, this job says {value}; "
+                "name another output"
             )
 
 
@@ -75,17 +77,15 @@ def finish_store(output: str, finish: Finish, *, changed: bool = True) -> Manife
         raise DataError(f"{output}: the sources hold no rows")
     dims = {footer.embedding_dim: uri for uri, footer in footers.items()}
     if len(dims) > 1:
-        raise DataError(f"shards of different dimensions: {dims}; embed each encoder into an output of its own")
-    if changed or former is None:
-        footers |= _mended(footers, {entry.name for entry in former.shards} if former else set(), finish)
-    rejected = sorted(
-        (row for footer in footers.values() for row in footer.rejected), key=lambda row: (row.uri, row.id)
-    )
-    listed = storage.join(output, REJECTED)
-    write_rejected(listed, rejected)
+        raise DataError(f"{output}: shards of different dimensions: {dims}; name an output for each encoder")
+    known = {entry.name for entry in former.shards} if former else set()
+    repeated = _repeated(footers, known) if changed or former is None else {}
+    rejected = _list_rejected(footers, repeated, finish, storage.join(output, REJECTED))
+    # Only now, when the job is sure to succeed: what a shard has lost cannot be had again without encoding.
+    number_all = finish.duplicate_ids == "number"
+    footers |= {uri: mend_shard(uri, rows, number_all, finish.layout) for uri, rows in repeated.items()}
     entries = [shards.entry_of(storage.name_of(uri), footer) for uri, footer in sorted(footers.items())]
     num_rows = sum(entry.num_rows for entry in entries)
-    check_rejected(rejected, num_rows + len(rejected), finish.max_rejected_fraction, listed)
     if not num_rows:
         raise DataError(f"{output}: the sources hold no rows")
     first = next(iter(footers.values()))
@@ -115,18 +115,27 @@ def describe(manifest: Manifest, output: str) -> str:
     )
 
 
-def _mended(footers: dict[str, Footer], known: set[str], finish: Finish) -> dict[str, Footer]:
-    """Footers of the shards that had repeated ids, mended. Shards that a manifest lists come first and stay."""
+def _repeated(footers: dict[str, Footer], known: set[str]) -> dict[str, Repeated]:
+    """Rows of repeated ids, by shard URI. Shards that a manifest lists (`known`) come first, so they stay."""
     order = sorted(footers, key=lambda uri: (storage.name_of(uri) not in known, *footers[uri].place))
-    repeated = find_repeated(order)
+    return {order[place]: rows for place, rows in find_repeated(order).items()}
+
+
+def _list_rejected(
+    footers: dict[str, Footer], repeated: dict[str, Repeated], finish: Finish, listed: str
+) -> list[Rejected]:
+    """All rejected rows, those with repeated ids included, written to `listed`; few enough for `finish`."""
+    rejected = [row for footer in footers.values() for row in footer.rejected]
+    num_rows = len(rejected) + sum(footer.num_rows for footer in footers.values())
+    if finish.duplicate_ids == "reject":
+        rejected += [row for uri, rows in repeated.items() for row in rejected_rows(uri, rows)]
     if repeated:
         log.warning(
             "%d rows repeat an id: those of equal content get a number, those of other content are %s",
             sum(len(rows) for rows in repeated.values()),
             "rejected" if finish.duplicate_ids == "reject" else "numbered too",
         )
-    number_all = finish.duplicate_ids == "number"
-    return {
-        order[place]: mend_shard(order[place], rows, number_all, finish.layout)
-        for place, rows in repeated.items()
-    }
+    rejected.sort(key=lambda row: (row.uri, row.id))
+    write_rejected(listed, rejected)
+    check_rejected(rejected, num_rows, finish.max_rejected_fraction, listed)
+    return rejected

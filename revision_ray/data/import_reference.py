@@ -1,6 +1,6 @@
 """The import job: the reference code's pickled parts to an embedding store."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from revision_ray.cluster import connect, user_errors
 from revision_ray.config import MISSING
 from revision_ray.data import shards
 from revision_ray.data.finish import DuplicateIds, Finish, claim, describe, finish_store
-from revision_ray.data.reference_pickles import ReferenceRow, read_reference
+from revision_ray.data.reference_pickles import ContentKey, ReferenceRow, read_reference
 from revision_ray.data.schema import Rejected
 from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Footer, Modality
 from revision_ray.errors import DataError
@@ -25,7 +25,7 @@ _ENDINGS = (".pkl", ".pickle")
 
 @dataclass(frozen=True, kw_only=True)
 class ImportJob:
-    """Turn the reference code's pickled embeddings into an embedding store. Rows keep their values and length."""
+    """Turn the reference code's pickled embeddings into an embedding store; rows keep values and length."""
 
     input: str = MISSING
     """A pickle, or a directory of them (.pkl, .pickle)."""
@@ -44,7 +44,7 @@ class ImportJob:
     max_rejected_fraction: float = 0.001
     """Fail when a larger share of rows is NaN, infinite, zero, or of another dimension."""
     duplicate_ids: DuplicateIds = "reject"
-    """Rows of other content under an id that exists: reject them, or keep them under a number of their own."""
+    """Rows of other content under an id that exists: reject them, or keep them under a numbered id."""
 
 
 def run(job: ImportJob) -> str:
@@ -56,7 +56,16 @@ def run(job: ImportJob) -> str:
     output = storage.absolute(job.output)
     files = _files(job.input)
     encoder = EncoderIdentity(name=job.encoder_name, fingerprint=job.encoder_fingerprint)
-    claim(output, {"modality": job.modality, "dtype": job.dtype, "input": files, "domain": job.domain})
+    claim(
+        output,
+        {
+            "modality": job.modality,
+            "dtype": job.dtype,
+            "input": files,
+            "domain": job.domain,
+            "encoder": asdict(encoder),
+        },
+    )
     connect()
     load = ray.remote(num_cpus=1)(_import_file)
     with user_errors(), progress("import", len(files), "files") as shown:
@@ -87,8 +96,11 @@ def _files(uri: str) -> list[str]:
 
 
 def _import_file(uri: str, output: str, modality: Modality, dtype: str, encoder: EncoderIdentity) -> None:
-    split = storage.sha256(uri.encode())[:16]
-    rows = list(read_reference(uri))
+    split, identity = storage.sha256(uri.encode())[:16], _identity(uri)
+    if _stands(uri, output, split, identity):
+        return
+    content_key: ContentKey = "caption" if modality == "text" else "image_path"
+    rows = list(read_reference(uri, content_key))
     lengths = np.array([len(row.embedding) if row.embedding is not None else 0 for row in rows], np.int64)
     dim = int(np.bincount(lengths[lengths > 0]).argmax()) if (lengths > 0).any() else 0
     if not dim:
@@ -107,6 +119,7 @@ def _import_file(uri: str, output: str, modality: Modality, dtype: str, encoder:
             encoder=encoder,
             split=split,
             split_uri=uri,
+            identity=identity,
             index=index,
             last=start + _ROWS_PER_SHARD >= len(rows),
             rejected=tuple(
@@ -116,6 +129,27 @@ def _import_file(uri: str, output: str, modality: Modality, dtype: str, encoder:
             ),
         )
         shards.write_shard(target, _table(kept, dim, dtype, modality), footer)
+
+
+def _identity(uri: str) -> str:
+    """Changes when the file may have changed."""
+    info = storage.info(uri)
+    return f"{info.size}-{info.mtime_ns}"
+
+
+def _stands(uri: str, output: str, split: str, identity: str) -> bool:
+    """Whether all shards of this file are written, so that it need not be read again.
+
+    Raises:
+        DataError: the file has changed since some were.
+    """
+    written = [path for path, _ in storage.list_files(output, f"part-{split}-*.parquet")]
+    if not written:
+        return False
+    footer = shards.read_footer(written[-1])
+    if footer.identity != identity:
+        raise DataError(f"{uri}: has changed since it was imported into {output}; name another output")
+    return footer.last
 
 
 def _fault(row: ReferenceRow, dim: int, dtype: str) -> str:

@@ -1,97 +1,150 @@
 """The reference code's pickled embeddings, read without running anything in them.
 
-The one place that unpickles. Only NumPy arrays, NumPy scalars and plain containers may be built; a pickle
-that names anything else is refused before that thing is looked up, let alone called.
+The one place that unpickles. Only arrays and scalars of numbers and plain containers may be built; a pickle
+that names anything else is refused before that thing is looked up, let alone called. NumPy's own
+reconstruction is not used either: a made-up dtype state passes raw bytes off as Python objects there.
 """
 
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy._core import multiarray, numeric
 
 from revision_ray import storage
 from revision_ray.errors import DataError
+
+# The key under which the reference keeps what was embedded, by modality.
+ContentKey = Literal["caption", "image_path"]
+
+
+class _RefusedError(pickle.UnpicklingError):
+    """The pickle asks for something that is not admitted."""
+
+
+class _Dtype:
+    """A numeric dtype as NumPy pickles it: by name, its byte order in the state."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.dtype = np.dtype(str(name))
+        if self.dtype.kind not in "fiub":
+            raise _RefusedError(f"an array of dtype {self.dtype}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, order, *structure = state
+        if any(part is not None for part in structure[:3]):  # sub-array, field names, fields
+            raise _RefusedError("an array of a structured dtype")
+        if order in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """An array of numbers as NumPy's protocols 0 to 4 pickle it: first made empty, then filled."""
+
+    def __init__(self) -> None:
+        self.values = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran_order, content = state
+        self.values = _from_buffer(content, dtype, shape, "F" if fortran_order else "C")
+
+
+def _from_buffer(
+    content: bytes, dtype: _Dtype, shape: tuple[int, ...], order: Literal["C", "F"]
+) -> np.ndarray:
+    if not isinstance(dtype, _Dtype) or not isinstance(content, bytes | bytearray):
+        raise _RefusedError("an array whose content is not bytes of numbers")
+    return np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _scalar(dtype: _Dtype, content: bytes) -> Any:
+    return _from_buffer(content, dtype, (1,), "C")[0]
 
 
 def _latin1(text: str, encoding: str) -> bytes:
     """What old pickle protocols call to make bytes; other codecs are refused."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in codec {encoding!r}")
+        raise _RefusedError(f"bytes in codec {encoding!r}")
     return text.encode("latin1")
 
 
-def _numeric_dtype(*arguments: Any) -> np.dtype:
-    dtype = np.dtype(*arguments)
-    if dtype.kind not in "fiub":
-        raise pickle.UnpicklingError(f"an array of dtype {dtype}")
-    return dtype
-
-
-_ALLOWED = {
+_ADMITTED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _latin1,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _numeric_dtype,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
 }
 for _module in ("numpy.core", "numpy._core"):  # before and after NumPy 2
-    _ALLOWED[f"{_module}.multiarray", "_reconstruct"] = multiarray._reconstruct
-    _ALLOWED[f"{_module}.multiarray", "scalar"] = multiarray.scalar
-    _ALLOWED[f"{_module}.numeric", "_frombuffer"] = numeric._frombuffer
+    _ADMITTED[f"{_module}.multiarray", "_reconstruct"] = _reconstruct
+    _ADMITTED[f"{_module}.multiarray", "scalar"] = _scalar
+    _ADMITTED[f"{_module}.numeric", "_frombuffer"] = _from_buffer  # protocol 5
 
 
 class _Restricted(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         try:
-            return _ALLOWED[module_name, global_name]
+            return _ADMITTED[module_name, global_name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module_name}.{global_name}") from None
+            raise _RefusedError(f"{module_name}.{global_name}") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("a persistent reference")
+        raise _RefusedError("a persistent reference")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceRow:
-    """A record of the reference: `embedding` is None where it is no vector of floats."""
+    """A record of the reference: `embedding` is None where it is no vector of numbers."""
 
     id: str
     embedding: np.ndarray | None
     content: str  # caption, or image path
 
 
-def read_reference(uri: str) -> Iterator[ReferenceRow]:
-    """The records of one pickled part: a list of {"id", "embed", "caption" | "image_path"}.
+def read_reference(uri: str, content_key: ContentKey) -> Iterator[ReferenceRow]:
+    """The records of one pickled part: a list of {"id", "embed", `content_key`}.
 
     The whole part is in memory while it is read: a pickle cannot be streamed.
 
     Raises:
-        DataError: not a pickle, damaged, of another structure, or with anything but arrays and containers in it.
+        DataError: no pickle, damaged, of another structure, or with anything but arrays and containers in it.
     """
-    try:
-        with storage.open_input(uri) as file:
-            records = _Restricted(file).load()
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{uri}: refused: the pickle holds {error}, and only NumPy arrays and plain containers are admitted; "
-            "nothing in it was run"
-        ) from error
-    except (EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError, MemoryError) as error:
-        raise DataError(f"{uri}: is no readable pickle ({type(error).__name__}: {error})") from error
+    records = _load(uri)
     if not isinstance(records, list):
         raise DataError(f"{uri}: holds a {type(records).__name__}, expected a list of records")
     for number, record in enumerate(records):
-        if not isinstance(record, dict) or "id" not in record or "embed" not in record:
-            found = sorted(record) if isinstance(record, dict) else type(record).__name__
+        if not isinstance(record, dict) or not {"id", "embed", content_key} <= record.keys():
+            found = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
             raise DataError(
-                f"{uri}: record {number} has {found}, expected id, embed, and caption or image_path"
+                f"{uri}: record {number} has {found}, expected id, embed and {content_key}; texts have a "
+                "caption and images an image_path: is the modality right?"
             )
-        content = record.get("caption", record.get("image_path", ""))
-        yield ReferenceRow(id=str(record["id"]), embedding=_vector(record["embed"]), content=str(content))
+        yield ReferenceRow(
+            id=str(record["id"]), embedding=_vector(record["embed"]), content=str(record[content_key])
+        )
+
+
+def _load(uri: str) -> Any:
+    try:
+        with storage.open_input(uri) as file:
+            return _Restricted(file).load()
+    except _RefusedError as error:
+        raise DataError(
+            f"{uri}: refused: the pickle holds {error}; only arrays of numbers and plain containers are "
+            "admitted, and nothing in it was run"
+        ) from error
+    except (
+        pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, MemoryError,
+        ArithmeticError, RecursionError, OSError,
+    ) as error:  # all that damaged bytes were seen to make the unpickler raise  # fmt: skip
+        raise DataError(f"{uri}: is no readable pickle ({type(error).__name__}: {error})") from error
 
 
 def _vector(value: Any) -> np.ndarray | None:
+    value = value.values if isinstance(value, _Array) else value
     if not isinstance(value, np.ndarray | list | tuple):
         return None
     try:

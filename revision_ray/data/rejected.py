@@ -24,6 +24,12 @@ def write_rejected(uri: str, rejected: Sequence[Rejected]) -> None:
     storage.write_bytes(uri, sink.getvalue())
 
 
+def read_rejected(uri: str) -> list[Rejected]:
+    """The list that `write_rejected` wrote."""
+    with storage.open_input(uri) as file:
+        return [Rejected(**row) for row in pq.read_table(file, columns=["id", "uri", "reason"]).to_pylist()]
+
+
 def check_rejected(rejected: Sequence[Rejected], num_rows: int, most: float, listed: str) -> None:
     """No more than the share `most` of `num_rows` rows was rejected.
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from revision_ray import storage
+from revision_ray.data.embedding_column import binary_rows, describe_row, list_rows
 from revision_ray.data.schema import Rejected
 from revision_ray.errors import DataError
 
@@ -134,7 +135,7 @@ def write_shard(uri: str, rows: EmbeddingTable, footer: Footer, layout: Layout =
         sink,
         row_group_size=ROWS_PER_ROW_GROUP,
         use_dictionary=False,
-        compression={**compressed, "embedding": "none"},
+        compression={**compressed, "embedding": "none"},  # type: ignore[arg-type]  # the stubs know no mapping
         write_statistics=False,
         data_page_size=4 << 20,
     )
@@ -190,89 +191,77 @@ def parse_footer(text: str | bytes) -> Footer:
     return Footer(**document)
 
 
-def read_embeddings(uri: str, row_group: int | None = None) -> np.ndarray:
+def read_embeddings(
+    uri: str, row_group: int | None = None, *, embedding_dim: int | None = None, content_hash: str = ""
+) -> np.ndarray:
     """The embeddings of a shard (or of one row group) as (N, D), read-only, without a copy where the column
     is `fixed_size_binary` in one chunk.
 
-    List columns of floats are accepted, more slowly; a null row, or one of another length, becomes a row of
-    NaN as long as the most common length, so that it is rejected and counted where rows are checked.
+    List columns of floats are accepted, more slowly. A row that is null, or not of length `embedding_dim` (by
+    default the most common length), becomes a row of NaN, so that it is rejected and counted where rows are
+    checked. A `content_hash` must be that of the shard's footer, where there is one.
 
     Raises:
-        DataError: no `embedding` column, or not of floats.
+        DataError: damaged, no `embedding` column, not of floats, or of another content hash.
     """
+    table, metadata = _read(uri, ["embedding"], row_group)
+    column = table.column("embedding")
+    footer = json.loads(metadata[FOOTER_KEY]) if FOOTER_KEY in metadata else {}
+    if content_hash and footer.get("content_hash", content_hash) != content_hash:
+        raise DataError(
+            f"{uri}: this shard's content is not what the manifest lists: it was replaced; restore it, or "
+            "make the store again in a new output"
+        )
+    if not pa.types.is_fixed_size_binary(column.type):
+        return list_rows(uri, column, embedding_dim)
+    if not footer:
+        raise DataError(
+            f"{uri}: column embedding is {column.type} without this project's footer, so its dtype is "
+            "unknown; expected a list of floats, or a shard that jobs/embed.py wrote"
+        )
+    rows_ND = binary_rows(column, np.dtype(footer["dtype"]))
+    if embedding_dim in (None, rows_ND.shape[1]):
+        return rows_ND
+    return np.full((len(rows_ND), embedding_dim), np.nan, rows_ND.dtype)
+
+
+def read_columns(uri: str, columns: Sequence[str], row_group: int | None = None) -> pa.Table:
+    """Columns other than the embedding of a shard, or of one row group of it.
+
+    Raises:
+        DataError: damaged, or a column is missing.
+    """
+    return _read(uri, columns, row_group)[0]
+
+
+def column_names(uri: str) -> list[str]:
+    """The columns of the shard at `uri`."""
+    with storage.open_input(uri) as file:
+        return _parquet(uri, file).schema_arrow.names
+
+
+def _read(uri: str, columns: Sequence[str], row_group: int | None) -> tuple[pa.Table, dict[bytes, bytes]]:
     with storage.open_input(uri) as file:
         parquet = _parquet(uri, file)
-        columns = ["embedding"]
-        table = parquet.read(columns, use_threads=False) if row_group is None else parquet.read_row_group(
-            row_group, columns, use_threads=False
-        )  # fmt: skip
-        metadata = parquet.schema_arrow.metadata or {}
-    column = table.column("embedding")
-    if pa.types.is_fixed_size_binary(column.type):
-        dtype = json.loads(metadata[FOOTER_KEY])["dtype"] if FOOTER_KEY in metadata else "float16"
-        return _binary_rows(column, np.dtype(dtype))
-    return _list_rows(uri, column)
+        missing = {"id", "embedding", *columns} - set(parquet.schema_arrow.names)
+        if missing:
+            raise DataError(f"{uri}: has columns {parquet.schema_arrow.names}, needs also {sorted(missing)}")
+        groups = range(parquet.num_row_groups) if row_group is None else [row_group]
+        try:
+            table = parquet.read_row_groups(list(groups), list(columns), use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{uri}: cannot be read as the manifest lists it: {error}; restore it, or make the store "
+                "again in a new output"
+            ) from error
+        return table, parquet.schema_arrow.metadata or {}
 
 
 def _parquet(uri: str, file: pa.NativeFile) -> pq.ParquetFile:
     try:
-        parquet = pq.ParquetFile(file, pre_buffer=False)
-    except (pa.ArrowInvalid, OSError) as error:
+        return pq.ParquetFile(file, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{uri}: is not a readable Parquet file: {error}") from error
-    missing = {"id", "embedding"} - set(parquet.schema_arrow.names)
-    if missing:
-        raise DataError(f"{uri}: has columns {parquet.schema_arrow.names}, needs also {sorted(missing)}")
-    return parquet
-
-
-def _binary_rows(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
-    width = column.type.byte_width
-    parts = [
-        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
-        for chunk in column.chunks
-        if len(chunk)
-    ]
-    flat = parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, np.uint8)])
-    return flat.view(dtype.newbyteorder("<")).reshape(-1, width // dtype.itemsize)
-
-
-def _list_rows(uri: str, column: pa.ChunkedArray) -> np.ndarray:
-    arrow_type = column.type
-    if isinstance(arrow_type, pa.BaseExtensionType):  # tensor columns of Arrow and of Ray store a list below
-        column = pa.chunked_array([chunk.storage for chunk in column.chunks], arrow_type.storage_type)
-        arrow_type = arrow_type.storage_type
-    if not (
-        pa.types.is_list(arrow_type)
-        or pa.types.is_large_list(arrow_type)
-        or pa.types.is_fixed_size_list(arrow_type)
-    ) or not pa.types.is_floating(arrow_type.value_type):
-        raise DataError(
-            f"{uri}: column embedding is {arrow_type}; expected fixed_size_binary, or a list of floats"
-        )
-    rows = column.combine_chunks()
-    rows = (
-        rows.cast(pa.large_list(arrow_type.value_type)) if pa.types.is_fixed_size_list(arrow_type) else rows
-    )
-    lengths = np.asarray(rows.value_lengths().fill_null(-1))
-    dim = int(np.bincount(lengths[lengths >= 0]).argmax()) if (lengths >= 0).any() else 0
-    values = np.full((len(lengths), dim), np.nan, dtype=np.float64 if pa.types.is_float64(arrow_type.value_type)
-                     else np.float32)  # fmt: skip
-    good = lengths == dim
-    flat = rows.filter(pa.array(good)).flatten()
-    values[good] = np.asarray(flat.fill_null(float("nan"))).reshape(-1, dim)
-    return values
-
-
-def read_columns(uri: str, columns: Sequence[str], row_group: int | None = None) -> pa.Table:
-    """Columns other than the embedding of a shard, or of one row group of it."""
-    with storage.open_input(uri) as file:
-        parquet = _parquet(uri, file)
-        missing = set(columns) - set(parquet.schema_arrow.names)
-        if missing:
-            raise DataError(f"{uri}: has columns {parquet.schema_arrow.names}, needs also {sorted(missing)}")
-        if row_group is None:
-            return parquet.read(list(columns), use_threads=False)
-        return parquet.read_row_group(row_group, list(columns), use_threads=False)
 
 
 def read_manifest(uri: str) -> Manifest:
@@ -299,28 +288,11 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def describe_rows(uri: str, row_group: int, positions: Sequence[int], embedding_dim: int) -> list[str]:
-    """What is wrong with each of these rows: wrong dimension, null, NaN, infinite, or zero."""
-    with storage.open_input(uri) as file:
-        column = _parquet(uri, file).read_row_group(row_group, ["embedding"]).column("embedding")
-    values_ND = read_embeddings(uri, row_group)
+    """Why each of these rows of a row group has no direction."""
+    column = _read(uri, ["embedding"], row_group)[0].column("embedding")
     listed = not pa.types.is_fixed_size_binary(column.type)
-    described = []
-    for position in positions:
-        value = column[position].as_py() if listed else values_ND[position]
-        if value is None or any(number is None for number in value):
-            described.append("null")
-        elif len(value) != embedding_dim:
-            described.append(f"dimension {len(value)}, expected {embedding_dim}")
-        elif np.isnan(value).any():
-            described.append("NaN")
-        elif not np.isfinite(value).all():
-            described.append("infinite")
-        else:
-            described.append("zero vector")
-    return described
-
-
-def column_names(uri: str) -> list[str]:
-    """The columns of the shard at `uri`."""
-    with storage.open_input(uri) as file:
-        return _parquet(uri, file).schema_arrow.names
+    values_ND = None if listed else read_embeddings(uri, row_group)
+    return [
+        describe_row(column[position].as_py() if values_ND is None else values_ND[position], embedding_dim)
+        for position in positions
+    ]

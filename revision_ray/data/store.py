@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -45,6 +46,32 @@ class Store:
     @property
     def num_rows(self) -> int:
         return sum(group.num_rows for group in self.row_groups)
+
+    @property
+    def shard_hashes(self) -> frozenset[str]:
+        return frozenset(group.shard_hash for group in self.row_groups)
+
+
+def read_group(group: RowGroup, embedding_dim: int) -> np.ndarray:
+    """The embeddings of a row group, (N, D), in their stored dtype; rows of another dimension are NaN.
+
+    Raises:
+        DataError: the shard is missing, damaged, or not the one that was listed.
+    """
+    block_ND = shards.read_embeddings(
+        group.uri, group.index, embedding_dim=embedding_dim, content_hash=group.shard_hash
+    )
+    if len(block_ND) != group.num_rows:
+        raise DataError(
+            f"{group.uri}: row group {group.index} has {len(block_ND)} rows, listed were {group.num_rows}: "
+            "the shard was replaced; restore it, or make the store again in a new output"
+        )
+    return block_ND
+
+
+def read_group_ids(group: RowGroup) -> list[str]:
+    """The ids of a row group, as text whatever the column's type."""
+    return [str(row_id) for row_id in shards.read_columns(group.uri, ["id"], group.index)["id"].to_pylist()]
 
 
 def open_stores(uris: Sequence[str], modality: Modality) -> Store:
@@ -137,12 +164,20 @@ def _of_bare_parquet(uri: str, modality: Modality) -> Store:
     return Store(
         uris=(uri,),
         modality=modality,
-        embedding_dim=shards.read_embeddings(groups[0].uri, groups[0].index).shape[1],
+        embedding_dim=_bare_dim(uri, groups),
         encoder=EncoderIdentity(),
         domain="",
         alignment="",
         row_groups=tuple(groups),
     )
+
+
+def _bare_dim(uri: str, groups: Sequence[RowGroup]) -> int:
+    """The most common length of the first row group that holds any vector."""
+    for group in groups:
+        if dim := shards.read_embeddings(group.uri, group.index).shape[1]:
+            return dim
+    raise DataError(f"{uri}: column embedding holds nothing but nulls")
 
 
 def _bare_row_groups(path: str) -> list[RowGroup]:
@@ -151,13 +186,19 @@ def _bare_row_groups(path: str) -> list[RowGroup]:
             metadata = pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: is not a readable Parquet file: {error}") from error
-        file.seek(0)
-        digest = hashlib.sha256()
-        while block := file.read_buffer(1 << 24):
-            digest.update(block)
+        footer = (metadata.metadata or {}).get(shards.FOOTER_KEY)
+        shard_hash = shards.parse_footer(footer).content_hash if footer else _sha256_of(file)
     rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
     return [
-        RowGroup(uri=path, shard_hash=digest.hexdigest(), index=i, num_rows=n)
-        for i, n in enumerate(rows)
-        if n
+        RowGroup(uri=path, shard_hash=shard_hash, index=index, num_rows=num_rows)
+        for index, num_rows in enumerate(rows)
+        if num_rows
     ]
+
+
+def _sha256_of(file: pa.NativeFile) -> str:
+    file.seek(0)
+    digest = hashlib.sha256()
+    while block := file.read_buffer(1 << 24):
+        digest.update(block)
+    return digest.hexdigest()
