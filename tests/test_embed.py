@@ -26,7 +26,7 @@ from revision_ray.encode.pipeline import Resources
 from revision_ray.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
-SMALL = Resources(cpus_per_actor=0.5, cpus_per_task=0.25, max_actors=1)
+SMALL = Resources(cpus_per_actor=0.5, cpus_per_task=0.5, max_actors=1)
 # One layer in float32, summed in batches of other sizes: a few roundings; float16 storage adds 2^-11 of 1.
 FLOAT16 = 5e-4
 
@@ -244,7 +244,7 @@ def test_a_killed_job_goes_on_where_it_was(cluster, encoder, tmp_path, points):
     command = [
         sys.executable, "jobs/embed.py", "configs/embed.yaml", f"texts={source}", f"output={output}",
         f"encoder.model={encoder.model}", "rows_per_shard=64", "resources.max_actors=1",
-        "resources.cpus_per_actor=0.5", "resources.cpus_per_task=0.25",
+        "resources.cpus_per_actor=0.5", "resources.cpus_per_task=0.5",
     ]  # fmt: skip
     kept: dict[str, tuple[int, int]] = {}
     for at in points:

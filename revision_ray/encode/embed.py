@@ -1,8 +1,9 @@
 """The embed job: sources to an embedding store, resumed where it was left, extended where sources are new."""
 
 import logging
+import os
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from revision_ray import config, storage
@@ -71,7 +72,8 @@ def run(job: EmbedJob) -> str:
             or too many rows were rejected.
     """
     output = storage.absolute(job.output)
-    identity = _identity(job.encoder)
+    encoder = _located(job.encoder)
+    identity = _identity(encoder)
     rows_per_shard = job.rows_per_shard or (1024 if job.modality == "image" else 8192)
     footers = read_footers(output)
     # Before anything is claimed: a source that is missing must leave no trace.
@@ -94,9 +96,8 @@ def run(job: EmbedJob) -> str:
         log.info("%s: %d of %d splits are embedded already", output, len(splits) - len(left), len(splits))
     plan = Plan(
         modality=job.modality,
-        splits=left,
         done=done,
-        encoder=job.encoder,
+        encoder=encoder,
         identity=identity,
         output=output,
         dtype=job.dtype,
@@ -105,7 +106,7 @@ def run(job: EmbedJob) -> str:
         batch_size=job.batch_size,
         max_image_pixels=job.max_image_pixels,
     )
-    encode_splits(plan, job.resources)
+    encode_splits(left, plan, job.resources)
     config.save_resolved(job, storage.join(output, "config.yaml"))
     finish = Finish(
         domain=job.domain,
@@ -114,6 +115,16 @@ def run(job: EmbedJob) -> str:
         duplicate_ids=job.duplicate_ids,
     )
     return describe(finish_store(output, finish, changed=bool(left)), output)
+
+
+def _located(encoder: EncoderConfig) -> EncoderConfig:
+    """Local paths made absolute: workers run in folders of their own. Names on a hub stay."""
+    paths = {
+        name: os.path.abspath(value)
+        for name in ("model", "pretrained", "text_model")
+        if (value := getattr(encoder, name)) and os.path.exists(value)
+    }
+    return replace(encoder, **paths)
 
 
 def _identity(encoder: EncoderConfig) -> EncoderIdentity:
@@ -144,8 +155,8 @@ def _splits(job: EmbedJob, rows_per_shard: int, footers: list[Footer]) -> list[S
     for split in splits:
         if not split.files and former.get(split.uri, split.identity) != split.identity:
             raise DataError(
-                f"{split.uri}: has changed since it was embedded into {job.output}; restore it, or embed into a "
-                "new output (add data as new files, not by changing old ones)"
+                f"{split.uri}: has changed since it was embedded into {job.output}; restore it, or embed "
+                "into a new output (add data as new files, not by changing old ones)"
             )
     return splits
 

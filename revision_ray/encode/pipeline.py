@@ -7,7 +7,7 @@ was made from. A job that starts again reads the shards' footers and makes only 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -38,15 +38,14 @@ class Resources:
     max_actors: int | None = None
     """The actor pool grows up to this; by default to the GPUs (or half the CPUs) that the cluster has now."""
     cpus_per_task: float = 0.5
-    """CPUs for each reading and preparing task."""
+    """CPUs for each task that reads and prepares, or writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one run of the pipeline makes: these splits, in units of this many rows, into this store."""
+    """How splits become shards. `done` holds the indices of the shards that stand, by split."""
 
     modality: Modality
-    splits: tuple[Split, ...]
     done: dict[str, frozenset[int]]
     encoder: EncoderConfig
     identity: EncoderIdentity
@@ -62,19 +61,19 @@ def shard_name(split: str, index: int) -> str:
     return f"part-{split}-{index:05d}.parquet"
 
 
-def encode_splits(plan: Plan, resources: Resources) -> int:
-    """Every unit of the plan that was not done stands as a shard in the store; the number of rows encoded.
+def encode_splits(splits: Sequence[Split], plan: Plan, resources: Resources) -> int:
+    """Every unit of the splits that was not done stands as a shard in the store; the number of rows encoded.
 
     Raises:
         DataError: a source breaks off, or the storage refuses a write. Shards written so far stay.
     """
     connect()
-    if not plan.splits:
+    if not splits:
         return 0
     gpus = resources.gpus_per_actor
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    items = [{"split": json.dumps(asdict(split))} for split in plan.splits]
+    items = [{"split": json.dumps(asdict(split))} for split in splits]
     encoded = 0
     # One unit a block: a block is the unit of scheduling and of what a lost worker costs.
     with data_context(target_block_bytes=1) as context, user_errors():
@@ -86,7 +85,13 @@ def encode_splits(plan: Plan, resources: Resources) -> int:
             )
             .map_batches(
                 Encode,
-                fn_constructor_args=(plan, gpus, resources.cpus_per_actor),
+                fn_constructor_args=(
+                    plan.modality,
+                    plan.encoder,
+                    plan.batch_size,
+                    gpus,
+                    resources.cpus_per_actor,
+                ),
                 batch_size=None,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
@@ -94,7 +99,9 @@ def encode_splits(plan: Plan, resources: Resources) -> int:
                 num_gpus=gpus or None,
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_most_actors(resources, gpus)),
             )
-            .map_batches(Write(plan), batch_size=None, batch_format="pyarrow", num_cpus=0.1)
+            .map_batches(
+                Write(plan), batch_size=None, batch_format="pyarrow", num_cpus=resources.cpus_per_task
+            )
         )
         with progress(f"encode {plan.modality}s", None, "rows") as shown:
             for unit in dataset.iter_rows():
@@ -227,33 +234,30 @@ def _unit_table(
 class Encode:
     """One tower in one actor; units of prepared rows become units of float32 embeddings."""
 
-    def __init__(self, plan: Plan, gpus: float, cpus: float) -> None:
-        self.plan = plan
+    def __init__(
+        self, modality: Modality, encoder: EncoderConfig, batch_size: int, gpus: float, cpus: float
+    ) -> None:
         if not gpus:
             torch.set_num_threads(max(1, int(cpus)))
-        module = backend(plan.encoder)
-        if plan.modality == "image":
-            self.image_tower = module.image_tower(plan.encoder)
-            self.embedding_dim = self.image_tower.embedding_dim
-        else:
-            self.text_tower = module.text_tower(plan.encoder)
-            self.embedding_dim = self.text_tower.embedding_dim
+        module = backend(encoder)
+        self.modality, self.batch_size = modality, batch_size
+        self.tower: Any = module.image_tower(encoder) if modality == "image" else module.text_tower(encoder)
 
     def __call__(self, units: pa.Table) -> pa.Table:
         encoded = []
         for unit in units.to_batches(max_chunksize=1):
             payload = unit.column("payload")[0].as_buffer()
             shape = unit.column("shape")[0].as_py()
-            if self.plan.modality == "image":
+            if self.modality == "image":
                 pixels_NCHW = np.frombuffer(payload, np.uint8).reshape(shape)
-                embedding_ND = encode_images(self.image_tower, pixels_NCHW, self.plan.batch_size)
+                embedding_ND = encode_images(self.tower, pixels_NCHW, self.batch_size)
             else:
                 tokens = np.split(np.frombuffer(payload, np.int32), np.cumsum(shape)[:-1]) if shape else []
-                embedding_ND = encode_texts(self.text_tower, tokens, self.plan.batch_size)
+                embedding_ND = encode_texts(self.tower, tokens, self.batch_size)
             encoded.append(embedding_ND.astype(np.float32, copy=False).tobytes())
         return units.select(["footer", "rows"]).append_column(
             "embedding", pa.array(encoded, pa.large_binary())
-        ).append_column("embedding_dim", pa.array([self.embedding_dim] * len(encoded)))  # fmt: skip
+        ).append_column("embedding_dim", pa.array([self.tower.embedding_dim] * len(encoded)))  # fmt: skip
 
 
 def encode_images(tower: Any, pixels_NCHW: np.ndarray, batch_size: int) -> np.ndarray:
