@@ -1,4 +1,4 @@
-"""The main job on the miniature world: render, train an encoder, embed unpaired images and texts, fit, align."""
+"""The main job on the miniature world: render, train an encoder, embed, fit step by step, align."""
 
 from dataclasses import dataclass, field
 
@@ -38,8 +38,9 @@ def main(job: DemoJob) -> str:
     embed.run(job.images)
     embed.run(job.texts)
     for name in job.strategies:
-        stores = {"texts": job.texts.output, "images": job.images.output}
-        fit.run(fit.FitJob(strategy=name, output=storage.join(job.output, "fits", name), **stores))
+        output = storage.join(job.output, "fits", name)
+        texts, images = job.texts.output, job.images.output
+        fit.run(fit.FitJob(strategy=name, texts=texts, images=images, output=output))
     alignment = storage.join(job.output, "fits", "realign")
     aligned = storage.join(job.output, "aligned")
     apply.run(apply.AlignJob(texts=job.texts.output, alignment=alignment, output=aligned))
@@ -53,7 +54,7 @@ def table(job: DemoJob, heldout: dict) -> str:
     lines = [
         f"Encoder trained from scratch: R@1 of {heldout['num_pairs']} held-out pairs "
         f"{heldout['image_to_text_r1']:.2f} image to text, {heldout['text_to_image_r1']:.2f} text to image.",
-        f"Fitted on {first.num_texts:,} texts and {first.num_images:,} images; no text describes one of the images.",
+        f"Fitted on {first.num_texts:,} texts and {first.num_images:,} images, none of them a pair.",
         f"Traces: images {first.image_trace:.3f}, texts {first.text_trace:.3f}.",
         "",
         f"{'strategy':<14}{'modality gap':>14}   {'sampling floor':>14}",

@@ -1,4 +1,4 @@
-"""A tiny untrained open_clip dual encoder in a folder: real towers, a word-level tokenizer, 32-pixel input."""
+"""A tiny untrained open_clip dual encoder in a folder: real towers, a word-level tokenizer, 32 pixels."""
 
 import json
 from pathlib import Path

@@ -197,8 +197,8 @@ def _without_taken(files: list[_File], taken: Sequence[Split]) -> list[_File]:
         here = [present[uri] for uri in split.files if uri in present]
         if len(here) == len(split.files) and _identity(here) != split.identity:
             raise DataError(
-                f"{split.uri}: image files changed since they were read (among {here[0].uri} to {here[-1].uri}); "
-                "restore them, or read the folder into a new output"
+                f"{split.uri}: image files changed since they were read (among {here[0].uri} to "
+                f"{here[-1].uri}); restore them, or read the folder into a new output"
             )
     read = {uri for split in taken for uri in split.files}
     return [file for file in files if file.uri not in read]

@@ -1,0 +1,246 @@
+"""A world on disk: which scenes go where, and the bytes of every file. No Ray.
+
+Layout below the output URI (KEY is the scene's id, in it domain, seed and index):
+
+    pairs/part-00000.tar     KEY.jpg, KEY.txt (one caption), KEY.json {"id", "captions"}: for an encoder
+    heldout/part-00000.tar   the same, other scenes: for measuring
+    images/                  other scenes, images alone: part-*.tar, part-*.parquet {id, image}, or KEY.jpg
+    texts/part-00000.jsonl   yet other scenes, {"id", "text"} alone
+    questions/SPLIT-00000.jsonl  {"id", "scene", "kind", "text", "answer"}; SPLIT is pairs, heldout or texts
+    manifest.json            written last: the settings, and size and hash of every file
+
+Every split has a billion scene indices to itself, so no scene is in two of them, whatever their sizes, and a
+larger split begins with the scenes of a smaller one.
+"""
+
+import dataclasses
+import io
+import json
+import tarfile
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from revision_ray import storage
+from revision_ray.config import MISSING
+from revision_ray.errors import ConfigError, DataError
+from revision_ray.miniature import language, world
+from revision_ray.miniature.language import CaptionLength
+from revision_ray.miniature.world import WorldConfig
+
+FORMAT_VERSION = 1
+SPLITS = ("pairs", "heldout", "images", "texts")
+_SCENES_PER_SPLIT = 1_000_000_000
+_JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Write scenes of the miniature world to disk: images, captions and questions, in splits that share no
+    scene. Run again with the same settings, it renders nothing."""
+
+    output: str = MISSING
+    """URI of the directory that receives the files."""
+    world: WorldConfig = field(default_factory=WorldConfig)
+    """Which world."""
+    caption_length: CaptionLength = "short"
+    """short: one phrase of about 11 words. long: a description of about 50 words."""
+    num_pairs: int = 16384
+    """Scenes with image and captions, for training an encoder."""
+    num_heldout: int = 2000
+    """Scenes with image and caption that nothing trains on."""
+    num_images: int = 8192
+    """Scenes of which only the image is written."""
+    num_texts: int = 40960
+    """Scenes of which only a caption is written."""
+    captions_per_pair: int = 8
+    """Different captions of each scene of the pairs, so that training can draw a fresh one each time."""
+    image_form: Literal["tar", "parquet", "folder"] = "tar"
+    """How the images alone are written."""
+    rows_per_file: int = 2048
+    """Scenes in each tar, Parquet or JSONL file."""
+    cpus_per_task: float = 1.0
+    """CPUs that Ray reserves for each rendering task; a fraction lets more tasks share a core."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_pairs", "num_heldout", "num_images", "num_texts"):
+            if not 0 <= getattr(self, name) <= _SCENES_PER_SPLIT:
+                raise ConfigError(f"{name}={getattr(self, name)}; expected 0 to {_SCENES_PER_SPLIT:,}")
+        for name in ("captions_per_pair", "rows_per_file"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Scenes `first` to `first + num_rows - 1` of a split, written by one task."""
+
+    split: str
+    number: int
+    first: int
+    num_rows: int
+
+
+def parts(config: DatasetConfig) -> list[Part]:
+    """All parts of the dataset, in order."""
+    step = config.rows_per_file
+    planned = []
+    for block, split in enumerate(SPLITS):
+        total = getattr(config, f"num_{split}")
+        for number, offset in enumerate(range(0, total, step)):
+            first = block * _SCENES_PER_SPLIT + offset
+            planned.append(Part(split=split, number=number, first=first, num_rows=min(step, total - offset)))
+    return planned
+
+
+def scene_id(config: WorldConfig, index: int) -> str:
+    return f"{config.domain}-{config.seed}-{index:010d}"
+
+
+def captions(config: DatasetConfig, index: int, count: int) -> list[str]:
+    """The first `count` captions of scene `index`."""
+    shown = world.scene(config.world, index)
+    key = (config.world.seed, config.world.domain, index, "caption", config.caption_length)
+    return [language.caption(shown, world.stream(*key, k), config.caption_length) for k in range(count)]
+
+
+def questions(config: DatasetConfig, index: int) -> list[dict[str, str]]:
+    """The questions about scene `index`, one of each kind that it admits, as rows of a questions file."""
+    shown, scene = world.scene(config.world, index), scene_id(config.world, index)
+    rng = world.stream(config.world.seed, config.world.domain, index, "questions")
+    return [
+        {"id": f"{scene}-{asked.kind}", "scene": scene, **dataclasses.asdict(asked)}
+        for asked in language.questions(shown, rng, config.world.domain)
+    ]
+
+
+def contents(config: DatasetConfig, part: Part) -> dict[str, bytes]:
+    """path below the output -> bytes of every file of `part`; the same bytes in every process."""
+    stem = f"{part.split}/part-{part.number:05d}"
+    indices = range(part.first, part.first + part.num_rows)
+    if part.split == "texts":
+        rows = [{"id": scene_id(config.world, i), "text": captions(config, i, 1)[0]} for i in indices]
+        files = {f"{stem}.jsonl": _jsonl(rows)}
+    elif part.split == "images":
+        files = _image_files(config, stem, indices)
+    else:
+        count = config.captions_per_pair if part.split == "pairs" else 1
+        files = {f"{stem}.tar": _tar([member for i in indices for member in _pair(config, i, count)])}
+    if part.split != "images":
+        asked = [question for i in indices for question in questions(config, i)]
+        files[f"questions/{part.split}-{part.number:05d}.jsonl"] = _jsonl(asked)
+    return files
+
+
+def _image_files(config: DatasetConfig, stem: str, indices: range) -> dict[str, bytes]:
+    images = {scene_id(config.world, i): jpeg(config.world, i) for i in indices}
+    if config.image_form == "folder":
+        return {f"images/{name}.jpg": content for name, content in images.items()}
+    if config.image_form == "tar":
+        return {f"{stem}.tar": _tar([(f"{name}.jpg", content) for name, content in images.items()])}
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": list(images), "image": list(images.values())}), sink, use_dictionary=False)
+    return {f"{stem}.parquet": sink.getvalue()}
+
+
+def _pair(config: DatasetConfig, index: int, count: int) -> list[tuple[str, bytes]]:
+    name, said = scene_id(config.world, index), captions(config, index, count)
+    return [
+        (f"{name}.jpg", jpeg(config.world, index)),
+        (f"{name}.txt", said[0].encode()),
+        (f"{name}.json", json.dumps({"id": name, "captions": said}).encode()),
+    ]
+
+
+def jpeg(config: WorldConfig, index: int) -> bytes:
+    sink = io.BytesIO()
+    # Chroma at full resolution: at half of it the colours of small things run into the background.
+    world.render(config, index).save(sink, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return sink.getvalue()
+
+
+def _tar(members: list[tuple[str, bytes]]) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            header = tarfile.TarInfo(name)  # owner and time stay zero: equal content is equal bytes
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return sink.getvalue()
+
+
+def _jsonl(rows: list[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def settings(config: DatasetConfig) -> dict[str, Any]:
+    """What decides the bytes: everything but where they go and on how many CPUs they are made."""
+    fields = dataclasses.asdict(config)
+    return {key: value for key, value in fields.items() if key not in ("output", "cpus_per_task")}
+
+
+def write_part(config: DatasetConfig, part: Part) -> list[dict[str, Any]]:
+    """The files of `part` stand below the output; their entries for the manifest."""
+    entries = []
+    for path, content in contents(config, part).items():
+        storage.write_bytes(storage.join(config.output, path), content)
+        entries.append({"file": path, "num_bytes": len(content), "sha256": storage.sha256(content)})
+    return entries
+
+
+def finished(config: DatasetConfig) -> bool:
+    """Whether the output holds exactly this dataset already.
+
+    Raises:
+        DataError: it holds another one, or files that are no part of this one.
+    """
+    output = config.output
+    manifest = storage.join(output, "manifest.json")
+    if storage.exists(manifest):
+        found, wanted = storage.read_json(manifest).get("settings", {}), settings(config)
+        if found == wanted:
+            return True
+        raise DataError(
+            f"{output}: holds a dataset of other settings: {_differences(found, wanted)}; name another output"
+        )
+    planned = {(part.split, part.number) for part in parts(config)}
+    for split in (*SPLITS, "questions"):
+        for uri, _ in storage.list_files(storage.join(output, split)):
+            if not _is_planned(planned, split, storage.name_of(uri), config.image_form):
+                raise DataError(f"{uri}: is no file of this dataset; name another output, or remove the file")
+    return False
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    found, wanted = {**found, **found.get("world", {})}, {**wanted, **wanted["world"]}
+    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    return ", ".join(
+        f"{key} is {found.get(key)}, asked for {wanted.get(key)}" for key in keys if key != "world"
+    )
+
+
+def _is_planned(planned: set[tuple[str, int]], split: str, name: str, image_form: str) -> bool:
+    stem, _, suffix = name.partition(".")
+    if split == "images" and image_form == "folder":
+        return suffix == "jpg"
+    expected = {"texts": "jsonl", "questions": "jsonl", "images": image_form}.get(split, "tar")
+    owner, _, number = stem.rpartition("-")
+    known = (owner if split == "questions" else split, int(number) if number.isdigit() else -1) in planned
+    return known and suffix == expected
+
+
+def write_manifest(config: DatasetConfig, entries: list[dict[str, Any]]) -> None:
+    """The dataset at the output is complete: its settings and files are written down."""
+    splits = {
+        split: {"first_index": block * _SCENES_PER_SPLIT, "num_rows": getattr(config, f"num_{split}")}
+        for block, split in enumerate(SPLITS)
+    }
+    document = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings(config),
+        "splits": splits,
+        "files": sorted(entries, key=lambda entry: entry["file"]),
+    }
+    storage.write_json(storage.join(config.output, "manifest.json"), document)
