@@ -5,6 +5,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Ray reads it when it is imported. Ray Train's watchers write these lines, the first one every second, where
+# no dashboard answers them; both are harmless.
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily unavailable|'PreemptionWatcher'"
+)
+
 import ray
 import torch
 from ray.data import DataContext
@@ -35,6 +41,8 @@ def data_context(target_block_bytes: int | None = None) -> Iterator[DataContext]
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Otherwise an error of ours reaches the driver as text inside one of Ray's: see `user_errors`.
+    context.raise_original_map_exception = True
     if target_block_bytes is not None:
         context.target_max_block_size = target_block_bytes
     logging.getLogger("ray.data").setLevel(logging.WARNING)

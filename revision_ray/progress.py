@@ -42,16 +42,9 @@ class Progress:
         seconds = max(self._shown - self._start, 1e-9)
         share = f" of {self.total:,}" if self.total else ""
         rate = self.done / seconds
-        log.info(
-            "%s: %s%s %s, %.1f s, %.0f/s %s",
-            self.name,
-            f"{self.done:,}",
-            share,
-            self.unit,
-            seconds,
-            rate,
-            note,
-        )
+        counted = f"{self.done:,}{share} {self.unit}"
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        log.info("%s: %s, %.1f s, %s/s%s", self.name, counted, seconds, speed, f", {note}" if note else "")
 
 
 @contextmanager

@@ -68,7 +68,8 @@ class Affine:
             )
             if not (norm_C > 0).all():  # also catches NaN
                 raise AlignmentError(
-                    "a text row falls exactly onto the origin after alignment; fit on more, or more varied, texts"
+                    "a text row falls exactly onto the origin after alignment; fit on more, or more varied, "
+                    "texts"
                 )
             a_C = a_C / norm_C
             b_CJ = b_CJ / norm_C[:, None]
@@ -83,7 +84,7 @@ class Affine:
         if self.noise:
             if ids is None:
                 raise AlignmentError("this map draws its noise from row ids, and no ids were given")
-            chosen = [ids[position] for position in chunk.positions_C]
+            chosen = [ids[int(position)] for position in chunk.positions_C]
             rows_CD = rows_CD + self.noise * noise_rows(chosen, self.embedding_dim, self.seed)
         return rows_CD, np.ones(len(rows_CD))
 

@@ -3,6 +3,7 @@
 Shapes: D embedding dim, K centroid steps.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,8 +113,9 @@ class Alignment:
         if encoder.fingerprint == self.text_encoder.fingerprint or override:
             return
         raise AlignmentError(
-            f"{where}: was made by {_named(encoder)}, the fit by {_named(self.text_encoder)}; embed with the encoder of "
-            "the fit, or fit again, or set allow_other_encoder=true if you know that both give the same rows"
+            f"{where}: was made by {_named(encoder)}, the fit by {_named(self.text_encoder)}; embed with the "
+            "encoder of the fit, or fit again, or set allow_other_encoder=true if you know that both give "
+            "the same rows"
         )
 
     def document(self) -> dict[str, Any]:
@@ -134,14 +136,15 @@ class Alignment:
             "image_trace": self.image_trace,
             "modality_gap": {"before": gap.before, "after": gap.after},
             "standard_errors": {
-                "text_centroid": self.text_centroid_standard_error,
-                "image_centroid": self.image_centroid_standard_error,
-                "drifted_centroid": self.drifted_centroid_standard_error,
-                # Null where a side has too few rows to tell: JSON has no NaN.
-                "modality_gap_before": gap.before_standard_error
-                if np.isfinite(gap.before_standard_error)
-                else None,
-                "modality_gap_after": gap.after_standard_error,
+                # Null where a side has too few rows to tell: JSON has neither NaN nor infinity.
+                name: error if math.isfinite(error) else None
+                for name, error in (
+                    ("text_centroid", self.text_centroid_standard_error),
+                    ("image_centroid", self.image_centroid_standard_error),
+                    ("drifted_centroid", self.drifted_centroid_standard_error),
+                    ("modality_gap_before", gap.before_standard_error),
+                    ("modality_gap_after", gap.after_standard_error),
+                )
             },
             "inputs": asdict(self.inputs),
             "content_hash": self.content_hash,
@@ -164,10 +167,13 @@ def save_alignment(alignment: Alignment, text: Moments, image: Moments, uri: str
     Raises:
         DataError: the storage refused a write.
     """
-    storage.write_bytes(storage.join(uri, TEXT_MOMENTS), text.to_bytes())
-    storage.write_bytes(storage.join(uri, IMAGE_MOMENTS), image.to_bytes())
+    hashes = {}
+    for name, moments in ((TEXT_MOMENTS, text), (IMAGE_MOMENTS, image)):
+        content = moments.to_bytes()
+        hashes[name] = storage.sha256(content)
+        storage.write_bytes(storage.join(uri, name), content)
     storage.write_bytes(storage.join(uri, TENSORS), safetensors.numpy.save(alignment.tensors()))
-    storage.write_json(storage.join(uri, DOCUMENT), alignment.document())
+    storage.write_json(storage.join(uri, DOCUMENT), alignment.document() | {"moments": hashes})
 
 
 def load_alignment(uri: str) -> Alignment:
@@ -177,13 +183,10 @@ def load_alignment(uri: str) -> Alignment:
         AlignmentError: none there, unfinished, damaged, or of a format that this version does not read.
     """
     try:
-        document = storage.read_json(storage.join(uri, DOCUMENT))
+        document = _read_document(uri)
         content = storage.read_bytes(storage.join(uri, TENSORS))
     except DataError as error:
         raise AlignmentError(f"{uri}: no fit there ({error}); make one with jobs/fit.py") from error
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if version != FORMAT_VERSION:
-        raise AlignmentError(f"{uri}: format_version is {version}, this version reads {FORMAT_VERSION}")
     try:
         alignment = _of_document(document, safetensors.numpy.load(content))
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -197,8 +200,17 @@ def load_alignment(uri: str) -> Alignment:
     return alignment
 
 
+def _read_document(uri: str) -> dict[str, Any]:
+    document = storage.read_json(storage.join(uri, DOCUMENT))
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise AlignmentError(f"{uri}: format_version is {version}, this version reads {FORMAT_VERSION}")
+    return document
+
+
 def _of_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Alignment:
     gap, errors, inputs = document["modality_gap"], document["standard_errors"], document["inputs"]
+    errors = {name: math.nan if error is None else error for name, error in errors.items()}
     image_centroid = tensors["image_centroid"]
     drifted = tensors.get("drifted_centroid", np.empty((0, len(image_centroid))))
     affine = Affine(
@@ -226,9 +238,7 @@ def _of_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Al
         modality_gap=Gap(
             before=gap["before"],
             after=gap["after"],
-            before_standard_error=np.nan
-            if errors["modality_gap_before"] is None
-            else errors["modality_gap_before"],
+            before_standard_error=errors["modality_gap_before"],
             after_standard_error=errors["modality_gap_after"],
         ),
         text_centroid_standard_error=errors["text_centroid"],
@@ -239,8 +249,18 @@ def _of_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Al
 
 
 def load_moments(uri: str) -> tuple[Moments, Moments]:
-    """The text and image moments that were saved with the alignment at `uri`."""
-    return (
-        Moments.from_bytes(storage.read_bytes(storage.join(uri, TEXT_MOMENTS))),
-        Moments.from_bytes(storage.read_bytes(storage.join(uri, IMAGE_MOMENTS))),
-    )
+    """The text and image moments that were saved with the alignment at `uri`.
+
+    Raises:
+        AlignmentError: damaged.
+        DataError: not there.
+    """
+    hashes = _read_document(uri).get("moments", {})
+    return _moments(uri, TEXT_MOMENTS, hashes), _moments(uri, IMAGE_MOMENTS, hashes)
+
+
+def _moments(uri: str, name: str, hashes: dict[str, str]) -> Moments:
+    content = storage.read_bytes(storage.join(uri, name))
+    if storage.sha256(content) != hashes.get(name):
+        raise AlignmentError(f"{uri}: {name} does not match {DOCUMENT}; make the fit again with jobs/fit.py")
+    return Moments.from_bytes(content)

@@ -1,8 +1,9 @@
 """Aligned rows inside Ray Data pipelines, and the job that writes them down for those who want that."""
 
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +19,8 @@ from revision_ray.config import MISSING
 from revision_ray.data import shards
 from revision_ray.data.finish import Finish, claim, finish_store
 from revision_ray.data.shards import EmbeddingTable, Footer, Layout
-from revision_ray.data.store import RowGroup, Store, open_stores
-from revision_ray.errors import AlignmentError
+from revision_ray.data.store import RowGroup, Store, open_stores, read_group
+from revision_ray.errors import AlignmentError, DataError
 from revision_ray.progress import progress
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class AlignRows:
     def __init__(self, affine: Affine) -> None:
         self.affine = affine
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, batch: Any) -> dict[str, np.ndarray]:
         ids = [str(row_id) for row_id in batch["id"]] if self.affine.needs_ids else None
         with one_thread():
             aligned_ND, _ = self.affine.apply(batch["embedding"], ids)
@@ -48,13 +49,13 @@ def read_rows(store: Store, columns: Sequence[str] = ("id",)) -> ray.data.Datase
     """
     connect()
 
-    def read(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        (uri,), (index,) = batch["uri"].tolist(), batch["index"].tolist()
-        table = shards.read_columns(uri, columns, index)
+    def read(batch: Any) -> Any:
+        group = RowGroup(**json.loads(batch["row_group"][0]))
+        table = shards.read_columns(group.uri, columns, group.index)
         named = {name: table.column(name).to_numpy() for name in columns}
-        return {**named, "embedding": shards.read_embeddings(uri, index)}
+        return {**named, "embedding": read_group(group, store.embedding_dim)}
 
-    items = [{"uri": group.uri, "index": group.index} for group in store.row_groups]
+    items = [{"row_group": json.dumps(asdict(group))} for group in store.row_groups]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read, batch_size=1, batch_format="numpy"
     )
@@ -139,6 +140,7 @@ def run(job: AlignJob) -> str:
     by_shard: dict[str, list[RowGroup]] = {}
     for group in store.row_groups:
         by_shard.setdefault(group.uri, []).append(group)
+    _check_shards(list(by_shard.values()), output)
     _write_all(list(by_shard.values()), footer, alignment.affine, output, job.layout)
     config.save_resolved(job, storage.join(output, "config.yaml"))
     finish = Finish(
@@ -150,6 +152,20 @@ def run(job: AlignJob) -> str:
     )
     manifest = finish_store(output, finish)
     return f"{manifest.num_rows:,} texts aligned by {alignment.strategy.strategy}\nstore: {output}"
+
+
+def _check_shards(work: list[list[RowGroup]], output: str) -> None:
+    expected = {_name(groups) for groups in work}
+    for uri, _ in storage.list_files(output, "part-*.parquet"):
+        if storage.name_of(uri) not in expected:
+            raise DataError(
+                f"{uri}: was made from a shard that the text store no longer holds; name another output"
+            )
+
+
+def _name(groups: list[RowGroup]) -> str:
+    """A shard's name follows from content, so shards of several stores never collide."""
+    return f"part-{groups[0].shard_hash[:16]}.parquet"
 
 
 def _write_all(
@@ -175,9 +191,7 @@ def _write_all(
 
 def _write_shard(groups: list[RowGroup], footer: Footer, affine: Affine, output: str, layout: Layout) -> None:
     uri = groups[0].uri
-    # The name follows from content, so shards of several stores never collide.
-    name = f"part-{groups[0].shard_hash[:16]}.parquet"
-    target = storage.join(output, name)
+    target = storage.join(output, _name(groups))
     if storage.exists(target):
         return
     kept_columns = [c for c in ("text", "truncated") if c in shards.column_names(uri)]
@@ -185,7 +199,7 @@ def _write_shard(groups: list[RowGroup], footer: Footer, affine: Affine, output:
     ids = [str(row_id) for row_id in table.column("id").to_pylist()]
     aligned, rejected, start = [], [], 0
     for group in groups:
-        block_ND = shards.read_embeddings(uri, group.index)
+        block_ND = read_group(group, affine.embedding_dim)
         with one_thread():
             aligned_ND, invalid = affine.apply(block_ND, ids[start : start + len(block_ND)])
         if invalid:

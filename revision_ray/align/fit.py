@@ -14,16 +14,18 @@ from revision_ray.align import alignment as artifact
 from revision_ray.align.affine import Affine
 from revision_ray.align.alignment import Alignment, Gap, Inputs, load_alignment, load_moments, save_alignment
 from revision_ray.align.map_reduce import Sample, draw_sample, store_moments
-from revision_ray.align.moments import NUM_BUCKETS, Moments
+from revision_ray.align.moments import Moments, gap_standard_error
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
+from revision_ray.cluster import one_thread
 from revision_ray.config import MISSING
-from revision_ray.data.rejected import REJECTED, check_rejected, write_rejected
+from revision_ray.data.rejected import REJECTED, check_rejected, read_rejected, write_rejected
 from revision_ray.data.schema import Rejected
 from revision_ray.data.store import Store, open_stores
-from revision_ray.errors import AlignmentError
+from revision_ray.errors import AlignmentError, ConfigError
 
 log = logging.getLogger(__name__)
 
+CONFIG = "config.yaml"
 ROWS_TO_SETTLE = 10_000  # statistics are flat beyond this many rows a side (paper, app. E.1)
 
 
@@ -39,17 +41,25 @@ class FitJob(StrategyConfig):
     """Directory of the fit."""
     append_to: str | None = None
     """A fit whose moments these stores join; its shards are not read again for the moments. The texts that it
-    names are read again for mu' (unless drift_rows says otherwise), so they must still be there."""
+    names are read again for mu' (or a sample of them, see drift_rows), and all its stores must still be
+    there."""
     max_rows: int | None = None
     """Fit on a uniform sample of this many rows a side."""
     drift_rows: int | None = None
-    """Estimate mu' and the gap after from a uniform sample of this many texts; its standard error is stated."""
+    """Estimate mu' and the gap after from a uniform sample of this many texts; its error is stated."""
     domain: str | None = None
     """What the data are about; taken from the stores where they agree."""
     max_rejected_fraction: float = 0.001
     """Fail when a larger share of rows is NaN, infinite, zero, or of another dimension."""
     allow_other_encoder: bool = False
     """Fit although the stores come from different encoders."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_rows", "drift_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected 1 or more, or leave it out to take all rows")
 
     def strategy_config(self) -> StrategyConfig:
         return StrategyConfig(**{name: getattr(self, name) for name in StrategyConfig.__dataclass_fields__})
@@ -59,34 +69,25 @@ def run(job: FitJob) -> str:
     """Fit as `job` says, save, and describe the result."""
     output = storage.absolute(job.output)
     base = load_alignment(job.append_to) if job.append_to else None
-    former = load_moments(job.append_to) if job.append_to else None
     strategy = _strategy(job, base)
     inputs = _inputs(job, base)
-    if storage.exists(storage.join(output, artifact.DOCUMENT)):
-        return _reuse(load_alignment(output), strategy, inputs, output)
     texts, images = open_stores(inputs.texts, "text"), open_stores(inputs.images, "image")
+    if storage.exists(storage.join(output, artifact.DOCUMENT)):
+        return _reuse(output, job.domain, strategy, inputs, texts, images)
+    _check_unused(output)
     _check_pair(texts, images, job.allow_other_encoder)
-    second = STRATEGIES[strategy.strategy].second
-    samples = [draw_sample(s, job.max_rows, job.seed) if job.max_rows else None for s in (texts, images)]
-    text, text_rejected = _moments(texts, "texts", former and former[0], second, samples[0])
-    image, image_rejected = _moments(images, "images", former and former[1], second, samples[1])
-    listed = storage.join(output, REJECTED)
-    write_rejected(listed, text_rejected + image_rejected)
-    for rejected, moments in ((text_rejected, text), (image_rejected, image)):
-        check_rejected(rejected, moments.count + len(rejected), job.max_rejected_fraction, listed)
+    text, image, inputs = _both_moments(job, strategy, inputs, texts, images, output)
     for side, moments in (("text", text), ("image", image)):
         if moments.count < ROWS_TO_SETTLE:
             log.warning("only %d %s rows: statistics settle at about %d", moments.count, side, ROWS_TO_SETTLE)
-    drift_sample = draw_sample(texts, job.drift_rows, job.seed) if job.drift_rows else samples[0]
-    alignment = fit(texts, images, text, image, strategy, drift_sample)
+    drift_rows = job.drift_rows or job.max_rows
+    drift_sample = draw_sample(texts, drift_rows, strategy.seed) if drift_rows else None
     alignment = replace(
-        alignment,
+        fit(texts, images, text, image, strategy, drift_sample),
         domain=job.domain if job.domain is not None else _domain(texts, images),
-        inputs=replace(
-            inputs, num_rejected_texts=len(text_rejected), num_rejected_images=len(image_rejected)
-        ),
+        inputs=inputs,
     )
-    config.save_resolved(job, storage.join(output, "config.yaml"))
+    config.save_resolved(job, storage.join(output, CONFIG))
     save_alignment(alignment, text, image, output)
     return describe(alignment, output)
 
@@ -104,7 +105,8 @@ def fit(
     Raises:
         AlignmentError: a side is empty or does not vary.
     """
-    affine = fit_map(text, image, strategy)
+    with one_thread():  # the eigenvectors of second moments have other bits on more threads
+        affine = fit_map(text, image, strategy)
     drifted: list[np.ndarray] = []
     num_steps = strategy.centroid_steps if STRATEGIES[strategy.strategy].centroid_step else 0
     aligned = None
@@ -146,21 +148,6 @@ def _gap(text: Moments, image: Moments, after: Moments, affine: Affine) -> Gap:
     )
 
 
-def gap_standard_error(text: Moments, image: Moments) -> float:
-    """Standard error of ||mu_x - mu_y||: delete-a-group jackknife over the buckets of each side; NaN where a
-    side has too few rows to form two."""
-    variance = 0.0
-    for moving, still in ((text, image), (image, text)):
-        filled = [bucket for bucket in range(NUM_BUCKETS) if moving.counts[bucket]]
-        if len(filled) < 2:
-            return math.nan
-        gaps = np.array(
-            [np.linalg.norm(moving.without_bucket(bucket)[1] - still.centroid) for bucket in filled]
-        )
-        variance += (len(filled) - 1) / len(filled) * float(np.sum((gaps - gaps.mean()) ** 2))
-    return math.sqrt(variance)
-
-
 def _strategy(job: FitJob, base: Alignment | None) -> StrategyConfig:
     asked = job.strategy_config()
     if base is None or asked == base.strategy:
@@ -168,8 +155,8 @@ def _strategy(job: FitJob, base: Alignment | None) -> StrategyConfig:
     if asked == StrategyConfig():
         return base.strategy
     raise AlignmentError(
-        f"append_to={job.append_to} was fitted with {base.strategy}, this job asks for {asked}; leave the strategy "
-        "out to keep the former one, or fit all stores anew"
+        f"append_to={job.append_to} was fitted with {base.strategy}, this job asks for {asked}; leave the "
+        "strategy out to keep the former one, or fit all stores anew"
     )
 
 
@@ -185,7 +172,8 @@ def _inputs(job: FitJob, base: Alignment | None) -> Inputs:
             "append_to and max_rows do not go together: a sample cannot be extended; fit anew"
         )
     former = base.inputs if base else Inputs(texts=(), images=())
-    return Inputs(
+    return replace(
+        former,
         texts=_joined(former.texts, texts),
         images=_joined(former.images, images),
         max_rows=job.max_rows,
@@ -197,44 +185,103 @@ def _joined(former: tuple[str, ...], added: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*former, *(storage.absolute(uri) for uri in added)]))
 
 
-def _reuse(found: Alignment, strategy: StrategyConfig, inputs: Inputs, output: str) -> str:
-    same = replace(found.inputs, num_rejected_texts=0, num_rejected_images=0) == inputs
-    if found.strategy == strategy and same:
-        log.info("%s holds this fit already; nothing is done again", output)
-        return describe(found, output)
-    raise AlignmentError(
-        f"{output} already holds another fit ({found.strategy.strategy} of {list(found.inputs.texts)} and "
-        f"{list(found.inputs.images)}); name another output, or remove that one yourself"
-    )
+def _reuse(
+    output: str, domain: str | None, strategy: StrategyConfig, inputs: Inputs, texts: Store, images: Store
+) -> str:
+    """The fit at `output` stays as it is, for it is of the same shards and settings.
+
+    Raises:
+        AlignmentError: it is another fit, or the stores have changed since.
+    """
+    found = load_alignment(output)
+    rejected = {name: getattr(inputs, name) for name in ("num_rejected_texts", "num_rejected_images")}
+    same = found.strategy == strategy and replace(found.inputs, **rejected) == inputs
+    if not same or domain not in (None, found.domain):
+        raise AlignmentError(
+            f"{output} already holds another fit ({found.strategy.strategy} of {list(found.inputs.texts)} "
+            f"and {list(found.inputs.images)}); name another output, or remove that one yourself"
+        )
+    for store, moments in zip((texts, images), load_moments(output), strict=True):
+        if moments.shard_hashes != store.shard_hashes:
+            raise AlignmentError(
+                f"{output} holds a fit of what {list(store.uris)} held before shards were added or replaced; "
+                f"name another output (append_to={output} reads only the new shards)"
+            )
+    log.info("%s holds this fit already; nothing is done again", output)
+    return describe(found, output)
+
+
+def _check_unused(output: str) -> None:
+    ours = {REJECTED, CONFIG, artifact.TENSORS}  # what a fit that was interrupted leaves
+    strangers = [uri for uri, _ in storage.list_files(output) if storage.name_of(uri) not in ours]
+    if strangers:
+        raise AlignmentError(f"{output}: holds files that are no fit ({strangers[0]}); name another output")
 
 
 def _check_pair(texts: Store, images: Store, allow_other_encoder: bool) -> None:
     if texts.embedding_dim != images.embedding_dim:
         raise AlignmentError(
-            f"texts have dimension {texts.embedding_dim}, images {images.embedding_dim}; both sides must come from "
-            "the same dual encoder"
+            f"texts have dimension {texts.embedding_dim}, images {images.embedding_dim}; both sides must "
+            "come from the same dual encoder"
         )
+    if texts.alignment:
+        raise AlignmentError(f"{texts.uris[0]}: is aligned already; fit on the store that it was made from")
     if texts.encoder.fingerprint != images.encoder.fingerprint and not allow_other_encoder:
         raise AlignmentError(
-            f"texts were made by {asdict(texts.encoder)}, images by {asdict(images.encoder)}; embed both with one "
-            "encoder, or set allow_other_encoder=true if you know that they share a space"
+            f"texts were made by {asdict(texts.encoder)}, images by {asdict(images.encoder)}; embed both "
+            "with one encoder, or set allow_other_encoder=true if you know that they share a space"
         )
+
+
+def _both_moments(
+    job: FitJob, strategy: StrategyConfig, inputs: Inputs, texts: Store, images: Store, output: str
+) -> tuple[Moments, Moments, Inputs]:
+    """Moments of both sides, and `inputs` with the rejected rows counted, which are listed in the output.
+
+    Raises:
+        DataError: more of the rows that were read now are rejected than the job allows.
+    """
+    second = STRATEGIES[strategy.strategy].second
+    formers = load_moments(job.append_to) if job.append_to else (None, None)
+    earlier = read_rejected(storage.join(job.append_to, REJECTED)) if job.append_to else []
+    found = []
+    for store, name, former in zip((texts, images), ("texts", "images"), formers, strict=True):
+        sample = draw_sample(store, job.max_rows, strategy.seed) if job.max_rows else None
+        found.append(_moments(store, name, former, second, sample))
+    (text, text_rejected, texts_read), (image, image_rejected, images_read) = found
+    listed = storage.join(output, REJECTED)
+    write_rejected(listed, earlier + text_rejected + image_rejected)
+    check_rejected(text_rejected, texts_read, job.max_rejected_fraction, listed)
+    check_rejected(image_rejected, images_read, job.max_rejected_fraction, listed)
+    counted = replace(
+        inputs,
+        num_rejected_texts=inputs.num_rejected_texts + len(text_rejected),
+        num_rejected_images=inputs.num_rejected_images + len(image_rejected),
+    )
+    return text, image, counted
 
 
 def _moments(
     store: Store, name: str, former: Moments | None, second: bool, sample: Sample | None
-) -> tuple[Moments, list[Rejected]]:
-    """Moments of all shards, those that `former` counts taken from there."""
+) -> tuple[Moments, list[Rejected], int]:
+    """Moments of all shards, those that `former` counts taken from there; rejected rows, and rows read."""
     if former is None:
-        return store_moments(store, name, second=second, sample=sample)
+        moments, rejected = store_moments(store, name, second=second, sample=sample)
+        return moments, rejected, moments.count + len(rejected)
+    gone = former.shard_hashes - store.shard_hashes
+    if gone:
+        raise AlignmentError(
+            f"{len(gone)} shards that the former fit counts are no longer in {list(store.uris)}; "
+            "restore them, or fit anew"
+        )
     fresh = tuple(group for group in store.row_groups if group.shard_hash not in former.shard_hashes)
     known = len(store.row_groups) - len(fresh)
     log.info("%s: %d row groups are in the former fit's moments, %d are new", name, known, len(fresh))
-    if fresh:
-        added, rejected = store_moments(replace(store, row_groups=fresh), name, second=second)
-        former.merge(added)
-        return former, rejected
-    return former, []
+    if not fresh:
+        return former, [], 0
+    added, rejected = store_moments(replace(store, row_groups=fresh), name, second=second)
+    former.merge(added)
+    return former, rejected, added.count + len(rejected)
 
 
 def _domain(texts: Store, images: Store) -> str:
@@ -247,11 +294,9 @@ def describe(alignment: Alignment, output: str) -> str:
     """What the fit did, for a person."""
     gap = alignment.modality_gap
     return (
-        f"{alignment.strategy.strategy} fitted on {alignment.num_texts:,} texts and {alignment.num_images:,} images, "
-        f"d = {alignment.embedding_dim}: modality gap {gap.before:.4f} (s.e. {gap.before_standard_error:.4f}) -> "
-        f"{gap.after:.2e}, traces {alignment.text_trace:.4f} / {alignment.image_trace:.4f}\n"
+        f"{alignment.strategy.strategy} fitted on {alignment.num_texts:,} texts and "
+        f"{alignment.num_images:,} images, d = {alignment.embedding_dim}: modality gap {gap.before:.4f} "
+        f"(s.e. {gap.before_standard_error:.4f}) -> {gap.after:.2e}, "
+        f"traces {alignment.text_trace:.4f} / {alignment.image_trace:.4f}\n"
         f"fit: {output}"
     )
-
-
-__all__ = ["FitJob", "describe", "fit", "gap_standard_error", "run"]

@@ -25,7 +25,7 @@ def fixed_frame(reference_DD: np.ndarray, energy: float) -> tuple[np.ndarray, np
 
 
 def of_symmetric(matrix_DD: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """`function` of a symmetric positive semi-definite matrix, by its eigenvalues (negatives are rounding)."""
+    """`function` of a symmetric positive semi-definite matrix by its eigenvalues; negatives are rounding."""
     eigenvalues, vectors_DD = scipy.linalg.eigh(matrix_DD)
     return (vectors_DD * function(np.maximum(eigenvalues, 0.0))) @ vectors_DD.T
 

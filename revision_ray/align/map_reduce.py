@@ -1,8 +1,8 @@
 """Moments of whole stores as a Ray Data map-reduce: row groups out, a few kilobytes of sums back.
 
 Tasks read row groups themselves and return merged partial moments; the driver adds those as they come.
-Merging is exact (`moments.ExactSum`), so neither the number of workers, nor scheduling, nor a task that ran twice
-can change a bit, and the driver holds one sum whatever the number of rows.
+Merging is exact (`moments.ExactSum`), so neither the number of workers, nor scheduling, nor a task that ran
+twice can change a bit, and the driver holds one sum whatever the number of rows.
 """
 
 import json
@@ -20,8 +20,7 @@ from revision_ray.align.moments import Moments
 from revision_ray.cluster import connect, data_context, one_thread, user_errors
 from revision_ray.data import shards
 from revision_ray.data.schema import Rejected
-from revision_ray.data.store import RowGroup, Store
-from revision_ray.errors import DataError
+from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids
 from revision_ray.progress import progress
 
 # Upper bound of a task's share: about 300 MB of 1280-d float16 rows, so a lost task costs little.
@@ -41,8 +40,8 @@ class Sample:
 def draw_sample(store: Store, num_rows: int, seed: int) -> Sample | None:
     """`num_rows` of the store's rows, uniformly; None (take all) where it has no more.
 
-    How many come from each row group is drawn here, which ones is drawn in the task from the same seed, so the
-    sample is a function of content and seed.
+    How many come from each row group is drawn here, which ones is drawn in the task from the same seed, so
+    the sample is a function of content and seed.
     """
     if num_rows >= store.num_rows:
         return None
@@ -83,7 +82,7 @@ def store_moments(
             total.merge(Moments.from_bytes(result["moments"]))
             rejected += [Rejected(**row) for row in json.loads(result["rejected"])]
             shown.advance(result["num_rows"])
-    total.shard_hashes = frozenset(group.shard_hash for group in store.row_groups)
+    total.shard_hashes = store.shard_hashes
     return total, sorted(rejected, key=lambda row: (row.uri, row.id))
 
 
@@ -111,10 +110,8 @@ def _partial_moments(
     with one_thread():
         for document in json.loads(item["row_groups"]):
             group = RowGroup(**document)
-            block_ND, positions_N = _read(group, sample)
+            block_ND, positions_N = _read(group, sample, embedding_dim)
             num_rows += len(block_ND)
-            if block_ND.shape[1] != embedding_dim:
-                block_ND = np.full((len(block_ND), embedding_dim), np.nan, np.float32)
             ids = None
             if affine is not None and affine.needs_ids:
                 ids = _ids(group, positions_N)
@@ -135,23 +132,19 @@ def _partial_moments(
     }
 
 
-def _read(group: RowGroup, sample: Sample | None) -> tuple[np.ndarray, np.ndarray]:
-    block_ND = shards.read_embeddings(group.uri, group.index)
-    if len(block_ND) != group.num_rows:
-        raise DataError(
-            f"{group.uri}: row group {group.index} has {len(block_ND)} rows, the manifest says {group.num_rows}; "
-            "the shard was replaced; embed into a new output"
-        )
+def _read(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    block_ND = read_group(group, embedding_dim)
     if sample is None:
         return block_ND, np.arange(len(block_ND))
     size = _rows_of(group, sample)
-    generator = np.random.default_rng([sample.seed, int(group.shard_hash[:15] or "0", 16), group.index])
+    generator = np.random.default_rng([sample.seed, int(group.shard_hash[:15], 16), group.index])
     positions = np.sort(generator.choice(len(block_ND), size, replace=False))
     return block_ND[positions], positions
 
 
 def _ids(group: RowGroup, positions_N: np.ndarray) -> list[str]:
-    return shards.read_columns(group.uri, ["id"], group.index).column("id").take(positions_N).to_pylist()
+    ids = read_group_ids(group)
+    return [ids[position] for position in positions_N.tolist()]
 
 
 def reasons(group: RowGroup, positions_N: np.ndarray, embedding_dim: int) -> list[Rejected]:
@@ -159,6 +152,6 @@ def reasons(group: RowGroup, positions_N: np.ndarray, embedding_dim: int) -> lis
     ids = _ids(group, positions_N)
     found = shards.describe_rows(group.uri, group.index, positions_N.tolist(), embedding_dim)
     return [
-        Rejected(id=str(row_id), uri=f"{group.uri}:row group {group.index}, row {position}", reason=reason)
+        Rejected(id=row_id, uri=f"{group.uri}:row group {group.index}, row {position}", reason=reason)
         for row_id, position, reason in zip(ids, positions_N, found, strict=True)
     ]

@@ -42,7 +42,7 @@ class ExactSum:
 
     def add(self, values: np.ndarray, index: int | slice = slice(None)) -> None:
         """`values` (float64, finite) are part of the sum, at `index` of its first axis."""
-        whole = np.floor(values)
+        whole = np.trunc(values)  # what is left of the value is then exact, and rounded once
         self._add(
             whole.astype(np.int64), np.rint((values - whole) * 2.0**_FRACTION_BITS).astype(np.int64), index
         )
@@ -187,7 +187,7 @@ class Moments:
 
 def bucket_offset(shard_hash: str, row_group: int) -> int:
     """Where a row group starts to fill the buckets: fixed by its content, spread over the row groups."""
-    return (int(shard_hash[:8] or "0", 16) + row_group) % NUM_BUCKETS
+    return (int(shard_hash[:8], 16) + row_group) % NUM_BUCKETS
 
 
 def of_block(
@@ -243,3 +243,18 @@ def merged(parts: Iterable[Moments], embedding_dim: int, second: bool = False) -
     for part in parts:
         total.merge(part)
     return total
+
+
+def gap_standard_error(text: Moments, image: Moments) -> float:
+    """Standard error of ||mu_x - mu_y||: delete-a-group jackknife over the buckets of each side; NaN where a
+    side has too few rows to form two."""
+    variance = 0.0
+    for moving, still in ((text, image), (image, text)):
+        filled = [bucket for bucket in range(NUM_BUCKETS) if moving.counts[bucket]]
+        if len(filled) < 2:
+            return math.nan
+        gaps = np.array(
+            [np.linalg.norm(moving.without_bucket(bucket)[1] - still.centroid) for bucket in filled]
+        )
+        variance += (len(filled) - 1) / len(filled) * float(np.sum((gaps - gaps.mean()) ** 2))
+    return math.sqrt(variance)

@@ -41,6 +41,8 @@ class StrategyConfig:
             raise ConfigError(f"frame_energy is {self.frame_energy}; expected more than 0, up to 1")
         if self.noise is not None and self.noise < 0:
             raise ConfigError(f"noise is {self.noise}; expected 0 or more")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; expected 0 or more")
         used = STRATEGIES[self.strategy].settings
         for setting in ("centroid_steps", "noise", "shrinkage", "frame_energy"):
             if setting not in used and getattr(self, setting) != getattr(StrategyConfig, setting):

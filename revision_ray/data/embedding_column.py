@@ -51,7 +51,8 @@ def list_rows(uri: str, column: pa.ChunkedArray, embedding_dim: int | None) -> n
     values_ND = np.full((len(lengths), dim), np.nan, dtype)
     good_N = lengths == dim
     flat = rows.filter(pa.array(good_N)).flatten()
-    values_ND[good_N] = flat.to_numpy(zero_copy_only=False).reshape(-1, dim)  # a null number reads as NaN
+    # A null number reads as NaN.
+    values_ND[good_N] = flat.to_numpy(zero_copy_only=False).reshape(np.count_nonzero(good_N), dim)
     return values_ND
 
 

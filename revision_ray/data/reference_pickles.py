@@ -5,6 +5,7 @@ that names anything else is refused before that thing is looked up, let alone ca
 reconstruction is not used either: a made-up dtype state passes raw bytes off as Python objects there.
 """
 
+import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class _Dtype:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, order, *structure = state
-        if any(part is not None for part in structure[:3]):  # sub-array, field names, fields
+        # Sub-array, field names, fields, size, alignment, flags: a number has none to state.
+        if any(part not in (None, -1, 0) for part in structure):
             raise _RefusedError("an array of a structured dtype")
         if order in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(order)
@@ -130,7 +132,7 @@ def read_reference(uri: str, content_key: ContentKey) -> Iterator[ReferenceRow]:
 def _load(uri: str) -> Any:
     try:
         with storage.open_input(uri) as file:
-            return _Restricted(file).load()
+            return _Restricted(io.BufferedReader(file)).load()  # Arrow's files have no readline
     except _RefusedError as error:
         raise DataError(
             f"{uri}: refused: the pickle holds {error}; only arrays of numbers and plain containers are "

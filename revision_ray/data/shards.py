@@ -194,8 +194,8 @@ def parse_footer(text: str | bytes) -> Footer:
 def read_embeddings(
     uri: str, row_group: int | None = None, *, embedding_dim: int | None = None, content_hash: str = ""
 ) -> np.ndarray:
-    """The embeddings of a shard (or of one row group) as (N, D), read-only, without a copy where the column
-    is `fixed_size_binary` in one chunk.
+    """The embeddings of a shard (or of one row group) as (N, D); a view of the file's pages where the column
+    is `fixed_size_binary` in one chunk, so not to be written to.
 
     List columns of floats are accepted, more slowly. A row that is null, or not of length `embedding_dim` (by
     default the most common length), becomes a row of NaN, so that it is rejected and counted where rows are
