@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -130,14 +131,15 @@ def test_the_reference_is_matched_through_the_jobs(cluster, tmp_path, name, run_
 def run_job(name: str, *arguments: str, cpus: int = 2) -> str:
     """Standard output of a job in a process of its own, with a Ray of its own."""
     program = (
-        "import ray, runpy, sys, tempfile; "
+        "import ray, runpy, sys; "
         f"ray.init(num_cpus={cpus}, include_dashboard=False, object_store_memory=10**8, "
-        "_temp_dir=tempfile.mkdtemp(prefix='rv', dir='/tmp')); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "_temp_dir=sys.argv[1]); "
+        "sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", program, str(ROOT / "jobs" / f"{name}.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    with tempfile.TemporaryDirectory(prefix="rv", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-c", program, folder, str(ROOT / "jobs" / f"{name}.py"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
