@@ -27,6 +27,8 @@ def cluster():
         object_store_memory=1_000_000_000,
         logging_level=logging.WARNING,
         _temp_dir=folder,
+        # Workers beyond one a CPU are ended when idle; tests take fractions, and each start costs seconds.
+        _system_config={"num_workers_soft_limit": 8},
     )
     yield
     ray.shutdown()
