@@ -94,6 +94,12 @@ def train_encoder(training: EncoderTraining) -> tuple[dict[str, Any], bool]:
         DataError: the pairs cannot be read, or the output holds another encoder.
     """
     output = storage.absolute(training.output)
+    # Workers run in folders of their own.
+    training = dataclasses.replace(
+        training,
+        data=[storage.absolute(uri) for uri in training.data],
+        heldout=[storage.absolute(uri) for uri in training.heldout],
+    )
     pairs, heldout = read_pairs(training.data), read_pairs(training.heldout)
     if training.global_batch_size > len(pairs):
         raise ConfigError(
