@@ -239,7 +239,7 @@ def run_and_kill(command: list[str], output: Path, at: int) -> None:
 
 @pytest.mark.parametrize("points", [[4], pytest.param([1, 9, 20, 40], marks=pytest.mark.slow)])
 def test_a_killed_job_goes_on_where_it_was(cluster, encoder, tmp_path, points):
-    source = write_texts(tmp_path / "texts.jsonl", 12_000)
+    source = write_texts(tmp_path / "texts.jsonl", 6000)
     output = tmp_path / "store"
     command = [
         sys.executable, "jobs/embed.py", "configs/embed.yaml", f"texts={source}", f"output={output}",
@@ -257,7 +257,7 @@ def test_a_killed_job_goes_on_where_it_was(cluster, encoder, tmp_path, points):
     embed.run(job_of(encoder, tmp_path / "calm", texts=str(source)))
     calm, store = rows_of(tmp_path / "calm"), rows_of(output)
     assert calm.keys() == store.keys()
-    assert len(store) == 12_000
+    assert len(store) == 6000
     assert all(np.array_equal(calm[name], store[name]) for name in calm)
 
 
