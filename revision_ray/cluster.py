@@ -12,7 +12,6 @@ os.environ.setdefault(
 )
 
 import ray
-import torch
 from ray.data import DataContext
 from ray.exceptions import RayError
 from threadpoolctl import threadpool_limits
@@ -54,14 +53,9 @@ def data_context(target_block_bytes: int | None = None) -> Iterator[DataContext]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """BLAS and Torch work on one thread: sums then have one order, and tasks do not fight over cores."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(former)
+    """BLAS works on one thread: sums then have one order, and tasks do not fight over cores."""
+    with threadpool_limits(1):
+        yield
 
 
 @contextmanager

@@ -6,9 +6,11 @@ twice can change a bit, and the driver holds one sum whatever the number of rows
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,10 @@ from revision_ray.data.schema import Rejected
 from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids
 from revision_ray.progress import progress
 
-# Upper bound of a task's share: about 300 MB of 1280-d float16 rows, so a lost task costs little.
+# A task's share. At most about 300 MB of 1280-d float16 rows, so that a lost task costs little; at least a
+# quarter of that where there is enough to do, so that scheduling does.
 _MOST_ROW_GROUPS_PER_TASK = 64
+_FEWEST_ROW_GROUPS_PER_TASK = 16
 _TASKS_PER_CPU = 4
 _FEWEST_CPUS = 8  # an autoscaling cluster starts small; plan tasks for what it may become
 
@@ -91,14 +95,22 @@ def _rows_of(group: RowGroup, sample: Sample | None) -> int:
 
 
 def _run(groups: Sequence[RowGroup], work: Any) -> Iterator[dict[str, Any]]:
-    cpus = max(int(ray.cluster_resources().get("CPU", 1)), _FEWEST_CPUS)
-    share = max(1, min(len(groups) // (cpus * _TASKS_PER_CPU), _MOST_ROW_GROUPS_PER_TASK))
-    items = [
-        {"row_groups": json.dumps([asdict(group) for group in groups[start : start + share]])}
-        for start in range(0, len(groups), share)
-    ]
-    with data_context(), user_errors():
+    items = [{"row_groups": json.dumps([asdict(group) for group in share])} for share in _shares(groups)]
+    with data_context() as context, user_errors():
+        # Reservation runs one task at a time until it has heard of the cluster, which takes longer than many
+        # a fit; and there is nothing to hold back where a task returns a few kilobytes.
+        context.op_resource_reservation_enabled = False
         yield from ray.data.from_items(items, override_num_blocks=len(items)).map(work).iter_rows()
+
+
+def _shares(groups: Sequence[RowGroup]) -> list[Sequence[RowGroup]]:
+    """The row groups, in order, in about equal parts of which a task takes one."""
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    wanted = max(cpus, _FEWEST_CPUS) * _TASKS_PER_CPU
+    number = min(wanted, len(groups) // _FEWEST_ROW_GROUPS_PER_TASK)
+    number = max(number, min(len(groups), cpus), math.ceil(len(groups) / _MOST_ROW_GROUPS_PER_TASK))
+    edges = [len(groups) * part // number for part in range(number + 1)]
+    return [groups[start:end] for start, end in pairwise(edges)]
 
 
 def _partial_moments(

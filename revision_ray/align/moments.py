@@ -201,8 +201,8 @@ def of_block(
     """Moments of the rows of a block, scaled to unit length and then mapped by `affine`, if one is given; and
     the positions of the rows without a direction, which are left out.
 
-    One thread, fixed chunks, file order: the same block always gives the same bits. Callers hold BLAS and
-    Torch to one thread.
+    One thread, fixed chunks, file order: the same block always gives the same bits. Callers hold BLAS to
+    one thread.
     """
     moments = Moments.zeros(block_ND.shape[1], second)
     sums_BD = np.zeros((NUM_BUCKETS, block_ND.shape[1]))
