@@ -53,7 +53,7 @@ class EncoderTraining:
     takes 26, enough for short captions; long ones need 72."""
     max_words: int = 30000
     """The vocabulary keeps this many words, the most frequent ones."""
-    num_steps: int = 800
+    num_steps: int = 400
     """Steps of the optimizer."""
     global_batch_size: int = 128
     """Pairs a step, over all workers; each is a negative of every other."""
