@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -156,12 +156,15 @@ def help_text(schema: type, program: str) -> str:
     return "\n".join(lines)
 
 
-def run_job(schema: type[Schema], job: Callable[[Schema], str]) -> None:
+def run_job(
+    schema: type[Schema], job: Callable[[Schema], str], flags: Mapping[str, str] | None = None
+) -> None:
     """Parse the command line into `schema`, run `job`, say the result; exit 2 on an error of the user's.
 
-    `job` returns one line that says where the result is. Errors of ours keep their traceback and exit 1.
+    `job` returns one line that says where the result is. `flags` are options that stand for a key=value.
+    Errors of ours keep their traceback and exit 1.
     """
-    argv = sys.argv[1:]
+    argv = [(flags or {}).get(argument, argument) for argument in sys.argv[1:]]
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(help_text(schema, os.path.relpath(sys.argv[0])) + "\n")
         return

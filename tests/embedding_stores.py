@@ -37,6 +37,7 @@ def write_store(
     ids: list[str] | None = None,
     encoder: EncoderIdentity = ENCODER,
     domain: str = "tests",
+    texts: list[str] | None = None,
 ) -> str:
     """A finished store of these rows, in their dtype; its URI."""
     ids = ids or [f"{modality}{row}" for row in range(len(rows_ND))]
@@ -44,7 +45,8 @@ def write_store(
     for start in range(0, len(rows_ND), rows_per_shard):
         name = f"part-{start:06d}.parquet"
         chosen = slice(start, start + rows_per_shard)
-        entries.append(write_part(folder / name, rows_ND[chosen], ids[chosen], modality, encoder))
+        said = texts[chosen] if texts else None
+        entries.append(write_part(folder / name, rows_ND[chosen], ids[chosen], modality, encoder, said))
     manifest = Manifest(
         modality=modality,
         embedding_dim=rows_ND.shape[1],

@@ -18,8 +18,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "storage", "config", "progress", "cluster"},
     {"data"},
-    {"encode", "align", "model", "miniature"},
+    {"encode", "align"},
+    {"model", "miniature"},
     {"geometry", "train", "evaluate", "serve"},
+    {"demo"},
     {"jobs"},
 ]
 

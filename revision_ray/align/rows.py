@@ -16,7 +16,7 @@ SMALLEST_NORM = 1e-8
 # A half float's bits, moved into a float32, read as its value times 2^-112: the difference of the two
 # exponent biases. Scaling by a power of two is exact, and a row's direction does not depend on it.
 _HALF_SCALE = 2.0**-112
-_HALF_BITS = np.array(0x8FFFE000, np.uint32).view(np.int32)[()]  # sign, exponent and fraction, where they land
+_HALF_BITS = np.array(0x8FFFE000, np.uint32).view(np.int32)[()]  # sign, exponent, fraction
 _CACHE_LINE = 64
 
 

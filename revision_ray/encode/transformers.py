@@ -132,10 +132,10 @@ class ProcessorImages:
     """The library's own processor up to the bytes; scaling and normalising are left to the tower."""
 
     def __init__(self, processor: Any) -> None:
-        self._processor = processor
+        self.processor = processor
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        pixels = self._processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
+        pixels = self.processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
         return pixels["pixel_values"][0].numpy()
 
 

@@ -32,7 +32,7 @@ from revision_ray.miniature.world import WorldConfig
 
 FORMAT_VERSION = 1
 SPLITS = ("pairs", "heldout", "images", "texts")
-_SCENES_PER_SPLIT = 1_000_000_000
+SCENES_PER_SPLIT = 1_000_000_000
 _JPEG_QUALITY = 92
 
 
@@ -66,8 +66,8 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_pairs", "num_heldout", "num_images", "num_texts"):
-            if not 0 <= getattr(self, name) <= _SCENES_PER_SPLIT:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected 0 to {_SCENES_PER_SPLIT:,}")
+            if not 0 <= getattr(self, name) <= SCENES_PER_SPLIT:
+                raise ConfigError(f"{name}={getattr(self, name)}; expected 0 to {SCENES_PER_SPLIT:,}")
         for name in ("captions_per_pair", "rows_per_file"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected 1 or more")
@@ -90,7 +90,7 @@ def parts(config: DatasetConfig) -> list[Part]:
     for block, split in enumerate(SPLITS):
         total = getattr(config, f"num_{split}")
         for number, offset in enumerate(range(0, total, step)):
-            first = block * _SCENES_PER_SPLIT + offset
+            first = block * SCENES_PER_SPLIT + offset
             planned.append(Part(split=split, number=number, first=first, num_rows=min(step, total - offset)))
     return planned
 
@@ -234,7 +234,7 @@ def _is_planned(planned: set[tuple[str, int]], split: str, name: str, image_form
 def write_manifest(config: DatasetConfig, entries: list[dict[str, Any]]) -> None:
     """The dataset at the output is complete: its settings and files are written down."""
     splits = {
-        split: {"first_index": block * _SCENES_PER_SPLIT, "num_rows": getattr(config, f"num_{split}")}
+        split: {"first_index": block * SCENES_PER_SPLIT, "num_rows": getattr(config, f"num_{split}")}
         for block, split in enumerate(SPLITS)
     }
     document = {

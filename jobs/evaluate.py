@@ -1,0 +1,7 @@
+"""Ask a model the questions of benchmarks and report accuracy beside its controls."""
+
+from revision_ray.config import run_job
+from revision_ray.evaluate.run import EvaluateJob, run
+
+if __name__ == "__main__":
+    run_job(EvaluateJob, run)

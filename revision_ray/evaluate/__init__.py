@@ -1,0 +1,1 @@
+"""Benchmarks, the rules that score answers, and the run that puts the questions to a model."""

@@ -1,0 +1,189 @@
+"""Conditions of a benchmark as batches through the model, and their answers as scored tables (Ray Data).
+
+A batch is a function of the questions, the seed and the batch size, never of how many actors there are.
+
+Shapes: B batch, D embedding_dim.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from revision_ray import storage
+from revision_ray.cluster import data_context, user_errors
+from revision_ray.errors import DataError
+from revision_ray.evaluate.answers import judge
+from revision_ray.evaluate.prepare import Actors, Prepared
+from revision_ray.evaluate.tables import parquet_bytes
+from revision_ray.progress import progress
+
+Control = Literal["blind", "shuffled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One benchmark under one condition: `shown` holds the key of the image each prompt is put with."""
+
+    benchmark: str
+    condition: str
+    prepared: Prepared
+    positions: list[int]
+    """Of the questions asked, in `prepared`."""
+    prompts: list[str]
+    shown: list[str] | None
+    """None: no image."""
+    scored: bool = True
+    """A caption is neither right nor wrong."""
+
+
+def conditions(name: str, prepared: Prepared, controls: Sequence[Control], seed: int) -> Iterator[Part]:
+    """The benchmark with its own images, then under each of the controls."""
+    everything = list(range(len(prepared.questions)))
+    prompts = [question.prompt for question in prepared.questions]
+    yield Part(benchmark=name, condition="image", prepared=prepared, positions=everything, prompts=prompts,
+               shown=prepared.keys)  # fmt: skip
+    if "blind" in controls:
+        yield Part(benchmark=name, condition="blind", prepared=prepared, positions=everything,
+                   prompts=prompts, shown=None)  # fmt: skip
+    if "shuffled" in controls:
+        other = derangement(sorted(set(prepared.keys)), seed)
+        yield Part(benchmark=name, condition="shuffled", prepared=prepared, positions=everything,
+                   prompts=prompts, shown=[other[key] for key in prepared.keys])  # fmt: skip
+
+
+def captions(name: str, prepared: Prepared, prompt: str, keys: Sequence[str]) -> Part:
+    """What the model says to `prompt` about each of the images `keys`."""
+    first = {key: position for position, key in reversed(list(enumerate(prepared.keys)))}
+    # Other images or another prompt are another part.
+    digest = storage.sha256(prompt.encode(), *(key.encode() for key in keys))[:8]
+    return Part(
+        benchmark=name,
+        condition=f"captions-{digest}",
+        prepared=prepared,
+        positions=[first[key] for key in keys],
+        prompts=[prompt] * len(keys),
+        shown=list(keys),
+        scored=False,
+    )
+
+
+def derangement(keys: Sequence[str], seed: int) -> dict[str, str]:
+    """Each image to another one, a function of the keys and the seed: one random cycle through all of them.
+
+    Questions about one image get one other image, so that no question sees its own under another question's
+    name.
+
+    Raises:
+        DataError: there are fewer than two images.
+    """
+    if len(keys) < 2:
+        raise DataError("the shuffled control needs two different images or more; leave it out of controls=")
+    cycle = sorted(keys)
+    random.Random(f"{seed}/shuffled").shuffle(cycle)
+    return dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+
+
+def answers_path(output: str, name: str, condition: str) -> str:
+    return storage.join(output, "answers", name, f"{condition}.parquet")
+
+
+class Answer:
+    """Batches of prompts to what the model says."""
+
+    def __init__(self, actors: Actors) -> None:
+        self.responder = actors.responder()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        row = batch.to_pylist()[0]
+        prompts = json.loads(row["prompts"])
+        images_BD = None
+        if row["embedding"] is not None:
+            images_BD = np.frombuffer(row["embedding"], np.float32).reshape(len(prompts), -1).copy()
+        said = self.responder.answer(prompts, images_BD)
+        return pa.table({"part": [row["part"]], "rows": [row["rows"]], "said": [json.dumps(said)]})
+
+
+def answer_parts(output: str, parts: Sequence[Part], actors: Actors) -> None:
+    """The answers of every part stand below `output`; parts that did before are not asked again."""
+    left = [p for p in parts if not storage.exists(answers_path(output, p.benchmark, p.condition))]
+    batches = [
+        batch for number, part in enumerate(left) for batch in _batches(number, part, actors.batch_size)
+    ]
+    if not batches:
+        return
+    said: list[dict[int, str]] = [{} for _ in left]
+    with data_context(target_block_bytes=1) as context, user_errors():
+        context.wait_for_min_actors_s = 0
+        dataset = actors.map(ray.data.from_items(batches, override_num_blocks=len(batches)), Answer)
+        with progress("answer", sum(len(part.prompts) for part in left), "questions") as shown:
+            for row in dataset.iter_rows():
+                part, answers = left[row["part"]], json.loads(row["said"])
+                said[row["part"]].update(zip(json.loads(row["rows"]), answers, strict=True))
+                if len(said[row["part"]]) == len(part.prompts):
+                    table = _scored(part, said[row["part"]])
+                    path = answers_path(output, part.benchmark, part.condition)
+                    storage.write_bytes(path, parquet_bytes(table))
+                shown.advance(len(answers), f"{part.benchmark} {part.condition}")
+
+
+def _batches(number: int, part: Part, batch_size: int) -> Iterator[dict[str, Any]]:
+    """Rows of the part, those of near lengths together, so that little is padding."""
+    order = sorted(range(len(part.prompts)), key=lambda row: (len(part.prompts[row]), row))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        embedding = None
+        if part.shown is not None:
+            embeddings_BD = np.stack([part.prepared.embeddings[part.shown[row]] for row in rows])
+            embedding = embeddings_BD.astype(np.float32).tobytes()
+        prompts = [part.prompts[row] for row in rows]
+        yield {
+            "part": number,
+            "rows": json.dumps(rows),
+            "prompts": json.dumps(prompts),
+            "embedding": embedding,
+        }
+
+
+def _scored(part: Part, said: dict[int, str]) -> pa.Table:
+    """One row a question, in the order of the benchmark, with the raw answer and its verdict."""
+    rows = []
+    for row, position in enumerate(part.positions):
+        question = part.prepared.questions[position]
+        verdict = None
+        if part.scored:
+            verdict = judge(
+                question.scoring,
+                said[row],
+                question.answers,
+                letters=question.letters,
+                options=question.options,
+            )
+        rows.append(
+            {
+                "id": question.id,
+                "benchmark": part.benchmark,
+                "condition": part.condition,
+                "prompt": part.prompts[row],
+                "answer": " | ".join(question.answers) if part.scored else None,
+                "predicted": verdict.predicted if verdict else None,
+                "raw": said[row],
+                "correct": verdict.correct if verdict else None,
+                "groups": json.dumps(question.groups),
+                "image": part.prepared.keys[position],
+                "shown": None if part.shown is None else part.shown[row],
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=_ANSWERS)
+
+
+_ANSWERS = pa.schema(
+    [(name, pa.bool_() if name == "correct" else pa.string())
+     for name in ("id", "benchmark", "condition", "prompt", "answer", "predicted", "raw", "correct", "groups",
+                  "image", "shown")]
+)  # fmt: skip

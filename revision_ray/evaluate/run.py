@@ -1,0 +1,211 @@
+"""The evaluate job: every benchmark under every condition, in one stream of batches through the model.
+
+    questions, embeddings --conditions--> batches --answer--> answers/NAME/CONDITION.parquet --> results
+
+A condition that is finished is never asked again.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+
+from revision_ray import config, storage
+from revision_ray.cluster import connect
+from revision_ray.config import MISSING
+from revision_ray.data.store import Store, open_stores
+from revision_ray.encode import checkpoints
+from revision_ray.errors import CheckpointError, ConfigError, DataError
+from revision_ray.evaluate import ask, picture, report
+from revision_ray.evaluate.ask import Control
+from revision_ray.evaluate.benchmarks import benchmark
+from revision_ray.evaluate.prepare import Actors, load_prepared, prepare, sample
+from revision_ray.evaluate.responder import Dtype
+from revision_ray.evaluate.rows import Unit, units
+from revision_ray.evaluate.tables import read_parquet
+from revision_ray.model import ReVisionConfig, check_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Ask a model the questions of benchmarks, score its answers by rule, and report accuracy with a 95 %
+    interval beside controls that do not show the image."""
+
+    model: str = MISSING
+    """Folder of a saved model, or a hub id."""
+    benchmarks: list[str] = MISSING
+    """Names: miniature, mme, mmstar, science_qa, real_world_qa, mmmu, mmmu_pro_standard, mmmu_pro_vision,
+    visulogic, logic_vista, crpe, pope, hallusion_bench."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Where each benchmark lies: a directory, a file or a wildcard path of its Parquet or JSONL files; for
+    miniature the directory of a world."""
+    output: str = MISSING
+    """Directory of the answers and results. What is finished there is kept."""
+    controls: list[Control] = field(default_factory=lambda: ["blind", "shuffled"])
+    """blind: the same prompt without an image. shuffled: the image of another question."""
+    images: str | None = None
+    """Image store to take embeddings from, by id; by default the model's own image tower makes them."""
+    max_items: int | None = None
+    """Ask at most this many questions of each benchmark, drawn uniformly."""
+    seed: int = 0
+    """Of the drawing, and of which other image `shuffled` shows."""
+    batch_size: int = 32
+    """Prompts that are answered at once, and images that are encoded at once."""
+    max_new_tokens: int = 32
+    """Longest answer."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto is as they were saved."""
+    num_pictures: int = 8
+    """Images in the picture, with captions and answers; 0 draws none."""
+    caption_prompt: str = ""
+    """What asks for a caption; after stage 1 and in the miniature the image alone does."""
+    gpus_per_actor: float | None = None
+    """GPUs (or a fraction of one) for each model; by default 1 where the cluster has GPUs, else 0."""
+    cpus_per_actor: float = 1.0
+    """CPUs for each model; its thread count where it runs on the CPU."""
+    max_actors: int | None = None
+    """Up to so many models; by default one for every GPU, or for every two CPUs."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_items", "batch_size", "max_new_tokens", "max_actors"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected 1 or more")
+        for name in self.benchmarks:
+            benchmark(name)
+            if name not in self.data:
+                raise ConfigError(f"no place for the benchmark {name}; give data.{name}=DIRECTORY")
+
+
+def run(job: EvaluateJob) -> str:
+    """Evaluate as `job` says; the table of results.
+
+    Raises:
+        ConfigError: an unknown benchmark, or one without a place.
+        DataError: a benchmark's files or images are missing or damaged, or the output is of another model.
+        CheckpointError: the model cannot be loaded, or takes other embeddings.
+    """
+    connect()
+    output = storage.absolute(job.output)
+    found = {name: units(name, job.data[name]) for name in job.benchmarks}
+    folder = _folder(job.model)
+    store = _store(job.images, _model_config(folder), folder)
+    _claim(output, job, _fingerprint(folder), store, found)
+    actors = _actors(job, folder)
+    prepare(output, found, actors, store, lambda _, items: sample(items, job.max_items, job.seed))
+    prepared = {name: load_prepared(output, name) for name in job.benchmarks}
+    first = job.benchmarks[0]
+    images = picture.choose(found[first], prepared[first], job.num_pictures)
+    captions = ask.captions(first, prepared[first], job.caption_prompt, list(images))
+    parts = [captions] if images else []
+    for name in job.benchmarks:
+        parts += ask.conditions(name, prepared[name], job.controls, job.seed)
+    ask.answer_parts(output, parts, actors)
+    config.save_resolved(job, storage.join(output, "config.yaml"))
+    conditions = ["image", *job.controls]
+    results = report.results(output, prepared, conditions)
+    storage.write_json(storage.join(output, "results.json"), results)
+    text = report.table(results, conditions)
+    if images:
+        said, captioned = (
+            read_parquet(ask.answers_path(output, first, condition)).to_pylist()
+            for condition in ("image", captions.condition)
+        )
+        path = picture.write(storage.join(output, "picture.png"), images, captioned, said)
+        text += f"\n\nCaptions and answers for {len(images)} images: {path}"
+    return f"{text}\n\nAnswers and results: {output}"
+
+
+def _folder(model: str) -> str:
+    """The local folder of a saved model: `model` itself, or where the hub's copy lies."""
+    found = checkpoints.folder_with_weights(os.path.abspath(model) if os.path.exists(model) else model, None)
+    return os.path.abspath(found)
+
+
+def _fingerprint(folder: str) -> str:
+    """Hash of every file that decides answers: weights, configurations, tokenizer, templates."""
+    endings = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+    names = sorted(name for name in os.listdir(folder) if name.endswith(endings))
+    return checkpoints.fingerprint_of("revision", [], [os.path.join(folder, name) for name in names])
+
+
+def _model_config(folder: str) -> ReVisionConfig:
+    found = storage.read_json(os.path.join(folder, "config.json")).get("model_type")
+    if found != ReVisionConfig.model_type:
+        raise CheckpointError(
+            f"{folder}: model_type is {found!r}, expected {ReVisionConfig.model_type!r}; name the folder "
+            "that jobs/pretrain.py or jobs/finetune.py exported"
+        )
+    return ReVisionConfig.from_pretrained(folder)
+
+
+def _store(uri: str | None, model: ReVisionConfig, folder: str) -> Store | None:
+    """The image store at `uri`, which fits the model; None where the model's own tower is to be used."""
+    if uri is None:
+        if model.image_tower is None:
+            raise ConfigError(
+                f"{folder}: the model was saved without an image tower; give images=STORE, embedded with "
+                "jobs/embed.py by the encoder that it was trained with"
+            )
+        return None
+    store = open_stores([uri], "image")
+    if store.embedding_dim != model.embedding_dim:
+        raise CheckpointError(
+            f"{uri}: embedding_dim is {store.embedding_dim}, {folder} takes {model.embedding_dim}; embed the "
+            "images with the encoder that it was trained with"
+        )
+    if store.encoder.fingerprint:  # unknown of a folder of plain Parquet files
+        check_encoder(model, store.encoder.fingerprint)
+    return store
+
+
+def _actors(job: EvaluateJob, folder: str) -> Actors:
+    total = ray.cluster_resources()
+    gpus = job.gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if total.get("GPU", 0) else 0.0
+    most = total.get("GPU", 1) / gpus if gpus else total.get("CPU", 1) / 2 / job.cpus_per_actor
+    return Actors(
+        folder=folder,
+        dtype=job.dtype,
+        batch_size=job.batch_size,
+        max_new_tokens=job.max_new_tokens,
+        num_gpus=gpus,
+        num_cpus=job.cpus_per_actor,
+        max_actors=job.max_actors or max(1, int(most)),
+    )
+
+
+def _claim(
+    output: str, job: EvaluateJob, fingerprint: str, store: Store | None, found: dict[str, list[Unit]]
+) -> None:
+    """The output is this evaluation's: what decides the answers is written down there, or equal to it.
+
+    Raises:
+        DataError: other settings are, so that finished parts are not this run's.
+    """
+    path = storage.join(output, "settings.json")
+    former = storage.read_json(path) if storage.exists(path) else {}
+    settings: dict[str, Any] = {
+        "model": fingerprint,
+        "images": storage.sha256(*(h.encode() for h in sorted(store.shard_hashes))) if store else None,
+        **{name: getattr(job, name) for name in ("max_items", "seed", "max_new_tokens", "dtype")},
+        "data": {name: _identity(parts) for name, parts in found.items()},
+    }
+    known = {**settings, **former}
+    data = former.get("data", {})
+    different = [name for name in settings if name != "data" and known[name] != settings[name]]
+    different += [f"data.{name}" for name, now in settings["data"].items() if data.get(name, now) != now]
+    if different:
+        raise DataError(
+            f"{output}: holds answers of another evaluation (different: {', '.join(different)}); name "
+            "another output, or remove that directory"
+        )
+    storage.write_json(path, {**settings, "data": {**data, **settings["data"]}})
+
+
+def _identity(parts: Sequence[Unit]) -> str:
+    return storage.sha256(*(json.dumps(asdict(unit)).encode() for unit in parts))[:16]

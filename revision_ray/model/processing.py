@@ -1,0 +1,166 @@
+"""Text with `<image>` slots, and images or their embeddings, to what the model takes."""
+
+import functools
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
+
+from revision_ray.errors import ConfigError, DataError
+
+IMAGE_TOKEN = "<image>"
+
+# Most language models' chat templates take a message's content as text. This part, in front of one, turns
+# content in parts ({"type": "image"}, {"type": "text", "text": ...}) into that text: a line for each part.
+_PARTS_TO_TEXT = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set content = message['content'] -%}
+  {%- if content is not defined or content is string or content is not iterable -%}
+    {%- set flat.messages = flat.messages + [message] -%}
+  {%- else -%}
+    {%- set lines = namespace(all=[]) -%}
+    {%- for part in content -%}
+      {%- set lines.all = lines.all + ['<image>' if part['type'] == 'image' else part['text']] -%}
+    {%- endfor -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=lines.all | join('\\n'))] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages %}"""
+
+
+def add_image_token(tokenizer: Any) -> int:
+    """`tokenizer` knows `<image>` as one special token; returns its id."""
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+class ReVisionProcessor(ProcessorMixin):
+    """Tokenizer and image processor of a ReVision model.
+
+    `<image>` in a text becomes `num_visual_tokens` placeholders. Batches are padded on the left, as
+    generation needs. Without an image processor (a model without image tower) it takes embeddings only.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any = None,
+        chat_template: str | None = None,
+        num_visual_tokens: int = 1,
+    ) -> None:
+        """
+        Raises:
+            ConfigError: the tokenizer has no `<image>` token.
+        """
+        self.num_visual_tokens = num_visual_tokens
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise ConfigError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no {IMAGE_TOKEN} token; call "
+                "revision_ray.model.add_image_token(tokenizer) before"
+            )
+        template = chat_template or getattr(tokenizer, "chat_template", None)
+        if isinstance(template, str) and "'image'" not in template and '"image"' not in template:
+            template = _PARTS_TO_TEXT + template
+        if image_processor is None:
+            # The library takes every part that the signature names for present, and would save it.
+            self.get_attributes = functools.partial(list, ("tokenizer",))
+            super().__init__(tokenizer, chat_template=template)
+            self.image_processor = None
+        else:
+            super().__init__(tokenizer, image_processor, chat_template=template)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        if (processor_dict or {}).get("image_processor") is not None:
+            return super()._get_arguments_from_pretrained(
+                pretrained_model_name_or_path, processor_dict, **kwargs
+            )
+        subfolder = kwargs.pop("subfolder", "")
+        return [
+            cls._load_tokenizer_from_pretrained(
+                "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+            ),
+            None,
+        ]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        image_embeds: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """`input_ids` and `attention_mask` of the texts, `pixel_values` or `image_embeds` of the images.
+
+        Images (PIL, arrays, paths, nested or flat) or embeddings (images, D) stand in the order of their
+        `<image>`. With neither, texts may hold `<image>` all the same: the embeddings can join later.
+
+        Raises:
+            ConfigError: images, but the model has no image tower.
+            DataError: neither text nor images, or not one image for each `<image>`.
+        """
+        if text is None and images is None:
+            raise DataError("the processor was given neither text nor images")
+        options = self._merge_kwargs(
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs, **{"padding_side": "left", **kwargs}
+        )
+        data, num_images = self._images(images, image_embeds, options["images_kwargs"])
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            data = {**self._texts(texts, num_images, options["text_kwargs"]), **data}
+        return BatchFeature(
+            data,
+            tensor_type=options["text_kwargs"].get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
+
+    def _images(
+        self, images: Any, image_embeds: Any, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], int | None]:
+        if images is not None and image_embeds is not None:
+            raise DataError("give each image as a picture or as its embedding, one of the two")
+        if image_embeds is not None:
+            embeds_ID = torch.as_tensor(image_embeds)
+            return {"image_embeds": embeds_ID}, len(embeds_ID)
+        if images is None:
+            return {}, None
+        if self.image_processor is None:
+            raise ConfigError(
+                "images were given, but the model has no image tower; attach one with "
+                "revision_ray.model.attach.attach_image_tower, or give image_embeds"
+            )
+        flat: list[Any] = []
+        for item in _leaves(images):
+            one_or_several: Any = make_flat_list_of_images(self.image_processor.fetch_images(item))
+            flat += one_or_several
+        return dict(self.image_processor(flat, **options)), len(flat)
+
+    def _texts(self, texts: list[str], num_images: int | None, options: dict[str, Any]) -> dict[str, Any]:
+        num_slots = sum(text.count(IMAGE_TOKEN) for text in texts)
+        if num_images is not None and num_slots != num_images:
+            raise DataError(
+                f"{num_slots} {IMAGE_TOKEN} in {len(texts)} texts and {num_images} images, expected one "
+                f"image for each {IMAGE_TOKEN}, in order"
+            )
+        options.pop("return_mm_token_type_ids", None)
+        with_offsets = options.pop("return_text_replacement_offsets", False)
+        texts, offsets = self.get_text_with_replacements(
+            texts, [IMAGE_TOKEN * self.num_visual_tokens] * num_slots
+        )
+        encoding = dict(self.tokenizer(texts, **options))
+        self._check_special_mm_tokens(texts, encoding, modalities=["image"])  # type: ignore[arg-type]
+        return {**encoding, "text_replacement_offsets": offsets} if with_offsets else encoding
+
+
+def _leaves(images: Any) -> list[Any]:
+    """Every image of lists in lists; a conversation without images holds an empty one, or None."""
+    if isinstance(images, list | tuple):
+        return [image for part in images for image in _leaves(part)]
+    return [] if images is None else [images]

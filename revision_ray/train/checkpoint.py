@@ -1,0 +1,154 @@
+"""Sharded checkpoints of a run: what trains, the optimizer's shards, and where in the data it stands.
+
+Every rank writes its own shard to a directory of its own; Ray Train merges those of all ranks into one
+checkpoint in the run's storage. Random numbers and the order of data are functions of (seed, step), so the
+step is all of the position there is to keep.
+"""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from ray.train import Checkpoint
+
+from revision_ray.errors import CheckpointError
+from revision_ray.train.zero import Engine
+
+FORMAT_VERSION = 1
+TAG = "state"
+# What DeepSpeed's files hold besides tensors and plain containers; see zero.py.
+SAFE = [LossScaler, ZeroStageEnum, fragment_address]
+torch.serialization.add_safe_globals(SAFE)
+_DAMAGED = (
+    RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AssertionError,
+    pickle.UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands: everything before `step` has been trained on."""
+
+    step: int
+    num_workers: int
+    identity: dict[str, Any]
+    """Settings and data that decide the weights."""
+    counters: dict[str, int]
+    """Samples seen and rejected so far, of all workers."""
+    format_version: int = FORMAT_VERSION
+
+
+def save(engine: Engine, position: Position, folder: Path, rank: int) -> None:
+    """This rank's shard of the state lies in `folder`, with hashes of its files; all ranks must call it.
+
+    Frozen weights are left out: they are in the model that the run started from.
+    """
+    engine.deepspeed.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True, save_latest=False)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    (folder / f"rank-{rank:05d}.json").write_text(json.dumps(hashes, indent=1))
+    if rank == 0:
+        (folder / "position.json").write_text(json.dumps(vars(position), indent=1))
+
+
+def read_position(checkpoint: Checkpoint, identity: dict[str, Any], num_workers: int) -> Position:
+    """Where `checkpoint` stands; it is one of this very run.
+
+    Raises:
+        CheckpointError: it belongs to another run or another number of workers, or it is damaged.
+    """
+    where = checkpoint.path
+    with checkpoint.as_directory() as folder:
+        try:
+            position = Position(**json.loads(Path(folder, "position.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{where}: its position cannot be read ({error}); {_ADVICE}") from error
+    if position.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format version {position.format_version}, expected {FORMAT_VERSION}; finish the run "
+            "with the version of revision_ray that began it"
+        )
+    changed = differences(position.identity, identity)
+    if changed:
+        raise CheckpointError(f"{where}: belongs to a run that differs: {changed}; name another output")
+    if position.num_workers != num_workers:
+        raise CheckpointError(
+            f"{where}: was written by {position.num_workers} workers, this run has {num_workers}; ZeRO's "
+            f"shards cannot be dealt anew: resume with num_workers={position.num_workers}, or export the "
+            "checkpoint (jobs/export.py) and start another run from it"
+        )
+    return position
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What the one says and the other does not, for a person; empty where they agree."""
+    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    return ", ".join(f"{key} is {found.get(key)}, asked for {wanted.get(key)}" for key in keys)
+
+
+def load(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Weights that train and optimizer state are those of `checkpoint`, to the bit; all ranks must call it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    with checkpoint.as_directory() as folder:
+        verify(Path(folder), checkpoint.path)
+        try:
+            loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=TAG, load_module_strict=False)
+        except _DAMAGED as error:
+            raise CheckpointError(f"{checkpoint.path}: cannot be loaded ({error}); {_ADVICE}") from error
+    if loaded is None:
+        raise CheckpointError(f"{checkpoint.path}: holds no state; {_ADVICE}")
+
+
+_ADVICE = "remove that folder to resume from the one before"
+
+
+def verify(folder: Path, where: str) -> None:
+    """Every file that a rank wrote is there and unchanged.
+
+    Raises:
+        CheckpointError: naming the file that is not.
+    """
+    listed = sorted(folder.glob("rank-*.json"))
+    if not listed:
+        raise CheckpointError(f"{where}: no rank's shard is there; {_ADVICE}")
+    for path in listed:
+        for name, digest in json.loads(path.read_text()).items():
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{where}: {name} is missing; {_ADVICE}")
+            if _sha256(folder / name) != digest:
+                raise CheckpointError(f"{where}: {name} is damaged (its hash has changed); {_ADVICE}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def trained_weights(folder: str) -> dict[str, torch.Tensor]:
+    """float32 weights that trained, by name, put together from all ranks' shards.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    verify(Path(folder), folder)
+    sharded = list(Path(folder, TAG).glob("*optim_states.pt"))
+    try:
+        if sharded:
+            found = get_fp32_state_dict_from_zero_checkpoint(folder, tag=TAG, exclude_frozen_parameters=True)
+            return dict(found or {})
+        (path,) = Path(folder, TAG).glob("*model_states.pt")  # of ZeRO stage 0
+        return torch.load(path, map_location="cpu", weights_only=True)["module"]
+    except _DAMAGED as error:
+        raise CheckpointError(f"{folder}: cannot be loaded ({error})") from error

@@ -1,0 +1,86 @@
+"""The trained model as a transformers folder, from a running engine or from any checkpoint."""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from revision_ray import storage
+from revision_ray.errors import CheckpointError
+from revision_ray.train import checkpoint, models
+from revision_ray.train.zero import Engine
+
+log = logging.getLogger(__name__)
+MODEL = "model"
+
+
+def export(engine: Engine, processor: Any, output: str, rank: int) -> None:
+    """The model stands in OUTPUT/model, adapters merged; all ranks must call it, the first writes."""
+    state = _whole_state(engine, rank)
+    if rank == 0:
+        assert state is not None
+        model = engine.model
+        if engine.deepspeed.zero_optimization_stage() == 3:
+            model = _unsharded(model, state)
+        models.merge_lora(model)
+        write(model, processor, storage.join(output, MODEL))
+    dist.barrier()
+
+
+def _whole_state(engine: Engine, rank: int) -> dict[str, torch.Tensor] | None:
+    """All weights in main memory of the first rank, gathered one by one where ZeRO-3 shards them."""
+    if engine.deepspeed.zero_optimization_stage() < 3:
+        return dict(engine.model.state_dict())
+    state = {}
+    for name, parameter in engine.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if rank == 0:
+                state[name] = parameter.detach().cpu().clone()
+    saved = engine.model.state_dict().keys()
+    state.update({name: buffer.cpu() for name, buffer in engine.model.named_buffers() if name in saved})
+    return state if rank == 0 else None
+
+
+def _unsharded(model: Any, state: dict[str, torch.Tensor]) -> Any:
+    """A model of the same configuration that holds `state` itself."""
+    with torch.device("meta"):
+        whole = type(model)(model.config)
+    whole.load_state_dict(state, strict=False, assign=True)
+    whole.generation_config = model.generation_config
+    return whole
+
+
+def write(model: Any, processor: Any, uri: str) -> None:
+    """`model` and `processor` stand at `uri` as a transformers folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        # The configuration goes last: a folder that has it is whole.
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: path.name == "config.json"):
+            with pa.memory_map(str(path)) as file:
+                storage.write_bytes(
+                    storage.join(uri, path.relative_to(folder).as_posix()), file.read_buffer()
+                )
+    log.info("model: %s", uri)
+
+
+def from_checkpoint(model: Any, folder: str) -> None:
+    """`model`, as the run started from it, has the weights that trained in the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another model.
+    """
+    trained = checkpoint.trained_weights(folder)
+    own = dict(model.named_parameters())
+    strangers = sorted(set(trained) - set(own))
+    if strangers:
+        raise CheckpointError(f"{folder}: holds {strangers[0]}, which the model does not have")
+    with torch.no_grad():
+        for name, values in trained.items():
+            own[name].copy_(values)

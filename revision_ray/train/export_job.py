@@ -1,0 +1,72 @@
+"""A checkpoint of a run as a model, without the workers that wrote it."""
+
+from typing import Any
+
+import torch
+from ray.train import Checkpoint
+
+from revision_ray import config, storage
+from revision_ray.errors import CheckpointError
+from revision_ray.train import export, models
+from revision_ray.train.run import FinetuneJob, PretrainJob, alignment_identity
+from revision_ray.train.zero import dtype_of
+
+_PREFIX = "checkpoint-"
+
+
+def export_checkpoint(run: str, name: str | None, output: str) -> str:
+    """The model of checkpoint `name` of the run (the latest if None) stands at `output`.
+
+    Raises:
+        CheckpointError: no such run or checkpoint, or a damaged one.
+    """
+    run, output = storage.absolute(run), storage.absolute(output)
+    folder = storage.join(run, "checkpoints")
+    found = sorted(_checkpoints(folder))
+    if not found:
+        raise CheckpointError(
+            f"{run}: holds no checkpoints; name the output of jobs/pretrain.py or finetune.py"
+        )
+    chosen = found[-1] if name is None else storage.join(folder, name)
+    if chosen not in found:
+        names = ", ".join(storage.name_of(uri) for uri in found)
+        raise CheckpointError(f"{chosen}: no such checkpoint; there are {names}")
+    with Checkpoint(chosen).as_directory() as local:
+        model, processor = _start_of(run, local)
+        export.from_checkpoint(model, local)
+    models.merge_lora(model)
+    export.write(model, processor, output)
+    return output
+
+
+def _checkpoints(folder: str) -> list[str]:
+    files = storage.list_files(folder, "position.json", recursive=True) if storage.exists(folder) else []
+    return [storage.parent_of(uri) for uri, _ in files if _PREFIX in uri]
+
+
+def _start_of(run: str, checkpoint: str) -> tuple[Any, Any]:
+    """The model as the run started from it, frozen as it was."""
+    uri = storage.join(run, "config.yaml")
+    text = storage.read_bytes(uri).decode()
+    stage: models.Stage = "pretrain" if "\narchitecture:" in f"\n{text}" else "finetune"
+    job = config.load(PretrainJob if stage == "pretrain" else FinetuneJob, [uri])
+    torch.manual_seed(job.seed)
+    if isinstance(job, PretrainJob):
+        model, processor = models.new_model(
+            job.model,
+            job.architecture,
+            embedding_dim=_embedding_dim(checkpoint),
+            alignment=alignment_identity(job.alignment) if job.alignment else {},
+            image_tower=job.image_tower,
+            dtype=dtype_of(job),
+            attention=job.attention,
+        )
+        models.freeze(model, stage, None)
+    else:
+        model, processor = models.load_model(job.model, dtype=dtype_of(job), attention=job.attention)
+        models.freeze(model, stage, job.lora)
+    return model, processor
+
+
+def _embedding_dim(checkpoint: str) -> int:
+    return int(storage.read_json(storage.join(checkpoint, "position.json"))["identity"]["embedding_dim"])

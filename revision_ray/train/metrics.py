@@ -1,0 +1,98 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard by default, W&B and MLflow where asked for."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from revision_ray import storage
+from revision_ray.train.optional import optional
+from revision_ray.train.settings import Logging
+
+log = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Writer:
+    """The sinks of one run, held by the first worker."""
+
+    sinks: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
+    closers: list[Callable[[], None]] = field(default_factory=list)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """`values` are recorded for `step` everywhere."""
+        for sink in self.sinks:
+            sink(step, values)
+
+    def close(self) -> None:
+        for closer in self.closers:
+            closer()
+
+
+def open_writer(output: str, settings: Logging, steps_done: int, resolved: dict[str, Any]) -> Writer:
+    """Sinks that go on behind `steps_done`: what a run that died wrote past it is dropped from metrics.jsonl.
+
+    Raises:
+        ConfigError: a package that is switched on is missing.
+    """
+    writer = Writer()
+    writer.sinks.append(_json_lines(storage.join(output, METRICS), steps_done))
+    if settings.tensorboard:
+        _add_tensorboard(writer, output)
+    if settings.wandb_project:
+        _add_wandb(writer, settings.wandb_project, output, resolved)
+    if settings.mlflow_experiment:
+        _add_mlflow(writer, settings.mlflow_experiment, output)
+    return writer
+
+
+def _json_lines(uri: str, steps_done: int) -> Callable[[int, dict[str, float]], None]:
+    former = storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []
+    lines = [line for line in former if json.loads(line)["step"] <= steps_done]
+    begun = time.time()
+
+    def write(step: int, values: dict[str, float]) -> None:
+        lines.append(json.dumps({"step": step, "seconds": round(time.time() - begun, 3), **values}))
+        # Object stores cannot append; a line every few steps keeps this file small.
+        storage.write_bytes(uri, ("\n".join(lines) + "\n").encode())
+
+    return write
+
+
+def _add_tensorboard(writer: Writer, output: str) -> None:
+    folder = storage.join(output, "tensorboard")
+    if "://" in folder and not folder.startswith("s3://"):
+        log.warning(
+            "no TensorBoard events: they can be written to local paths and s3:// only, not %s", folder
+        )
+        return
+    events: Any = optional("tensorboardX", "logging.tensorboard").SummaryWriter(folder)
+
+    def write(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            events.add_scalar(name, value, step)
+        events.flush()
+
+    writer.sinks.append(write)
+    writer.closers.append(events.close)
+
+
+def _add_wandb(writer: Writer, project: str, output: str, resolved: dict[str, Any]) -> None:
+    wandb: Any = optional("wandb", "logging.wandb_project")
+    # One name a run, so that a resumed run goes on in the same plot.
+    run = wandb.init(
+        project=project, id=storage.sha256(output.encode())[:16], resume="allow", config=resolved
+    )
+    writer.sinks.append(lambda step, values: run.log(values, step=step))
+    writer.closers.append(run.finish)
+
+
+def _add_mlflow(writer: Writer, experiment: str, output: str) -> None:
+    mlflow: Any = optional("mlflow", "logging.mlflow_experiment")
+    mlflow.set_experiment(experiment)
+    mlflow.start_run(run_name=storage.name_of(output))
+    writer.sinks.append(lambda step, values: mlflow.log_metrics(values, step=step))
+    writer.closers.append(mlflow.end_run)

@@ -1,0 +1,287 @@
+"""What the model reads of one example: token ids, the labels among them, and the embeddings of its images.
+
+Stage 1 (paper sec. 5): image slot, caption, end token; loss on caption and end token. Stage 2: the chat
+template of the tokenizer; loss on the assistant's turns and their end token. No Ray.
+
+Shapes: T tokens, I images, D embedding dim, V visual tokens.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from revision_ray.data.conversations import BAD_CONVERSATION, IMAGE_MARK, Conversation
+from revision_ray.errors import ConfigError
+
+Cause = Literal["no_target", "missing_embedding", "too_long", "bad_conversation"]
+NO_LABEL = -100
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = {"role": "user", "content": "?"}
+
+
+class Unusable(Exception):  # noqa: N818  # a verdict on the data, not a failure
+    """This example cannot be trained on; it is counted under `cause`."""
+
+    def __init__(self, cause: Cause, detail: str) -> None:
+        super().__init__(cause, detail)
+        self.cause: Cause = cause
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.detail}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One example as the model reads it; `num_cut` tokens at its end were cut off by the length limit."""
+
+    id: str
+    input_ids: np.ndarray  # int32 (T,)
+    labels: np.ndarray  # int32 (T,), NO_LABEL where not a target
+    image_embeds: np.ndarray  # float32 (I, D)
+    num_cut: int = 0
+
+
+class Formatter:
+    """Examples as samples, for one tokenizer: at most `max_length` tokens, visual tokens among them.
+
+    `on_too_long`: reject leaves longer examples out; truncate keeps what fits, and says so in `num_cut`.
+
+    Raises:
+        ConfigError: the tokenizer has no `<image>` token, no end token, or gives no offsets.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_visual_tokens: int,
+        max_length: int = 2048,
+        on_too_long: Literal["reject", "truncate"] = "reject",
+    ) -> None:
+        self.tokenizer, self.num_visual_tokens = tokenizer, num_visual_tokens
+        self.max_length, self.on_too_long = max_length, on_too_long
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not tokenizer.is_fast:
+            raise ConfigError(f"tokenizer {name}: is a slow one without offsets; use one with tokenizer.json")
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer {name}: has no end token (eos_token); set one")
+        self.image_token_id = image_token_id(tokenizer)
+        self._special_ids = {
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        } | set(tokenizer.all_special_ids)
+        self._bos = _bos_ids(tokenizer)
+        self._template = ""
+        if tokenizer.chat_template is not None:
+            self._template = tokenizer.get_chat_template()
+        self._marked = bool(_GENERATION.search(self._template))
+
+    def caption(self, id: str, text: str, embedding: np.ndarray) -> Sample:
+        """The image slot with this embedding, then the caption and the end token, which are the targets.
+
+        Raises:
+            Unusable: no caption, no finite embedding, too long, or `<image>` inside the caption.
+        """
+        if not text or text.isspace():
+            raise Unusable("no_target", "the caption is empty")
+        target = [*self._ids(text), self.tokenizer.eos_token_id]
+        prompt = [*self._bos, self.image_token_id]
+        if self.image_token_id in target:
+            raise Unusable(BAD_CONVERSATION, f"the caption holds {IMAGE_MARK}")
+        input_ids = np.array([*prompt, *target], np.int32)
+        labels = input_ids.copy()
+        labels[: len(prompt)] = NO_LABEL
+        return self._sample(id, input_ids, labels, np.reshape(embedding, (1, -1)))
+
+    def conversation(self, conversation: Conversation, image_embeds: np.ndarray) -> Sample:
+        """The conversation as the chat template writes it; targets are the assistant's turns and their ends.
+
+        Raises:
+            Unusable: fewer embeddings than images, one that is not finite, too long, or the template refuses
+                these turns.
+            ConfigError: no chat template, or one that does not show where the assistant's turns are.
+        """
+        if len(image_embeds) < len(conversation.images):
+            raise Unusable(
+                "missing_embedding", f"{len(image_embeds)} embeddings, {len(conversation.images)} images"
+            )
+        messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
+        try:
+            text, spans = self._marked_spans(messages) if self._marked else self._spans(messages)
+        except TemplateError as error:
+            raise Unusable(BAD_CONVERSATION, f"the chat template refuses it: {error}") from error
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids = np.array(encoded["input_ids"], np.int32)
+        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        labels = np.full_like(input_ids, NO_LABEL)
+        for span in spans:
+            chosen = self._target(text, span, input_ids, offsets)
+            labels[chosen] = input_ids[chosen]
+        labels[input_ids == self.image_token_id] = NO_LABEL
+        return self._sample(conversation.id, input_ids, labels, image_embeds)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
+        """`messages` as text; with the header of an assistant's turn after them where `prompt` is set."""
+        if not self._template:
+            raise ConfigError("the tokenizer has no chat template; give it one for training on conversations")
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+    def _marked_spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the characters of it inside the template's `{% generation %}` marks."""
+        special_tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+        rendered: Any = render_jinja_template(
+            conversations=[messages],  # type: ignore[arg-type]
+            chat_template=self._template,
+            return_assistant_tokens_mask=True,
+            **special_tokens,
+        )
+        texts, spans = rendered
+        found = [(start, end) for start, end in spans[0] if end > start]
+        expected = sum(message["role"] == "assistant" for message in messages)
+        if len(found) != expected:
+            raise ConfigError(
+                f"the chat template marks {len(found)} turns with {{% generation %}}, the conversation has "
+                f"{expected} of the assistant; mend the template"
+            )
+        return texts[0], found
+
+    def _spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the characters of it that render each assistant's turn.
+
+        A turn begins where the text up to it, with the assistant's header, ends. It ends where the text up to
+        and with it parts from the same followed by a user's turn: so what a template writes only behind the
+        last turn (Phi-3's end of text) is no part of a turn.
+        """
+        whole = self._render(messages)
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:number], prompt=True)
+            alone = self._render(messages[: number + 1])
+            following = messages[number + 1] if number + 1 < len(messages) else _PROBE
+            end = _common(alone, self._render([*messages[: number + 1], following]))
+            content = message["content"].strip()
+            if (
+                not whole.startswith(before)
+                or not whole.startswith(alone[:end])
+                or content not in whole[len(before) : end]
+            ):
+                raise ConfigError(
+                    "the chat template does not show where the assistant's turns are: the text up to turn "
+                    f"{number} is not a beginning of the whole text; mark those turns in it with "
+                    "{% generation %} and {% endgeneration %}"
+                )
+            spans.append((len(before), end))
+        return whole, spans
+
+    def _target(self, text: str, span: tuple[int, int], input_ids: np.ndarray, offsets: np.ndarray) -> slice:
+        """The tokens of `span`, up to the end token of its turn where there is one."""
+        touched = np.flatnonzero((offsets[:, 1] > span[0]) & (offsets[:, 0] < span[1])).tolist()
+        inside = [place for place in touched if _lies_in(text, offsets[place].tolist(), span)]
+        if not inside:
+            return slice(0, 0)
+        first, end = inside[0], inside[-1] + 1
+        last = end - 1
+        while last > first and text[offsets[last, 0] : offsets[last, 1]].isspace():
+            last -= 1  # the line break that ChatML writes behind the end token
+        if int(input_ids[last]) in self._special_ids:
+            return slice(first, last + 1)
+        if end < len(input_ids) and int(input_ids[end]) in self._special_ids:
+            return slice(first, end + 1)  # the end token stands behind the template's marks
+        return slice(first, end)
+
+    def _sample(self, id: str, input_ids: np.ndarray, labels: np.ndarray, image_embeds: np.ndarray) -> Sample:
+        """The sample with V visual tokens an image, cut to the length limit, known to have a target."""
+        num_images = int((input_ids == self.image_token_id).sum())
+        if num_images != len(image_embeds):
+            raise Unusable(
+                BAD_CONVERSATION, f"{num_images} {IMAGE_MARK} in the text, {len(image_embeds)} embeddings"
+            )
+        if not np.isfinite(image_embeds).all():
+            raise Unusable("missing_embedding", "the embedding is not finite")
+        copies = np.where(input_ids == self.image_token_id, self.num_visual_tokens, 1)
+        input_ids, labels = np.repeat(input_ids, copies), np.repeat(labels, copies)
+        length, num_cut = len(input_ids), max(len(input_ids) - self.max_length, 0)
+        if num_cut:
+            said = f"{length} tokens, max_length is {self.max_length}"
+            if self.on_too_long == "reject":
+                raise Unusable("too_long", said)
+            if (input_ids[self.max_length :] == self.image_token_id).any():
+                raise Unusable("too_long", f"{said}, which cuts an image off")
+            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+        # The first token is predicted from nothing.
+        if not (labels[1:] != NO_LABEL).any():
+            cause: Cause = "too_long" if num_cut else "no_target"
+            raise Unusable(cause, f"none of the {len(labels)} tokens is a target")
+        return Sample(
+            id=id,
+            input_ids=input_ids.astype(np.int32),
+            labels=labels.astype(np.int32),
+            image_embeds=np.ascontiguousarray(image_embeds, np.float32),
+            num_cut=num_cut,
+        )
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `<image>`.
+
+    Raises:
+        ConfigError: the tokenizer does not know it as a token.
+    """
+    found = tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+    if not isinstance(found, int) or found == tokenizer.unk_token_id:
+        raise ConfigError(f"the tokenizer has no token {IMAGE_MARK}; take the one of the model's processor")
+    return found
+
+
+def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin token, where the tokenizer itself puts one before a text."""
+    ids: Any = tokenizer("a")["input_ids"]
+    bos: Any = tokenizer.bos_token_id
+    return [bos] if ids[:1] == [bos] else []
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters both begin with."""
+    for place, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return place
+    return min(len(first), len(second))
+
+
+def _lies_in(text: str, offset: Sequence[int], span: tuple[int, int]) -> bool:
+    """Whether a token stands for characters of `span`; white space at its edges may reach beyond."""
+    start, end = offset
+    if end <= start or end <= span[0] or start >= span[1]:
+        return False
+    piece = text[start:end]
+    if not piece.isspace():
+        start += len(piece) - len(piece.lstrip())
+        end -= len(piece) - len(piece.rstrip())
+    return span[0] <= start and end <= span[1]
+
+
+def visible(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The sample as the model reads it: targets in [[ ]], V visual tokens in a row as `<image>xV`."""
+    image_id = image_token_id(tokenizer)
+    kinds = np.where(sample.input_ids == image_id, 2, (sample.labels != NO_LABEL).astype(np.int64))
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    shown = []
+    for start, end in pairwise(edges):
+        if kinds[start] == 2:
+            shown.append(f"{IMAGE_MARK}x{end - start}")
+            continue
+        text = str(tokenizer.decode(sample.input_ids[start:end].tolist(), skip_special_tokens=False))
+        shown.append(f"[[{text}]]" if kinds[start] else text)
+    return "".join(shown)

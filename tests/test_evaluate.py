@@ -1,0 +1,780 @@
+"""Evaluation: answers scored by rule, benchmarks read as published, a model asked the same way always."""
+
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from embedding_stores import write_store
+from PIL import Image
+from tiny_encoder import write_encoder
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from revision_ray import storage
+from revision_ray.data.shards import EncoderIdentity
+from revision_ray.encode import open_clip
+from revision_ray.encode.encoder import EncoderConfig
+from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
+from revision_ray.evaluate import answers, ask, picture, report, scores
+from revision_ray.evaluate.answers import judge
+from revision_ray.evaluate.benchmarks import BENCHMARKS, benchmark
+from revision_ray.evaluate.questions import Item, content_key
+from revision_ray.evaluate.responder import Responder
+from revision_ray.evaluate.rows import LeftOut, read_unit, units
+from revision_ray.evaluate.run import EvaluateJob, run
+from revision_ray.evaluate.scores import Answered, wilson
+from revision_ray.miniature import dataset, documents, language_model
+from revision_ray.miniature.dataset import DatasetConfig
+from revision_ray.miniature.language_model import ModelSize
+from revision_ray.model import ReVisionProcessor, build_model
+from revision_ray.model.attach import attach_image_tower
+
+# --- answers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "parsed"),
+    [
+        ("Yes", "yes"),
+        ("yes.", "yes"),
+        ("No, there is no dog in the image.", "no"),
+        ("**Yes**", "yes"),
+        ('"No"', "no"),
+        ("\n  NO\n", "no"),
+        ("Not at all", None),
+        ("Nothing is there", None),
+        ("Yesterday it was", None),
+        ("yes or no", None),
+        ("Yes/No", None),
+        ("The answer is yes", None),  # the rule asks for the beginning
+        ("There is a dog.", None),
+        ("", None),
+    ],
+)
+def test_yes_and_no_count_at_the_beginning_alone(said, parsed):
+    assert answers.yes_no(said) == parsed
+
+
+@pytest.mark.parametrize(
+    ("said", "parsed"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("**B**", "B"),
+        (" B\n", "B"),
+        ("B. a dog", "B"),
+        ("B) a dog", "B"),
+        ("(C) the cat is left of the dog", "C"),
+        ("B: a dog", "B"),
+        ("A, because it is red", "A"),
+        ("Answer: B", "B"),
+        ("answer: (b)", "B"),
+        ("The answer is B.", "B"),
+        ("The correct answer is **C**", "C"),
+        ("The correct option is (D) because of the light", "D"),
+        ("The answer is D because it is larger", "D"),
+        ("Option C", "C"),
+        (r"So we get \boxed{B}", "B"),
+        (r"$\boxed{\text{C}}$", "C"),
+        (r"\boxed{A} no, wait: \boxed{D}", "D"),
+        ("First I thought the answer is A. But the answer is C.", "C"),
+        ("It must be (B), as the shadow shows.", "B"),
+        ("B is correct", "B"),
+        ("B\n\nThe dog is on the left.", "B"),
+        # What names no option, or more than one, is not guessed.
+        ("A cat is in the picture", None),
+        ("The answer is a cat", None),
+        ("Because I see a dog", None),
+        ("B or C", None),
+        ("The answer is B or C", None),
+        ("A, B", None),
+        ("either (A) or (B)", None),
+        ("A. cat\nB. dog\nC. bird\nD. fish", None),
+        ("A. cat B. dog C. bird", None),
+        ("the cat", None),
+        ("", None),
+        ("F", None),  # there are four options
+        ("The answer is unclear", None),
+    ],
+)
+def test_a_letter_is_read_as_people_write_it(said, parsed):
+    assert answers.letter(said, "ABCD") == parsed
+
+
+def test_ten_options_have_ten_letters():
+    assert answers.letter("J", "ABCDEFGHIJ") == "J"
+    assert answers.letter("The answer is I.", "ABCDEFGHIJ") == "I"
+    assert answers.letter("I think so", "ABCDEFGHIJ") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "parsed"),
+    [
+        ("A, B", "AB"),
+        ("B,A", "AB"),
+        ("A and C", "AC"),
+        ("a, c", "AC"),
+        ("A, B, and D", "ABD"),
+        ("(A), (C)", "AC"),
+        ("BD", "BD"),
+        ("The answer is A, B.", "AB"),
+        ("Answer: C", "C"),
+        ("C", "C"),
+        ("BAD", None),
+        ("A dog and a cat", None),
+        ("", None),
+    ],
+)
+def test_a_set_of_letters_is_read(said, parsed):
+    assert answers.letter_set(said) == (None if parsed is None else frozenset(parsed))
+
+
+@pytest.mark.parametrize(
+    ("scoring", "said", "truth", "correct"),
+    [
+        ("word", "Red.", "red", True),
+        ("word", " red ", "red", True),
+        ("word", "dark red", "red", False),
+        ("word", "redder", "red", False),
+        ("word", "", "red", False),
+        ("letter_or_word", "A. the left one", "A", True),
+        ("letter_or_word", "Yes.", "Yes", True),
+        ("letter_or_word", "3", "3", True),
+        ("letter_or_word", "three", "3", False),
+        ("letters", "B, A", "A, B", True),
+        ("letters", "A", "A, B", False),
+        ("open", "3.14", "3.14", True),
+        ("open", "The answer is 3.141.", "3.14", True),
+        ("open", "$1,200", "1200", True),
+        ("open", "about 12 cm", "12", True),
+        ("open", "12 or 13", "12", False),
+        ("open", "The Nile", "nile", True),
+        ("open", "the answer is: a parabola.", "parabola", True),
+        ("open", "I do not know", "nile", False),
+        ("open", "-5", "5", False),
+        ("open", "", "5", False),
+    ],
+)
+def test_answers_are_scored_by_the_rule(scoring, said, truth, correct):
+    assert judge(scoring, said, [truth]).correct == correct
+
+
+def test_an_open_question_has_several_spellings_and_an_option_its_text():
+    assert judge("open", "0.5", ["1/2", "0.5"]).correct
+    assert judge("letter", "the dog.", ["B"], letters="AB", options=["the cat", "The dog"]).predicted == "B"
+    assert (
+        judge("letter", "the dog", ["B"], letters="AB").predicted is None
+    )  # only where the benchmark says so
+
+
+def test_nothing_said_is_wrong_under_every_rule():
+    """Some kits draw a letter at random here."""
+    truths = {"yes_no": "yes", "letter": "A", "letters": "A", "word": "a", "letter_or_word": "A", "open": "a"}
+    for scoring, truth in truths.items():
+        verdict = judge(scoring, "?!", [truth], letters="ABCD")
+        assert not verdict.correct, scoring
+
+
+# --- figures ----------------------------------------------------------------------------------------------
+
+
+def test_wilson_intervals_are_the_published_ones():
+    # Newcombe, Stat. Med. 17 (1998) 857, table I, method 3 (score without continuity correction), 4 digits.
+    for right, num, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson(right, num) == pytest.approx((low, high), abs=5.1e-5)  # printed to 4 digits
+    assert wilson(20, 20)[1] == 1.0
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def answered(*rows) -> list[Answered]:
+    """Rows of (correct, groups, answer, predicted); the last two only where they matter."""
+    full = [(*row, "yes", "yes") if len(row) == 2 else row for row in rows]
+    return [
+        Answered(id=str(number), correct=correct, groups=groups, answer=answer, predicted=predicted)
+        for number, (correct, groups, answer, predicted) in enumerate(full)
+    ]
+
+
+def test_acc_plus_wants_both_questions_of_an_image():
+    rows = answered(
+        (True, {"category": "count", "image": "1"}),
+        (True, {"category": "count", "image": "1"}),
+        (True, {"category": "count", "image": "2"}),
+        (False, {"category": "count", "image": "2"}),
+        (False, {"category": "ocr", "image": "1"}),  # the same name in another category
+        (False, {"category": "ocr", "image": "1"}),
+    )
+    found = scores.mme(rows)
+    assert found["acc_plus"] == pytest.approx(1 / 3)
+    assert found["acc_plus_by_category"] == {"count": 0.5, "ocr": 0.0}
+
+
+def test_the_mean_of_categories_weighs_them_equally():
+    rows = answered(*[(True, {"l2_category": "a"})] * 9, (False, {"l2_category": "b"}))
+    assert scores.mmstar(rows) == {"mean_of_l2_categories": 0.5}
+    assert scores.accuracy(rows)["accuracy"] == 0.9
+
+
+def test_f1_and_the_share_of_yes():
+    group = {"category": "random"}
+    rows = answered(
+        (True, group, "yes", "yes"),
+        (True, group, "yes", "yes"),
+        (False, group, "yes", "no"),
+        (False, group, "no", "yes"),
+        (True, group, "no", "no"),
+        (False, group, "yes", None),
+    )
+    found = scores.pope(rows)
+    # precision 2/3, recall 2/4
+    assert found["f1"] == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
+    assert found["yes_ratio"] == 0.5
+    assert found["by_category"]["random"]["f1"] == found["f1"]
+
+
+def test_figures_and_questions_of_hallusion_bench():
+    unit = {"category": "VD", "subcategory": "chart", "set": "0"}
+    rows = answered(
+        (True, {**unit, "figure": "0", "question": "0"}),
+        (True, {**unit, "figure": "0", "question": "1"}),
+        (True, {**unit, "figure": "1", "question": "0"}),
+        (False, {**unit, "figure": "1", "question": "1"}),
+        (True, {**unit, "set": "1", "figure": "1", "question": "1"}),  # of another set
+    )
+    assert scores.hallusion_bench(rows) == {
+        "aAcc": 0.8,
+        "fAcc": pytest.approx(2 / 3),
+        "qAcc": pytest.approx(2 / 3),
+    }
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def png(colour) -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(sink, "PNG")
+    return sink.getvalue()
+
+
+RED, BLUE = png("red"), png("blue")
+CRPE = "What is on the table?\n(A) a cat\n(B) a dog\n(C) a cup\n(D) nothing"
+CRPE_TURNED = "What is on the table?\n(A) a dog\n(B) a cup\n(C) nothing\n(D) a cat"
+MMMU = {f"image_{number}": None for number in range(1, 8)}
+
+# Rows with exactly the columns of the published files; what follows is expected of the first question.
+FILES = {
+    "mme": (
+        [
+            {"question_id": "code/0020.png", "image": {"bytes": RED, "path": None}, "answer": "Yes",
+             "question": "Is it red? Please answer yes or no.", "category": "color"},
+            {"question_id": "code/0020.png", "image": {"bytes": RED, "path": None}, "answer": "No",
+             "question": "Is it blue? Please answer yes or no.", "category": "color"},
+        ],
+        ("Is it red?\nAnswer the question using a single word or phrase.", "Yes.", "no"),
+    ),
+    "mmstar": (
+        [{"index": 7, "question": "What?\nOptions: A: x, B: y, C: z, D: w", "image": RED, "answer": "B",
+          "category": "math", "l2_category": "geometry"}],
+        ("What?\nOptions: A: x, B: y, C: z, D: w\nAnswer with the option's letter from the given choices "
+         "directly.", "B", "A"),
+    ),
+    "science_qa": (
+        [{"image": {"bytes": RED, "path": "x.png"}, "question": "Which?", "choices": ["one", "two", "three"],
+          "answer": 2, "hint": "Look."},
+         {"image": None, "question": "Which?", "choices": ["one", "two"], "answer": 0, "hint": ""}],
+        ("Context: Look.\nWhich?\nA. one\nB. two\nC. three\nAnswer with the option's letter from the given "
+         "choices directly.", "C. three", "D"),
+    ),
+    "real_world_qa": (
+        [{"image": {"bytes": RED, "path": None}, "answer": "3",
+          "question": "How many? Answer with a number."}],
+        ("How many? Answer with a number.", "3.", "4"),
+    ),
+    "mmmu": (
+        [{"id": "validation_Art_Theory_1", "question": "What is <image 1>?", **MMMU,
+          "options": "['x', \"it's y\"]",
+          "image_1": {"bytes": RED, "path": None}, "answer": "B", "question_type": "multiple-choice"},
+         {"id": "validation_Math_2", "question": "Compare <image 1> and <image 2>", **MMMU,
+          "options": "['x']", "image_1": {"bytes": RED, "path": None}, "answer": "A",
+          "question_type": "multiple-choice"},
+         {"id": "validation_Math_3", "question": "What is x?", **MMMU, "options": "['<image 2>', 'y']",
+          "image_2": {"bytes": BLUE, "path": None}, "answer": "A", "question_type": "multiple-choice"},
+         {"id": "validation_Math_4", "question": "<image 1> What is x?", "options": "[]", **MMMU,
+          "image_1": {"bytes": RED, "path": None}, "answer": "['1/2', '0.5']", "question_type": "open"}],
+        ("What is <image 1>?\nA. x\nB. it's y\nAnswer with the option's letter from the given choices "
+         "directly.", "(B)", "C"),
+    ),
+    "mmmu_pro_standard": (
+        [{"id": "test_History_1", "question": "What is <image 1>?", **MMMU,
+          "options": str([f"o{n}" for n in range(10)]), "answer": "J", "subject": "History",
+          "image_1": {"bytes": RED, "path": None}}],
+        ("What is <image 1>?\n" + "\n".join(f"{'ABCDEFGHIJ'[n]}. o{n}" for n in range(10))
+         + "\nAnswer with the option's letter from the given choices directly.", "J", "I"),
+    ),
+    "mmmu_pro_vision": (
+        [{"id": "test_History_1", "image": {"bytes": RED, "path": None}, "options": "['a', 'b', 'c']",
+          "answer": "C", "subject": "History"}],
+        ("Answer with the option's letter from the given choices directly.", "C", "D"),
+    ),
+    "visulogic": (
+        [{"image_path": "images/0.png", "question": "Which comes next?", "label": "D", "tag": "Spatial"}],
+        ("Which comes next?\nAnswer with the option letter only.", r"\boxed{D}", "A"),
+    ),
+    "logic_vista": (
+        [{"question": "Which two? A, B, C or D", "image": {"bytes": RED, "path": None}, "answer": "A, C"}],
+        ("Which two? A, B, C or D", "C, A", "A"),
+    ),
+    "crpe": (
+        [{"image": {"bytes": RED, "path": None}, "text": CRPE, "correct_option": "B"},
+         {"image": {"bytes": RED, "path": None}, "text": CRPE_TURNED, "correct_option": "A"},
+         {"image": {"bytes": BLUE, "path": None}, "text": CRPE, "correct_option": "B"}],
+        (CRPE + "\nPlease answer directly with only the letter of the correct option and nothing else.",
+         "A dog.", "A"),
+    ),
+    "pope": (
+        [{"question_id": "1", "question": "Is there a dog?", "answer": "yes", "image_source": "COCO_1",
+          "image": {"bytes": RED, "path": None}, "category": "adversarial"},
+         {"question_id": "1", "question": "Is there a cat?", "answer": "no", "image_source": "COCO_1",
+          "image": {"bytes": RED, "path": None}, "category": "popular"}],
+        ("Is there a dog?\nAnswer the question using a single word or phrase.", "Yes.", "No"),
+    ),
+    "hallusion_bench": (
+        [{"category": "VD", "subcategory": "illusion", "set_id": "0", "figure_id": "1", "question_id": "2",
+          "question": "Is it bent?", "gt_answer": "0", "image": {"bytes": RED, "path": None}}],
+        ("Is it bent?", "No, it is straight.", "Yes"),
+    ),
+}  # fmt: skip
+
+
+def write_rows(folder: Path, name: str) -> str:
+    """The benchmark as its publishers lay it out: a Parquet file of the split, and one of another split."""
+    rows = FILES[name][0]
+    spec = BENCHMARKS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, folder / f"{spec.splits[0]}-00000-of-00001.parquet", row_group_size=2)
+    pq.write_table(table.slice(0, 1), folder / "dev-00000-of-00001.parquet")
+    if name == "visulogic":
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / "images" / "0.png").write_bytes(RED)
+    return str(folder)
+
+
+def read(name: str, uri: str) -> list[Item | LeftOut]:
+    return [item for unit in units(name, uri) for item in read_unit(unit)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_benchmark_is_read_from_exactly_its_columns(name, tmp_path):
+    rows, (prompt, right, wrong) = FILES[name]
+    assert set(benchmark(name).columns) <= set(rows[0])
+    items = read(name, write_rows(tmp_path, name))
+    assert len(items) == len(rows)  # none of the other split
+    first = items[0]
+    assert isinstance(first, Item)
+    assert first.prompt == prompt
+    assert first.image == RED
+    for said, correct in ((right, True), (wrong, False)):
+        verdict = judge(first.scoring, said, first.answers, letters=first.letters, options=first.options)
+        assert verdict.correct == correct
+
+
+def test_every_benchmark_but_the_miniature_is_tested_above():
+    assert {*FILES, "miniature"} == set(BENCHMARKS)
+
+
+def test_single_image_questions_alone_are_asked(tmp_path):
+    items = read("mmmu", write_rows(tmp_path, "mmmu"))
+    assert [item.id for item in items if isinstance(item, Item)] == [
+        "validation_Art_Theory_1", "validation_Math_3", "validation_Math_4"
+    ]  # fmt: skip
+    assert items[1] == LeftOut(id="validation_Math_2", reason="several images")
+    assert isinstance(items[2], Item) and items[2].image == BLUE  # noqa: PT018
+    assert isinstance(items[3], Item) and items[3].answers == ("1/2", "0.5")  # noqa: PT018
+    assert items[0].groups == {"subject": "Art_Theory"}  # type: ignore[union-attr]
+
+
+def test_a_question_without_image_is_left_out(tmp_path):
+    assert isinstance(read("science_qa", write_rows(tmp_path, "science_qa"))[1], LeftOut)
+
+
+def test_orders_of_options_are_one_question_of_an_image(tmp_path):
+    first, turned, other = (
+        item.groups["question"]  # type: ignore[union-attr]
+        for item in read("crpe", write_rows(tmp_path, "crpe"))
+    )
+    assert first == turned != other
+
+
+def test_visulogic_is_read_from_its_jsonl(tmp_path):
+    uri = write_rows(tmp_path, "visulogic")
+    expected = read("visulogic", uri)[0]
+    for parquet in tmp_path.glob("*.parquet"):
+        parquet.unlink()
+    (tmp_path / "data.jsonl").write_text(json.dumps({**FILES["visulogic"][0][0], "id": "00007"}) + "\n")
+    found = read("visulogic", uri)[0]
+    assert isinstance(found, Item) and found.id == "00007"  # noqa: PT018
+    assert isinstance(expected, Item) and found.prompt == expected.prompt  # noqa: PT018
+    (tmp_path / "images" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"row 0.*no such file.*unpack"):
+        read("visulogic", uri)
+
+
+def test_a_row_without_a_true_answer_is_named(tmp_path):
+    for name, broken in (
+        ("mmstar", {"answer": "?"}),
+        ("mme", {"answer": "perhaps"}),
+        ("mmmu", {"options": "x y"}),
+    ):
+        spec, row = (
+            benchmark(name),
+            {**FILES[name][0][0], **broken, "image": RED, "#file": "f", "#row": "r-3"},
+        )
+        with pytest.raises(DataError, match="f: row r-3: "):
+            spec.item(row)
+
+
+def test_what_is_no_benchmark_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean mmstar"):
+        benchmark("mmstarr")
+    with pytest.raises(DataError, match=r"no column .*category.*found"):
+        read("pope", write_rows(tmp_path / "a", "real_world_qa"))
+    with pytest.raises(DataError, match="no such file"):
+        units("mme", str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match="no rows of mmstar"):
+        units("mmstar", write_rows(tmp_path / "b", "pope"))  # a test split, not a val split
+    with pytest.raises(ConfigError, match=r"data\.pope=DIRECTORY"):
+        EvaluateJob(model="m", benchmarks=["pope"], output="o")
+
+
+# --- controls ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num", [2, 3, 10, 501])
+def test_no_image_keeps_its_place_and_none_is_lost(num):
+    keys = [f"{number:04d}" for number in range(num)]
+    moved = ask.derangement(keys, seed=3)
+    assert all(moved[key] != key for key in keys)
+    assert sorted(moved.values()) == keys
+    shuffled = random.Random(0).sample(keys, num)
+    assert ask.derangement(shuffled, seed=3) == moved  # of the set of images, not of their order
+    assert num < 10 or ask.derangement(keys, seed=4) != moved
+
+
+def test_one_image_has_no_other():
+    with pytest.raises(DataError, match="two different images"):
+        ask.derangement(["a"], seed=0)
+
+
+# --- picture ----------------------------------------------------------------------------------------------
+
+
+def test_the_picture_holds_every_image_on_white():
+    long = "a very long caption " * 40 + "x" * 300
+    cells = [
+        picture.Cell(image=png(colour), caption=long, questions=(("what?", "red", "blue", False),))
+        for colour in ("red", "lime", "blue", "red", "lime")
+    ]
+    sheet = Image.open(io.BytesIO(picture.contact_sheet(cells))).convert("RGB")
+    counts = {colour: count for count, colour in sheet.getcolors(1 << 24) or []}
+    assert max(counts, key=lambda colour: counts[colour]) == (255, 255, 255)
+    side = 256  # each image is enlarged to this
+    assert counts[255, 0, 0] == 2 * side**2
+    assert counts[0, 0, 255] == side**2
+    # Nothing is cut off: the last row and column of the sheet are margin.
+    edges = np.asarray(sheet)
+    assert (edges[-8:] == 255).all()
+    assert (edges[:, -8:] == 255).all()
+    one = Image.open(io.BytesIO(picture.contact_sheet(cells[:1])))
+    assert one.width < sheet.width / 3
+
+
+# --- the whole job ----------------------------------------------------------------------------------------
+
+WORLD = DatasetConfig(
+    output="", num_pairs=0, num_heldout=12, num_images=0, num_texts=0, rows_per_file=5, cpus_per_task=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> str:
+    """A world of 12 held-out scenes, written without Ray."""
+    folder = tmp_path_factory.mktemp("world")
+    for part in dataset.parts(WORLD):
+        for path, content in dataset.contents(WORLD, part).items():
+            storage.write_bytes(str(folder / path), content)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> EncoderConfig:
+    model = write_encoder(tmp_path_factory.mktemp("encoder") / "tiny")
+    return EncoderConfig(kind="open_clip", model=model)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, world, encoder) -> str:
+    """A tiny model with the encoder's image tower that has learnt the answers to this world's questions."""
+    config = documents.DocumentConfig(num_documents=300)
+    texts = [documents.document(config, documents.FIRST_TRAINING_SCENE + i) for i in range(300)]
+    tokenizer = language_model.build_tokenizer(texts)
+    torch.manual_seed(0)
+    size = ModelSize(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
+    made = build_model(
+        language_model.build_model(size, tokenizer).config,
+        16,
+        tokenizer.convert_tokens_to_ids("<image>"),
+        num_visual_tokens=2,
+        embedding_scale=4.0,
+    )
+    processor = ReVisionProcessor(tokenizer, attach_image_tower(made, encoder), num_visual_tokens=2)
+    learn(made, processor, [item for item in read("miniature", world) if isinstance(item, Item)])
+    folder = tmp_path_factory.mktemp("model")
+    made.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def learn(made, processor, items: list[Item]) -> None:
+    """Gradient steps on all of `items` at once, until answers depend on the image."""
+    embeds = made.encode_images(
+        processor(images=[opened(item) for item in items], return_tensors="pt")["pixel_values"]
+    )
+    texts = [f"<image> <q> {item.prompt} <a> {item.answers[0]} <e>" for item in items]
+    tokens = processor(
+        text=texts, image_embeds=embeds, padding=True, padding_side="right", return_tensors="pt"
+    )
+    ids = tokens["input_ids"]
+    behind = (ids == processor.tokenizer.convert_tokens_to_ids("<a>")).cumsum(1).bool()[:, :-1]
+    labels = torch.full_like(ids, -100)
+    labels[:, 1:][behind] = ids[:, 1:][behind]
+    labels[tokens["attention_mask"] == 0] = -100
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], 5e-3)
+    made.train()
+    for _ in range(120):
+        loss = made(**tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    made.eval()
+
+
+def opened(item: Item) -> Image.Image:
+    assert item.image is not None
+    return Image.open(io.BytesIO(item.image))
+
+
+def save_again(model: str, folder: Path, alignment: dict, tower: bool) -> str:
+    """A copy of `model` with another alignment, and without its image tower unless `tower`."""
+    made = AutoModelForImageTextToText.from_pretrained(model)
+    processor = AutoProcessor.from_pretrained(model)
+    made.config.alignment = alignment
+    if not tower:
+        made.image_tower = made.config.image_tower = None
+        processor = ReVisionProcessor(processor.tokenizer, num_visual_tokens=2)
+    made.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def job(model: str, world: str, output: Path, **settings) -> EvaluateJob:
+    return EvaluateJob(
+        model=model,
+        benchmarks=["miniature"],
+        data={"miniature": world},
+        output=str(output),
+        **{"max_new_tokens": 4, "cpus_per_actor": 0.5, "num_pictures": 3, **settings},
+    )
+
+
+def rows_of(output: Path, condition: str, name: str = "miniature") -> list[dict]:
+    return pq.read_table(output / "answers" / name / f"{condition}.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def evaluated(cluster, model, world, tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("evaluated")
+    return output, run(job(model, world, output))
+
+
+def test_every_held_out_question_is_asked_under_every_condition(evaluated, world):
+    output, _ = evaluated
+    asked = [
+        json.loads(line)
+        for file in sorted(Path(world).glob("questions/heldout-*.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    for condition in ("image", "blind", "shuffled"):
+        rows = rows_of(output, condition)
+        assert [row["id"] for row in rows] == [question["id"] for question in asked]
+        assert [row["answer"] for row in rows] == [question["answer"] for question in asked]
+        assert [json.loads(row["groups"])["kind"] for row in rows] == [question["kind"] for question in asked]
+        for row in rows:
+            assert row["predicted"] == answers.word(row["raw"])
+            assert row["correct"] == (row["predicted"] == row["answer"])
+
+
+def test_conditions_show_their_own_another_and_no_image(evaluated):
+    output, _ = evaluated
+    own, blind, other = (rows_of(output, condition) for condition in ("image", "blind", "shuffled"))
+    assert all(row["shown"] == row["image"] for row in own)
+    assert all(row["shown"] is None for row in blind)
+    assert all(row["shown"] != row["image"] for row in other)
+    # And the model, which knows these images, does see what the table says it was shown.
+    right = [sum(row["correct"] for row in rows) / len(rows) for rows in (own, blind, other)]
+    # Many questions are about one scene alone, so their words tell much of the answer even so.
+    assert right[0] > 0.8
+    assert max(right[1:]) < right[0] - 0.05
+
+
+def test_results_are_the_answers_counted(evaluated):
+    output, text = evaluated
+    found = json.loads((output / "results.json").read_text())["benchmarks"]["miniature"]
+    for condition in ("image", "blind", "shuffled"):
+        rows = rows_of(output, condition)
+        figures = found["conditions"][condition]
+        assert figures["num"] == len(rows)
+        assert figures["accuracy"] == sum(row["correct"] for row in rows) / len(rows)
+        assert figures["interval"] == list(wilson(sum(row["correct"] for row in rows), len(rows)))
+        kinds = found["groups"]["kind"]
+        assert sum(kinds[kind][condition]["num"] for kind in kinds) == len(rows)
+    assert "miniature" in text
+    assert "relation" in text
+    line = next(line for line in text.splitlines() if line.startswith("miniature"))
+    assert f"{100 * found['conditions']['blind']['accuracy']:.1f}" in line
+
+
+def test_images_are_encoded_as_the_encoder_encodes_them(evaluated, model, world, encoder, tmp_path):
+    """With the store of the same encoder, joined by id, the model says the same."""
+    output, _ = evaluated
+    tower, prepare = open_clip.image_tower(encoder), open_clip.image_preparer(encoder)
+    contents = {item.image_id: opened(item) for item in read("miniature", world) if isinstance(item, Item)}
+    pixels = np.stack([prepare(image) for image in contents.values()])
+    identity = EncoderIdentity(name="tiny", fingerprint=open_clip.fingerprint(encoder))
+    store = write_store(
+        tmp_path / "store", tower.encode(pixels), "image", ids=list(contents), encoder=identity
+    )
+    alignment = {"image_fingerprint": identity.fingerprint}
+    plain = save_again(model, tmp_path / "model", alignment, tower=False)
+    run(job(plain, world, tmp_path / "out", images=store, controls=[], num_pictures=0))
+    # The same weights, but no tower: only rounding separates the embeddings.
+    assert [row["raw"] for row in rows_of(tmp_path / "out", "image")] == [
+        row["raw"] for row in rows_of(output, "image")
+    ]
+    # A store that lacks an image, one of another encoder, and none at all.
+    few = write_store(
+        tmp_path / "few", tower.encode(pixels)[1:], "image", ids=list(contents)[1:], encoder=identity
+    )
+    with pytest.raises(DataError, match=r"questions have no image in the image store"):
+        run(job(plain, world, tmp_path / "few-out", images=few))
+    foreign = write_store(tmp_path / "foreign", tower.encode(pixels), "image", ids=list(contents))
+    with pytest.raises(AlignmentError, match="fingerprint"):
+        run(job(plain, world, tmp_path / "foreign-out", images=foreign))
+    with pytest.raises(ConfigError, match=r"without an image tower.*images=STORE"):
+        run(job(plain, world, tmp_path / "no-out"))
+
+
+def test_answers_are_those_of_the_model_asked_by_hand(evaluated, model, world):
+    """One question at a time, the chat template written out, the picture itself: no batch, no padding, no
+    embedding made before, and the same answers."""
+    output, _ = evaluated
+    loaded = AutoModelForImageTextToText.from_pretrained(model)
+    processor = AutoProcessor.from_pretrained(model)
+    items = [item for item in read("miniature", world) if isinstance(item, Item)]
+    images = {content_key(item.image): item.image for item in items if item.image is not None}
+    assert len({len(item.prompt) for item in items}) > 3  # so that the batches were padded
+    for condition in ("image", "blind", "shuffled"):
+        for item, row in zip(items, rows_of(output, condition), strict=True):
+            slot = "" if condition == "blind" else "<image> "
+            shown = None if condition == "blind" else [Image.open(io.BytesIO(images[row["shown"]]))]
+            inputs = processor(images=shown, text=f"{slot}<q> {item.prompt} <a>", return_tensors="pt")
+            said = loaded.generate(**inputs, max_new_tokens=4, do_sample=False)[0]
+            said = processor.tokenizer.decode(said[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert said.strip() == row["raw"]
+
+
+def test_what_is_finished_is_not_asked_again(evaluated, model, world):
+    output, text = evaluated
+    kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
+    assert len(kept) == 3 + 1 + 2  # conditions, captions, questions and images
+    (output / "answers" / "miniature" / "blind.parquet").unlink()
+    assert run(job(model, world, output)) == text
+    for path, time in kept.items():
+        assert (path.stat().st_mtime_ns == time) == (path.name != "blind.parquet")
+
+
+def test_answers_of_another_model_are_not_mixed_in(evaluated, model, world, tmp_path):
+    output, _ = evaluated
+    other = save_again(model, tmp_path, {"strategy": "none"}, tower=True)
+    with pytest.raises(DataError, match=r"another evaluation \(different: model\)"):
+        run(job(other, world, output))
+    with pytest.raises(DataError, match=r"different: max_items"):
+        run(job(model, world, output, max_items=3))
+
+
+def test_the_picture_shows_captions_and_answers(evaluated):
+    output, text = evaluated
+    assert str(output / "picture.png") in text
+    sheet = Image.open(output / "picture.png")
+    assert sheet.width > 3 * 256
+    captions = rows_of(output, next(output.glob("answers/miniature/captions-*")).stem)
+    assert len(captions) == 3
+    assert all(row["correct"] is None for row in captions)
+
+
+def test_benchmarks_together_are_averaged_and_sampled(cluster, model, world, tmp_path):
+    names = ["pope", "mme", "crpe", "mmmu", "miniature"]
+    data = {name: write_rows(tmp_path / name, name) for name in names[:-1]}
+    settings = {
+        "benchmarks": names,
+        "data": {**data, "miniature": world},
+        "max_items": 2,
+        "controls": ["blind"],
+    }
+    output = tmp_path / "out"
+    text = run(EvaluateJob(model=model, output=str(output), max_new_tokens=3, cpus_per_actor=0.5, **settings))
+    found = json.loads((output / "results.json").read_text())
+    accuracies = [found["benchmarks"][name]["conditions"]["image"]["accuracy"] for name in names]
+    assert found["average"]["image"] == pytest.approx(np.mean(accuracies))
+    assert [len(rows_of(output, "image", name)) for name in names] == [2] * 5
+    assert found["benchmarks"]["mmmu"]["left_out"] == {"several images": 1}
+    assert "several images" in text
+    assert "f1" in text
+    assert {"circular"} == set(found["benchmarks"]["crpe"]["metrics"]["image"])
+
+
+def test_variants_weigh_as_one_in_the_average():
+    figures = {"mmmu_pro_standard": 0.2, "mmmu_pro_vision": 0.4, "pope": 0.9}
+    benchmarks = {name: {"conditions": {"image": {"accuracy": value}}} for name, value in figures.items()}
+    assert report._average(benchmarks, "image") == pytest.approx((0.3 + 0.9) / 2)
+
+
+def test_a_folder_that_is_no_model_is_refused(cluster, world, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="model_type is 'llama', expected 'revision'"):
+        run(job(str(tmp_path), world, tmp_path / "out"))
+
+
+def test_left_padding_is_invisible(model):
+    """Prompts of very different lengths in one batch are answered as alone."""
+    responder = Responder(model, dtype="float32", max_new_tokens=6, num_threads=1)
+    prompts = ["how many things are there?", "", "where is the red circle, seen from the blue square? " * 3]
+    images_BD = np.eye(3, 16, dtype=np.float32)
+    alone = [responder.answer([p], images_BD[i : i + 1])[0] for i, p in enumerate(prompts)]
+    assert responder.answer(prompts, images_BD) == alone
+    assert responder.answer(prompts[::-1], images_BD[::-1].copy()) == alone[::-1]
+    assert len(set(alone)) > 1

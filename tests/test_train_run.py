@@ -1,0 +1,301 @@
+"""Whole runs of both stages on a real cluster: what they write, what a kill costs, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from embedding_stores import cloud, write_store
+from tiny_language_model import WORDS, write_language_model
+
+from revision_ray.align.fit import FitJob
+from revision_ray.align.fit import run as fit
+from revision_ray.data.shards import EncoderIdentity
+from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
+from revision_ray.train.export_job import export_checkpoint
+from revision_ray.train.models import Architecture
+from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, inspect, pretrain
+from revision_ray.train.settings import Checkpoints, Logging, Lora, Optimisation, Workers, Zero
+
+DIM, ROWS = 16, 240
+
+
+@pytest.fixture(scope="module")
+def world(cluster, tmp_path_factory):
+    """A text store with captions, an image store, a fit, a language model, and conversations about images."""
+    folder = tmp_path_factory.mktemp("training")
+    generator = np.random.default_rng(0)
+    captions = [" ".join(generator.choice(WORDS[:-1], generator.integers(2, 9))) for _ in range(ROWS)]
+    texts = write_store(folder / "texts", cloud(ROWS, DIM, "text"), rows_per_shard=100, texts=captions)
+    images = write_store(folder / "images", cloud(ROWS, DIM, "image"), "image")
+    fit(FitJob(texts=texts, images=images, output=str(folder / "fit")))
+    records = [
+        {
+            "id": f"c{number}",
+            "image": f"image{number}",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{captions[number]}"},
+                {"from": "gpt", "value": captions[(7 * number) % ROWS]},
+            ],
+        }
+        for number in range(40)
+    ]
+    without_image = [
+        {**turn, "value": turn["value"].replace("<image>\n", "")} for turn in records[5]["conversations"]
+    ]
+    records[5] = {"id": "text-only", "conversations": without_image}
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_language_model(folder / "language_model")
+    return folder
+
+
+def stage_one(world: Path, output: str, **changes) -> PretrainJob:
+    job = PretrainJob(
+        data=[str(world / "texts")],
+        alignment=str(world / "fit"),
+        model=str(world / "language_model"),
+        output=str(world / output),
+        num_workers=2,
+        max_length=32,
+        batches_per_window=3,
+        architecture=Architecture(num_visual_tokens=2, projector_hidden_size=24),
+        optimisation=Optimisation(
+            global_batch_size=16,
+            micro_batch_size=4,
+            learning_rate=3e-3,
+            num_epochs=0.8,
+            warmup_fraction=0.1,
+        ),
+        workers=Workers(cpus_per_worker=0.5),
+        checkpoints=Checkpoints(every_steps=3),
+        logging=Logging(every_steps=1, sample_steps=[2], tensorboard=False),
+    )
+    return replace(job, **changes)
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def unbroken(world):
+    """The output of stage 1, run without interruption."""
+    figures = pretrain(stage_one(world, "unbroken"))
+    assert figures["num_steps"] == 12
+    assert figures["samples"] == 192
+    return world / "unbroken"
+
+
+def test_stage_one_leaves_a_model_metrics_and_its_configuration(world, unbroken):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(unbroken / "model")
+    start = AutoModelForCausalLM.from_pretrained(world / "language_model").state_dict()
+    assert model.config.alignment["strategy"] == "realign"
+    for name, value in model.language_model.state_dict().items():
+        assert torch.equal(value, start[name]), name  # frozen: not a bit has moved
+    lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert {"loss", "tokens_per_second", "padding_share", "ingest_share", "gradient_norm"} <= set(lines[0])
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert (unbroken / "config.yaml").exists()
+    # What trains and its optimizer state, not the language model.
+    largest = max(path.stat().st_size for path in (unbroken / "checkpoints").rglob("*.pt"))
+    assert largest < 60_000
+
+
+def test_a_finished_run_trains_nothing_and_refuses_other_settings(world, unbroken):
+    before = (unbroken / "model/model.safetensors").stat().st_mtime_ns
+    pretrain(stage_one(world, "unbroken"))
+    assert (unbroken / "model/model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="seed"):
+        pretrain(stage_one(world, "unbroken", seed=1))
+
+
+def kill_a_worker_at(output: Path, step: int) -> threading.Thread:
+    """SIGKILL to one training worker once the run's metrics have reached `step`."""
+
+    def watch() -> None:
+        metrics = output / "metrics.jsonl"
+        for _ in range(1200):
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+                break
+            time.sleep(0.1)
+        mine = psutil.Process().children(recursive=True)
+        workers = [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
+        workers[-1].kill()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7])
+def test_a_killed_worker_changes_no_bit(world, unbroken, step):
+    name = f"killed-{step}"
+    thread = kill_a_worker_at(world / name, step)
+    figures = pretrain(stage_one(world, name))
+    thread.join()
+    assert figures["samples"] == 192  # none twice, none skipped
+    assert losses(world / name) == losses(unbroken)  # on CPUs: to the bit
+    same = [(world / run / "model/model.safetensors").read_bytes() for run in (name, "unbroken")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_where_it_was(world, unbroken):
+    output = world / "killed-job"
+    job = stage_one(world, "killed-job")
+    from revision_ray.config import to_yaml
+
+    (world / "job.yaml").write_text(to_yaml(job))
+    command = [sys.executable, "jobs/pretrain.py", str(world / "job.yaml")]
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    for _ in range(1800):
+        committed = list((output / "checkpoints").glob("checkpoint-*/position.json"))
+        if len(committed) >= 2 or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert process.poll() is None, "it ended before it could be killed"
+    time.sleep(2)  # Ray Train writes down that the checkpoint is committed
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    assert losses(output) == losses(unbroken)
+
+
+def test_another_number_of_workers_and_a_damaged_checkpoint_are_refused(world, unbroken):
+    from ray.train import Checkpoint
+
+    from revision_ray.train import checkpoint
+
+    found = sorted((unbroken / "checkpoints").glob("checkpoint-*"))[-1]
+    identity = json.loads((found / "position.json").read_text())["identity"]
+    with pytest.raises(CheckpointError, match="written by 2 workers, this run has 1"):
+        checkpoint.read_position(Checkpoint(str(found)), identity, 1)
+    with pytest.raises(CheckpointError, match="seed is 0, asked for 3"):
+        checkpoint.read_position(Checkpoint(str(found)), {**identity, "seed": 3}, 2)
+    shard = next(found.rglob("*optim_states.pt"))
+    content = shard.read_bytes()
+    try:
+        shard.write_bytes(content[:-100])
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.verify(found, str(found))
+        shard.unlink()
+        with pytest.raises(CheckpointError, match="missing"):
+            checkpoint.verify(found, str(found))
+    finally:
+        shard.write_bytes(content)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    import pickle
+
+    from revision_ray.train import zero  # noqa: F401  (switches torch.load to tensors alone)
+
+    class Hostile:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "hacked"),))
+
+    torch.save({"x": Hostile()}, tmp_path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "state.pt", weights_only=False)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_any_checkpoint_exports(world, unbroken, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    exported = AutoModelForImageTextToText.from_pretrained(
+        export_checkpoint(str(unbroken), None, str(tmp_path / "last"))
+    )
+    final = AutoModelForImageTextToText.from_pretrained(unbroken / "model")
+    for name, value in final.state_dict().items():
+        assert torch.equal(exported.state_dict()[name], value), name
+    with pytest.raises(CheckpointError, match="there are checkpoint-"):
+        export_checkpoint(str(unbroken), "checkpoint-99", str(tmp_path / "none"))
+
+
+def stage_two(world: Path, output: str, **changes) -> FinetuneJob:
+    job = FinetuneJob(
+        data=[str(world / "data.jsonl")],
+        images=[str(world / "images")],
+        model=str(world / "unbroken/model"),
+        output=str(world / output),
+        num_workers=2,
+        max_length=64,
+        optimisation=Optimisation(
+            global_batch_size=8,
+            micro_batch_size=2,
+            learning_rate=3e-3,
+            projector_learning_rate=1e-2,
+            num_epochs=2,
+        ),
+        workers=Workers(cpus_per_worker=0.5),
+        logging=Logging(every_steps=1, sample_steps=[], tensorboard=True),
+    )
+    return replace(job, **changes)
+
+
+def test_stage_two_tunes_projector_and_language_model(world, unbroken):
+    from transformers import AutoModelForImageTextToText
+
+    figures = finetune(stage_two(world, "tuned", zero=Zero(stage=3)))
+    assert figures["num_steps"] == 10
+    assert figures["samples"] == 80
+    tuned = AutoModelForImageTextToText.from_pretrained(world / "tuned/model").state_dict()
+    start = AutoModelForImageTextToText.from_pretrained(unbroken / "model").state_dict()
+    assert tuned.keys() == start.keys()
+    for part in ("projector", "language_model"):
+        assert any(not torch.equal(tuned[name], start[name]) for name in tuned if name.startswith(part)), part
+    found = losses(world / "tuned")
+    assert np.mean([loss for _, loss in found[-3:]]) < found[0][1]
+    assert list((world / "tuned/tensorboard").glob("events*"))
+
+
+@pytest.mark.slow
+def test_lora_trains_adapters_and_exports_a_plain_model(world, unbroken):
+    from transformers import AutoModelForImageTextToText
+
+    finetune(stage_two(world, "lora", lora=Lora(rank=4), num_workers=1))
+    tuned = AutoModelForImageTextToText.from_pretrained(world / "lora/model").state_dict()
+    start = AutoModelForImageTextToText.from_pretrained(unbroken / "model").state_dict()
+    assert tuned.keys() == start.keys()
+    moved = {name for name in tuned if not torch.equal(tuned[name], start[name])}
+    assert any("q_proj" in name for name in moved)
+    assert not any("embed_tokens" in name or "norm" in name for name in moved)
+
+
+def test_inspect_shows_the_label_mask(world, unbroken):
+    shown = inspect(stage_one(world, "unused", inspect=2))
+    assert shown.count("<image>x2[[") == 2
+    shown = inspect(stage_two(world, "unused", inspect=3))
+    assert "[[" in shown
+
+
+def test_what_does_not_fit_is_refused_before_workers_start(world, unbroken, tmp_path):
+    stranger = EncoderIdentity(name="other", fingerprint="0" * 64)
+    other = write_store(tmp_path / "other", cloud(50, DIM, "text"), encoder=stranger, texts=["a"] * 50)
+    with pytest.raises(AlignmentError, match="allow_other_encoder"):
+        pretrain(stage_one(world, "bad", data=[other]))
+    images = write_store(tmp_path / "images", cloud(ROWS, DIM, "image"), "image", encoder=stranger)
+    with pytest.raises(AlignmentError, match="allow_other_encoder"):
+        finetune(stage_two(world, "bad", images=[images]))
+    with pytest.raises(ConfigError, match="alignment"):
+        pretrain(stage_one(world, "bad", alignment=""))
+    with pytest.raises(ConfigError, match="multiple"):
+        stage_one(world, "bad", num_workers=3)
+    few = write_store(tmp_path / "few", cloud(3, DIM, "image"), "image")
+    with pytest.raises(DataError, match="missing_embedding"):
+        finetune(stage_two(world, "bad", images=[few]))
