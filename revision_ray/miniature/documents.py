@@ -37,7 +37,7 @@ class DocumentConfig:
     """Which world its scenes are of."""
     caption_length: CaptionLength = "short"
     """short: one phrase of about 11 words. long: a description of about 50 words."""
-    num_documents: int = 30000
+    num_documents: int = 20000
     """One scene is told of in each."""
     questions_per_document: int = 6
     """At most this many different questions follow a caption."""

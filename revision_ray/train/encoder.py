@@ -17,7 +17,7 @@ import open_clip
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import RunConfig, ScalingConfig
+from ray.train import LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
@@ -138,6 +138,7 @@ def _trainer(training: EncoderTraining, output: str, task: dict[str, Any]) -> To
         # Threads that spin while they wait take the cores from those that work.
         run_config=RunConfig(
             name="encoder",
+            logging_config=LoggingConfig(log_level="WARNING"),
             storage_path=storage.join(output, "ray_train"),
             worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}},
         ),

@@ -17,7 +17,7 @@ import ray
 import ray.train.torch
 import torch
 import transformers
-from ray.train import RunConfig, ScalingConfig
+from ray.train import LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -47,15 +47,15 @@ class LanguageTraining:
     """What it reads."""
     size: ModelSize = field(default_factory=ModelSize)
     """How large it is."""
-    num_steps: int = 1000
+    num_steps: int = 400
     """Steps of the optimizer."""
-    rows_per_batch: int = 10
+    rows_per_batch: int = 32
     """Rows of a step, each full of documents."""
-    row_length: int = 256
+    row_length: int = 128
     """Tokens of a row; no document may be longer."""
     learning_rate: float = 1e-2
     """Peak of Muon's, which falls to zero along a line; a third of it for what AdamW trains."""
-    warmup_steps: int = 50
+    warmup_steps: int = 30
     """Steps in which the learning rate rises to its peak."""
     weight_decay: float = 0.0
     """Of matrices; embeddings and normalisations have none."""
@@ -126,6 +126,7 @@ def _trainer(training: LanguageTraining, output: str, task: dict[str, Any]) -> T
         # Threads that spin while they wait take the cores from those that work.
         run_config=RunConfig(
             name="language_model",
+            logging_config=LoggingConfig(log_level="WARNING"),
             storage_path=storage.join(output, "ray_train"),
             worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}},
         ),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -265,6 +265,7 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
             name="checkpoints",
             storage_path=output,
             failure_config=FailureConfig(max_failures=job.workers.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
             checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoints.keep),
             worker_runtime_env={"env_vars": environment},
         ),
