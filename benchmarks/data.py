@@ -24,7 +24,9 @@ def unit_rows(num_rows: int, dim: int, seed: int) -> np.ndarray:
     return (rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)).astype(np.float16)
 
 
-def make_store(folder: Path, modality: Modality, num_rows: int, dim: int) -> str:
+def make_store(
+    folder: Path, modality: Modality, num_rows: int, dim: int, texts: list[str] | None = None
+) -> str:
     """A store of `num_rows` rows; shards are one random block with its columns rotated, so all differ."""
     manifest_path = folder / shards.MANIFEST
     if manifest_path.exists():
@@ -38,7 +40,8 @@ def make_store(folder: Path, modality: Modality, num_rows: int, dim: int) -> str
         rows_ND = np.roll(block_ND[:size], start // ROWS_PER_SHARD, axis=1)
         ids = [f"{row:09d}" for row in range(start, start + size)]
         uri = str(folder / f"part-{start:09d}.parquet")
-        columns = {"text": pa.array(["a caption"] * size), "truncated": pa.array([False] * size)}
+        said = texts[start : start + size] if texts else ["a caption"] * size
+        columns = {"text": pa.array(said), "truncated": pa.array([False] * size)}
         table = EmbeddingTable(ids=ids, embedding_ND=rows_ND, columns=columns if modality == "text" else {})
         entries.append(shards.write_shard(uri, table, footer))
     manifest = Manifest(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,8 @@ def pretrain(job: PretrainJob) -> dict[str, Any]:
         ConfigError, DataError, AlignmentError, CheckpointError: what the user gave does not fit.
     """
     connect()
+    tower = job.image_tower and dataclasses.replace(job.image_tower, model=_placed(job.image_tower.model))
+    job = dataclasses.replace(job, model=_placed(job.model), image_tower=tower)
     source = _pretrain_source(job, job.data)
     heldout = _pretrain_source(job, job.heldout) if job.heldout else None
     identity = alignment_identity(job.alignment) if job.alignment else {}
@@ -92,10 +95,16 @@ def finetune(job: FinetuneJob) -> dict[str, Any]:
         ConfigError, DataError, AlignmentError, CheckpointError: what the user gave does not fit.
     """
     connect()
+    job = dataclasses.replace(job, model=_placed(job.model))
     source = _conversations(job, job.data)
     _check_model(job, source)
     heldout = _conversations(job, job.heldout) if job.heldout else None
     return _fit(job, source, heldout, {}, lora=job.lora)
+
+
+def _placed(model: str) -> str:
+    """A local folder by its absolute path: workers run in folders of their own. A hub id as it is."""
+    return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def describe(stage: str, figures: dict[str, Any], output: str) -> str:
