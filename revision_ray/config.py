@@ -19,7 +19,7 @@ from yaml import MarkedYAMLError
 from revision_ray import storage
 from revision_ray.errors import ConfigError, RevisionError
 
-__all__ = ["MISSING", "help_text", "keys", "load", "run_job", "save_resolved", "to_yaml"]
+__all__ = ["MISSING", "from_mapping", "help_text", "keys", "load", "run_job", "save_resolved", "to_yaml"]
 
 Schema = TypeVar("Schema")
 
@@ -40,13 +40,36 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
     merged = OmegaConf.structured(schema)
     for argument in yamls + overrides:
         part = _read_override(argument) if argument in overrides else _read_yaml(argument)
-        try:
-            merged = OmegaConf.merge(merged, part)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{argument}: {_explain(error, schema)}") from error
-        except TypeError as error:
-            # OmegaConf's answer to a mapping where a list is expected, and the reverse.
-            raise ConfigError(f"{argument}: {error}; a list is given as a whole: key=[a,b]") from error
+        merged = _merged(merged, part, argument, schema)
+    return _resolved(merged, schema)
+
+
+def from_mapping(schema: type[Schema], values: Mapping[str, Any], name: str) -> Schema:
+    """The run that nested mappings describe, as another tool read them from its own file; `name` says where.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    try:
+        part = OmegaConf.create(dict(values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {_explain(error, schema)}") from error
+    return _resolved(_merged(OmegaConf.structured(schema), part, name, schema), schema)
+
+
+def _merged(merged: DictConfig, part: DictConfig, name: str, schema: type) -> DictConfig:
+    try:
+        both = OmegaConf.merge(merged, part)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {_explain(error, schema)}") from error
+    except TypeError as error:
+        # OmegaConf's answer to a mapping where a list is expected, and the reverse.
+        raise ConfigError(f"{name}: {error}; a list is given as a whole: key=[a,b]") from error
+    assert isinstance(both, DictConfig)
+    return both
+
+
+def _resolved(merged: DictConfig, schema: type[Schema]) -> Schema:
     try:
         resolved = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:

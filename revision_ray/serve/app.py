@@ -1,0 +1,230 @@
+"""The application: its parts as Serve deployments, run until it is stopped, or built for `serve deploy`."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.context import _get_global_client
+from ray.serve.handle import DeploymentHandle
+
+from revision_ray import cluster, config
+from revision_ray.align.alignment import load_alignment
+from revision_ray.errors import AlignmentError, ConfigError
+from revision_ray.model import ReVisionConfig
+from revision_ray.serve.calls import RETRY_AFTER_S
+from revision_ray.serve.deployments import ImageEncoderReplica, LanguageModelReplica, TextEncoderReplica
+from revision_ray.serve.drift import Drift, Monitor
+from revision_ray.serve.guard import key_digests
+from revision_ray.serve.ingress import Ingress
+from revision_ray.serve.model_facts import facts_of
+from revision_ray.serve.settings import Part, Replicas, ServeJob, is_loopback
+
+_MONITOR = Part(num_cpus=0.05, max_ongoing=100, max_queued=1000)
+# Serve tries a replica that cannot load its model so often, then the deployment has failed.
+_ATTEMPTS_TO_START = 3
+
+
+def run(job: ServeJob) -> str:
+    """The application answers at job.host:job.port until SIGINT or SIGTERM, and then finishes what it took.
+
+    Raises:
+        ConfigError: the model, a fit or the port cannot be used, or keys are missing.
+    """
+    digests = _digests(job, loopback=is_loopback(job.host))
+    job = checked(job)
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        _check_port(job.host, job.port)
+    cluster.connect()
+    stopped = threading.Event()
+    try:
+        serve.start(proxy_location=job.location, http_options={"host": job.host, "port": job.port})
+        _check_serve_is_ours(job)
+        handle = serve.run(application(job, digests), name=job.application, route_prefix="/")
+        host = f"[{job.host}]" if ":" in job.host else job.host
+        page = "/" if job.page else "none"
+        sys.stdout.write(f"Serving {job.model_id} at http://{host}:{job.port}  (page: {page}, API: /v1)\n")
+        sys.stdout.flush()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
+        stopped.wait()
+        _drain(handle, job.replicas.drain_timeout_s)
+    finally:
+        serve.shutdown()
+    return "stopped"
+
+
+def build(args: dict) -> serve.Application:
+    """The application for `serve deploy`: `args` are the keys of configs/serve.yaml.
+
+    Where Serve listens is said elsewhere in its file, so keys are asked for unless `host` says loopback.
+
+    Raises:
+        ConfigError: as `run`.
+    """
+    job = config.from_mapping(ServeJob, args, "args")
+    return application(checked(job), _digests(job, loopback="host" in args and is_loopback(job.host)))
+
+
+def application(job: ServeJob, digests: Sequence[str]) -> serve.Application:
+    """Every part of a checked job, bound to those that it calls."""
+    replicas = job.replicas
+    facts = facts_of(job)
+    monitor = image_encoder = text_encoder = None
+    if job.alignment:
+        monitor = _deployed(Monitor, "Monitor", _MONITOR, replicas).bind(job.alignment, job.fits)
+    if facts.image_input:
+        image_encoder = _deployed(ImageEncoderReplica, "ImageEncoder", replicas.image_encoder, replicas).bind(
+            job.model, job.images, monitor
+        )
+    if job.encoder is not None:
+        text_encoder = _deployed(TextEncoderReplica, "TextEncoder", replicas.text_encoder, replicas).bind(
+            job.encoder, job.alignment
+        )
+    language_model = _deployed(LanguageModelReplica, "LanguageModel", replicas.language_model, replicas).bind(
+        job.model, job.engine
+    )
+    return _deployed(serve.ingress()(Ingress), "Ingress", replicas.ingress, replicas).bind(
+        job, facts, tuple(digests), language_model, image_encoder, text_encoder, monitor
+    )
+
+
+def _deployed(part_class: Any, name: str, part: Part, replicas: Replicas) -> Any:
+    """`part_class` as a Serve deployment with the replicas of `part`."""
+    number: dict[str, Any] = {"num_replicas": part.min_replicas}
+    if part.max_replicas > part.min_replicas:
+        number = {"autoscaling_config": _autoscaling(part, replicas)}
+    return serve.deployment(
+        part_class,
+        name=name,
+        ray_actor_options={"num_cpus": part.num_cpus, "num_gpus": part.num_gpus},
+        max_ongoing_requests=part.max_ongoing,
+        max_queued_requests=part.max_queued,
+        # What the proxy says where the ingress itself has too many requests waiting.
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+        graceful_shutdown_timeout_s=replicas.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=replicas.health_period_s,
+        max_constructor_retry_count=_ATTEMPTS_TO_START,
+        max_surge_percent=replicas.surge_percent,
+        **number,
+    )
+
+
+def _autoscaling(part: Part, replicas: Replicas) -> AutoscalingConfig:
+    # Load is seen as often as the delay needs; Serve's default is 10 s, and it warns of every other value.
+    interval_s = min(10.0, max(0.5, replicas.upscale_delay_s / 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=part.min_replicas,
+            max_replicas=part.max_replicas,
+            target_ongoing_requests=part.target_ongoing,
+            upscale_delay_s=replicas.upscale_delay_s,
+            downscale_delay_s=replicas.downscale_delay_s,
+            metrics_interval_s=interval_s,
+            look_back_period_s=3 * interval_s,
+        )
+
+
+def _digests(job: ServeJob, *, loopback: bool) -> tuple[str, ...]:
+    """Of the API keys; the keys stay in this process."""
+    digests = key_digests(os.environ.get(job.api_keys_env, ""))
+    if not digests and not loopback:
+        raise ConfigError(
+            f"others than this machine may reach the server, and the environment variable {job.api_keys_env} "
+            "holds no API keys; set it (several keys are separated by commas), or say host: 127.0.0.1 if "
+            "nobody else can"
+        )
+    return digests
+
+
+def checked(job: ServeJob) -> ServeJob:
+    """`job` with absolute paths; what it names exists and belongs together.
+
+    Raises:
+        ConfigError: the model cannot be served.
+        AlignmentError: a fit is missing, or of another encoder than the model's.
+    """
+    if not os.path.isfile(os.path.join(job.model, "config.json")):
+        raise ConfigError(f"model={job.model}: no model there; name a folder that jobs/finetune.py wrote")
+    try:
+        model = ReVisionConfig.from_pretrained(job.model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model={job.model}: its config.json is damaged ({error})") from error
+    if model.model_type != "revision":
+        raise ConfigError(f"model={job.model}: is of type {model.model_type}, expected revision")
+    if job.alignment:
+        fit = load_alignment(job.alignment)
+        expected = (model.alignment or {}).get("image_fingerprint")
+        found = fit.image_encoder.fingerprint
+        if fit.embedding_dim != model.embedding_dim or (expected and found and expected != found):
+            raise AlignmentError(
+                f"alignment={job.alignment}: was fitted on {fit.image_encoder.name} with embedding_dim "
+                f"{fit.embedding_dim}, the model takes {model.embedding_dim} of another encoder or size; "
+                "name the fit that the model was trained with"
+            )
+        Drift(fit, [load_alignment(uri) for uri in job.fits])
+    elif job.fits:
+        raise ConfigError("fits are compared with the model's own; name it as alignment")
+    encoder = job.encoder and replace(
+        job.encoder,
+        **{
+            name: os.path.abspath(value)
+            for name in ("model", "pretrained", "text_model")
+            if (value := getattr(job.encoder, name)) and os.path.exists(value)
+        },
+    )
+    return replace(
+        job,
+        name=job.model_id,
+        model=os.path.abspath(job.model),
+        encoder=encoder,
+        alignment=_absolute(job.alignment),
+        fits=[_absolute(uri) for uri in job.fits],
+    )
+
+
+def _absolute(uri: str) -> str:
+    return os.path.abspath(uri) if uri and os.path.exists(uri) else uri
+
+
+def _check_port(host: str, port: int) -> None:
+    """Serve's own message comes a minute later, from an actor."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"host={host} port={port}: cannot listen there ({error.strerror or error}); choose another port"
+        ) from error
+
+
+def _check_serve_is_ours(job: ServeJob) -> None:
+    """Serve listens where this job says: one that ran before keeps its own address, whatever one asks for."""
+    running = _get_global_client().http_config
+    if (running.host, running.port) != (job.host, job.port):
+        raise ConfigError(
+            f"Serve runs on this cluster already and listens at {running.host}:{running.port}, not at "
+            f"{job.host}:{job.port}; say so with host and port, or shut it down (serve shutdown)"
+        )
+
+
+def _drain(handle: DeploymentHandle, timeout_s: float) -> None:
+    """No replica of the ingress takes further requests, and those that it took are answered."""
+    ends = time.monotonic() + timeout_s
+    while time.monotonic() < ends:
+        inside = handle.broadcast("drain").results(timeout_s=10, return_exceptions=True)
+        if not sum(number for number in inside if isinstance(number, int)):
+            return
+        time.sleep(0.2)

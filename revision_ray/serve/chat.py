@@ -1,0 +1,161 @@
+"""POST /v1/chat/completions: images and messages to a prompt, the model's pieces to choices or to events.
+
+Shapes: I images, D embedding_dim.
+"""
+
+import asyncio
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from revision_ray.serve.api_error import ApiError
+from revision_ray.serve.calls import Answer, LanguageModelCalls, together
+from revision_ray.serve.chat_stream import ChatStream, logprobs
+from revision_ray.serve.conversation import Prompter, conversation_of
+from revision_ray.serve.engine import Prompt, Sampling
+from revision_ray.serve.protocol import ChatRequest
+from revision_ray.serve.served_images import ServedImages
+from revision_ray.serve.settings import Limits
+
+
+class Chat:
+    """Answers chat requests for one model."""
+
+    def __init__(
+        self,
+        model: str,
+        context_length: int,
+        prompter: Prompter,
+        calls: LanguageModelCalls,
+        images: ServedImages,
+        limits: Limits,
+    ) -> None:
+        self._model, self._context_length = model, context_length
+        self._prompter, self._calls, self._images, self._limits = prompter, calls, images, limits
+        # A tokenizer is not for several threads at once; and a long text must not hold up the event loop.
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+
+    async def prompt(self, request: ChatRequest) -> Prompt:
+        """What the model is asked.
+
+        Raises:
+            ApiError: the request asks for what this server or its model cannot do.
+        """
+        self._check(request)
+        conversation = conversation_of(request.messages)
+        if conversation.num_characters > self._limits.max_text_characters:
+            raise ApiError(
+                400,
+                f"messages: {conversation.num_characters} characters, at most "
+                f"{self._limits.max_text_characters}; shorten the conversation",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        loop = asyncio.get_running_loop()
+        # Before images are fetched and encoded: a prompt that does not fit costs little.
+        input_ids = await loop.run_in_executor(self._tokenizing, self._prompter.input_ids, conversation)
+        if len(input_ids) >= self._context_length:
+            raise ApiError(
+                400,
+                f"messages: {len(input_ids)} tokens, images included, and the model's context holds "
+                f"{self._context_length}, the answer included; shorten the conversation",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        rows_ID = await self._images.embeddings(conversation.images)
+        return Prompt(input_ids=input_ids, image_embeds=rows_ID)
+
+    def _check(self, request: ChatRequest) -> None:
+        limits = self._limits
+        if len(request.messages) > limits.max_messages:
+            raise ApiError(400, f"messages: at most {limits.max_messages}", param="messages")
+        if (request.n or 1) > limits.max_choices:
+            raise ApiError(400, f"n: at most {limits.max_choices}", param="n")
+        if request.top_logprobs is not None and not request.logprobs:
+            raise ApiError(400, "top_logprobs: set logprobs to true as well", param="top_logprobs")
+        if request.stream_options is not None and not request.stream:
+            raise ApiError(400, "stream_options: for streams alone; set stream", param="stream_options")
+
+    def samplings(self, request: ChatRequest) -> list[Sampling]:
+        """One for each choice. Of a seed, each choice has one of its own."""
+        limit = request.max_completion_tokens or request.max_tokens or self._limits.max_tokens_default
+        return [
+            Sampling(
+                max_tokens=min(limit, self._context_length),
+                temperature=1.0 if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                stop=request.stops,
+                seed=None if request.seed is None else (request.seed + choice) % 2**63,
+                top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            )
+            for choice in range(request.n or 1)
+        ]
+
+    async def complete(self, request: ChatRequest, prompt: Prompt) -> dict[str, Any]:
+        """The body of an answer that is not streamed.
+
+        Raises:
+            ApiError: the model refused, or failed.
+        """
+        answers = await together([self._calls.whole(prompt, each) for each in self.samplings(request)])
+        choices = [
+            {
+                "index": index,
+                "message": {
+                    "role": "assistant",
+                    "content": "".join(piece.text for piece in pieces),
+                    "refusal": None,
+                },
+                "logprobs": logprobs(pieces) if request.logprobs else None,
+                "finish_reason": pieces[-1].finish_reason,
+            }
+            for index, pieces in enumerate(answers)
+        ]
+        usage = self._usage(prompt, sum(pieces[-1].num_tokens for pieces in answers))
+        return self._head("chat.completion") | {"choices": choices, "usage": usage}
+
+    async def start(self, request: ChatRequest, prompt: Prompt) -> ChatStream:
+        """The events of a streamed answer, each of whose choices has begun.
+
+        Raises:
+            ApiError: the model refused one of them.
+        """
+        answers: list[Answer] = []
+
+        async def one(sampling: Sampling) -> Answer:
+            answers.append(answer := await self._calls.start(prompt, sampling))
+            return answer
+
+        try:
+            started = await together([one(sampling) for sampling in self.samplings(request)])
+        except BaseException:
+            for answer in answers:
+                answer.close()
+            raise
+        return ChatStream(
+            started,
+            head=self._head("chat.completion.chunk"),
+            usage=lambda num_tokens: self._usage(prompt, num_tokens),
+            with_logprobs=bool(request.logprobs),
+            with_usage=bool(request.stream_options and request.stream_options.include_usage),
+            timeout_s=self._limits.request_timeout_s,
+        )
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self._model,
+        }
+
+    def _usage(self, prompt: Prompt, completion_tokens: int) -> dict[str, Any]:
+        visual = len(prompt.image_embeds) * self._prompter.num_visual_tokens
+        total = len(prompt.input_ids)
+        return {
+            "prompt_tokens": total,
+            "completion_tokens": completion_tokens,
+            "total_tokens": total + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0, "visual_tokens": visual},
+        }

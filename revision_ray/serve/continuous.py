@@ -1,0 +1,234 @@
+"""Continuous batching over input embeddings: prompts join and leave the running batch at every step.
+
+Transformers' own continuous batching takes token ids only, and images enter as embeddings.
+
+Shapes: B rows of a step, T tokens, L cached length, H width, V vocabulary.
+"""
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from revision_ray.errors import ConfigError
+from revision_ray.serve.request_queue import QueuedEngine, Request
+from revision_ray.serve.settings import EngineConfig
+from revision_ray.serve.slot_cache import SlotCache
+
+# What a causal language model must take so that each row can be at a position of its own.
+_TAKES = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+_MASKED_ATTENTION = ("sdpa", "eager")
+# Rows of the trial: far enough apart that ignored positions show.
+_TRIAL_LENGTHS = (24, 3)
+# Relative, of logits: far above rounding, far below what a wrong mask or position does.
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_ROUNDING = 0.25
+# Of a checkpoint's generation settings: what generate would do besides drawing.
+_NOT_APPLIED = ("no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "sequence_bias",
+                "begin_suppress_tokens", "forced_eos_token_id")  # fmt: skip
+_LOG = logging.getLogger(__name__)
+
+
+class ContinuousEngine(QueuedEngine):
+    """A step decodes one token of every running prompt; new prompts are taken between steps.
+
+    An answer does not depend on its neighbours but for rounding.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: EngineConfig) -> None:
+        """
+        Raises:
+            ConfigError: rows of one batch cannot be at different positions with this model.
+        """
+        super().__init__(model, tokenizer, config)
+        _check(model.language_model, self.context_length)
+        self._language_model = model.language_model
+        self._embed = model.get_input_embeddings()
+        self._cache = SlotCache(config.num_slots, self.context_length)
+        generation = model.generation_config
+        # These two are part of what the model is (the placeholder is never an answer), so greedy answers are
+        # those of model.generate. Drawing is up to the request.
+        self._suppressed = torch.tensor(
+            generation.suppress_tokens or [], dtype=torch.long, device=self._device
+        )
+        self._penalty = generation.repetition_penalty or 1.0
+        if ignored := [name for name in _NOT_APPLIED if getattr(generation, name, None)]:
+            _LOG.warning("generation settings that engine.kind=continuous does not apply: %s", ignored)
+        self._try()
+
+    async def _turn(self) -> None:
+        num_free = self.config.num_slots - self._num_running()
+        taken = self._take(num_free, self.config.max_prefill_tokens)
+        if taken:
+            await self._in_thread(self._prefill, taken)
+        if self._running:
+            await self._in_thread(self._decode)
+
+    def _forget(self) -> None:
+        self._cache.clear()
+
+    @torch.inference_mode()
+    def _prefill(self, taken: list[Request]) -> None:
+        """The prompts `taken` run, and their first tokens are chosen."""
+        try:
+            self._release()
+        finally:  # they count as running from here on, and fail with the rest
+            first_slot = len(self._running)
+            self._running += taken
+        lengths = [len(request.prompt.input_ids) for request in taken]
+        ids_BT = torch.full((len(taken), max(lengths)), self._pad)
+        for ids_T, request in zip(ids_BT, taken, strict=True):
+            request.length = len(request.prompt.input_ids)
+            ids_T[: request.length] = torch.tensor(request.prompt.input_ids)
+        images_ID = self._images(taken)
+        features = None if images_ID is None else self.model.get_image_features(image_embeds=images_ID)
+        embeds_BTH = self.model._embedded(ids_BT.to(self._device), features, cached=False)
+        self._advance(first_slot, taken, self._first_logits(first_slot, embeds_BTH, lengths))
+
+    @torch.inference_mode()
+    def _decode(self) -> None:
+        """Every running request has one token more."""
+        self._release()
+        if not self._running:
+            return
+        tokens_B1 = torch.tensor([[request.token] for request in self._running], device=self._device)
+        lengths = [request.length for request in self._running]
+        logits_BV = self._following_logits(self._embed(tokens_B1), lengths)
+        for request in self._running:
+            request.length += 1
+        self._advance(0, self._running, logits_BV)
+
+    def _first_logits(
+        self, first_slot: int, embeds_BTH: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """(B, V) after each of the new sequences, which stand in the slots from `first_slot`.
+
+        Padding is on the right, where causal attention never looks, so there is no mask but the model's own.
+        """
+        num_rows, padded = embeds_BTH.shape[:2]
+        self._cache.prefill(first_slot, num_rows, padded)
+        positions_T = torch.arange(padded, device=self._device)
+        last_BT = positions_T == torch.tensor(lengths, device=self._device)[:, None] - 1
+        logits = self._language_model(
+            inputs_embeds=embeds_BTH,
+            position_ids=positions_T.expand(num_rows, -1),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=last_BT,
+            return_dict=True,
+        ).logits
+        return logits if logits.ndim == 2 else logits[last_BT]  # of a model that keeps them all
+
+    def _following_logits(self, embeds_B1H: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """(B, V) after one more token of the sequences in the slots [0, B), which were `lengths` long."""
+        positions_B = torch.tensor(lengths, device=self._device)
+        total = max(lengths) + 1
+        self._cache.decode(positions_B, total)
+        hidden_BL = torch.arange(total, device=self._device) > positions_B[:, None]
+        # Additive, which every attention takes; the lowest number and not -inf, as the library has it.
+        mask_BL = torch.zeros(hidden_BL.shape, dtype=embeds_B1H.dtype, device=self._device)
+        mask_BL.masked_fill_(hidden_BL, torch.finfo(mask_BL.dtype).min)
+        return self._language_model(
+            inputs_embeds=embeds_B1H,
+            attention_mask=mask_BL[:, None, None],
+            position_ids=positions_B[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits[:, -1]
+
+    def _advance(self, first_slot: int, requests: Sequence[Request], logits_BV: torch.Tensor) -> None:
+        logits_BV = logits_BV.float()
+        scores_BV = logits_BV if self._penalty == 1 else self._penalised(requests, logits_BV)
+        if len(self._suppressed):
+            scores_BV = scores_BV.index_fill(1, self._suppressed, -torch.inf)
+        for row, token in enumerate(self._choose(requests, scores_BV, logits_BV)):
+            seen_V = requests[row].seen_V
+            if token < 0:
+                self._cache.zero(first_slot + row)
+            elif seen_V is not None:
+                seen_V[token] = True
+
+    def _penalised(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> torch.Tensor:
+        """Tokens of the prompt and of the answer are less likely (arXiv 1909.05858 sec. 4.1)."""
+        num_tokens = logits_BV.shape[1]
+        for request in requests:
+            if request.seen_V is None:
+                ids = torch.tensor(request.prompt.input_ids, device=self._device)
+                request.seen_V = torch.zeros(num_tokens, dtype=torch.bool, device=self._device)
+                request.seen_V[ids[ids < num_tokens]] = True  # the placeholder may lie above
+        seen_BV = torch.stack([request.seen_V for request in requests if request.seen_V is not None])
+        less_BV = torch.where(logits_BV < 0, logits_BV * self._penalty, logits_BV / self._penalty)
+        return less_BV.where(seen_BV, logits_BV)
+
+    def _release(self) -> None:
+        """Requests that ended have left, and those that run stand in the first slots again."""
+        for slot in reversed(range(len(self._running))):
+            if self._running[slot].ended:
+                last = self._running.pop()
+                if slot < len(self._running):
+                    self._cache.move(len(self._running), slot, last.length)
+                    self._running[slot] = last
+
+    @torch.inference_mode()
+    def _try(self) -> None:
+        """Raises ConfigError where steps do not give what the model gives without them.
+
+        Signatures and layer types cannot tell whether a model builds on the mask and the positions it is
+        given (some rebuild them, ALiBi from the mask for instance); two short rows of random tokens can.
+        """
+        lengths = [min(length, self.context_length - 1) for length in _TRIAL_LENGTHS][: self.config.num_slots]
+        ids_BT = torch.arange(len(lengths) * (max(lengths) + 1)).view(len(lengths), -1) * 7 % self._vocab_size
+        embeds_BTH = self._embed(ids_BT.to(self._device))
+        rows = range(len(lengths))
+        expected_BV = torch.stack(
+            [
+                self._language_model(inputs_embeds=embeds_BTH[row, None, : lengths[row] + 1]).logits[0, -1]
+                for row in rows
+            ]
+        )
+        try:
+            self._first_logits(0, embeds_BTH[:, :-1], lengths)
+            following = torch.stack([embeds_BTH[row, None, lengths[row]] for row in rows])
+            difference = (self._following_logits(following, lengths) - expected_BV).norm(dim=-1)
+            error = float((difference / expected_BV.norm(dim=-1)).max())
+        except (TypeError, ValueError, IndexError, RuntimeError) as failure:
+            raise _unsupported(
+                self._language_model, f"it cannot take rows at different positions ({failure})"
+            ) from failure
+        self._cache.clear()
+        if not error < _ROUNDING.get(embeds_BTH.dtype, _HALF_ROUNDING):
+            raise _unsupported(
+                self._language_model,
+                f"rows at different positions come out otherwise than alone (relative error {error:.1e})",
+            )
+
+
+def _check(language_model: Any, context_length: int) -> None:
+    """Raises ConfigError where signature, layer types or attention say that the slots cannot serve."""
+    missing = set(_TAKES) - set(inspect.signature(language_model.forward).parameters)
+    if missing:
+        raise _unsupported(language_model, f"it does not take {', '.join(sorted(missing))}")
+    for layer in DynamicCache(config=language_model.config).layers:
+        # A window that is never left hides nothing.
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window >= context_length:
+            continue
+        if type(layer) is not DynamicLayer:
+            raise _unsupported(language_model, f"it has a layer whose cache is a {type(layer).__name__}")
+    attention = language_model.config._attn_implementation
+    if attention not in _MASKED_ATTENTION:
+        raise ConfigError(
+            f"engine.attention={attention}: it takes no mask for each row; set engine.attention=sdpa, or "
+            "engine.kind=generate"
+        )
+
+
+def _unsupported(language_model: Any, reason: str) -> ConfigError:
+    return ConfigError(
+        f"engine.kind=continuous: {type(language_model).__name__} cannot be batched this way: {reason}; set "
+        "engine.kind=generate"
+    )

@@ -1,0 +1,126 @@
+"""Messages to token ids through the model's chat template, with the images that they show, in order.
+
+What a client writes is text: strings in it that name control tokens (`<image>`, the end of a turn) are
+tokenised as the characters that they are, so no message can hold an image that was not sent, or speak in
+another's turn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from revision_ray.errors import ConfigError
+from revision_ray.serve.api_error import ApiError
+from revision_ray.serve.protocol import ImageEmbeddingPart, ImageUrlPart, Message, TextPart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """An image part, and where in the request it stands."""
+
+    param: str
+    part: ImageUrlPart | ImageEmbeddingPart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """What the chat template takes, and the images that its `image` parts stand for."""
+
+    messages: list[dict[str, Any]]
+    images: list[Shown]
+    num_characters: int
+
+
+def conversation_of(messages: Sequence[Message]) -> Conversation:
+    """
+    Raises:
+        ApiError: an image outside a user's message.
+    """
+    images: list[Shown] = []
+    rendered, num_characters = [], 0
+    for index, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
+        if isinstance(message.content, str):
+            rendered.append({"role": role, "content": message.content})
+            num_characters += len(message.content)
+            continue
+        parts: list[dict[str, str]] = []
+        for position, part in enumerate(message.content):
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": part.text})
+                num_characters += len(part.text)
+            elif role != "user":
+                raise ApiError(
+                    400,
+                    f"messages[{index}]: images stand in messages of the user alone; move this one there",
+                    param=f"messages[{index}].content",
+                )
+            else:
+                parts.append({"type": "image"})
+                images.append(Shown(param=f"messages[{index}].content[{position}]", part=part))
+        rendered.append({"role": role, "content": parts})
+    return Conversation(messages=rendered, images=images, num_characters=num_characters)
+
+
+class Prompter:
+    """Token ids of conversations. Not for several threads at once: tokenizers are not."""
+
+    def __init__(self, tokenizer: Any, image_token_id: int, num_visual_tokens: int) -> None:
+        """The tokenizer is the model folder's: its chat template knows what an image part is.
+
+        Raises:
+            ConfigError: it has no chat template.
+        """
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"{tokenizer.name_or_path}: its tokenizer has no chat template, so messages cannot be put to "
+                "the model; save one with it (chat_template.jinja)"
+            )
+        self._tokenizer, self._image_token_id = tokenizer, image_token_id
+        self.num_visual_tokens = num_visual_tokens
+
+    def input_ids(self, conversation: Conversation) -> tuple[int, ...]:
+        """The prompt, with the placeholders of each image.
+
+        Equal to what the processor makes of the rendered template without special tokens of its own, for
+        text without control tokens.
+
+        Raises:
+            ApiError: the template does not take this conversation, or a control token cannot be written as
+                text.
+        """
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                conversation.messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
+            )
+        except jinja2.TemplateError as error:
+            raise ApiError(
+                400,
+                "the model's chat template does not take these messages; most take a system message or none, "
+                "then user and assistant in turn, the user last",
+                param="messages",
+            ) from error
+        except ValueError as error:
+            raise ApiError(
+                400,
+                "a message holds the name of a control token that this tokenizer cannot write as text; take "
+                "it out",
+                param="messages",
+            ) from error
+        if ids.count(self._image_token_id) != len(conversation.images):
+            raise ApiError(
+                400,
+                "the model's chat template does not show every image of these messages; put the images into "
+                "the last message",
+                param="messages",
+            )
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [token] * (self.num_visual_tokens if token == self._image_token_id else 1)
+        return tuple(expanded)

@@ -1,0 +1,218 @@
+"""Whether the images that are served are like those that the model's texts were aligned to.
+
+A model trained on aligned texts reads image embeddings where the fit put the texts: around the fit's image
+centroid. Images from elsewhere lie elsewhere, and what the model says about them is worth less.
+
+Served images go into the moments that fits are made of. With mu, T the centroid and trace of the fit's
+images (N of them) and m the centroid of n served ones, were these drawn from the same distribution:
+E||m - mu_true||^2 = T / n and E||mu - mu_true||^2 = T / N, and both errors are independent, so the root mean
+square of ||m - mu|| is the *sampling floor* sqrt(T (1/n + 1/N)). For unit rows T = 1 - ||mu||^2: a trace that
+changed has moved the centroid too, so the distance alone decides.
+
+Shapes: N rows, D embedding dim.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from revision_ray.align.alignment import Alignment, load_alignment
+from revision_ray.align.moments import NUM_BUCKETS, Moments, merged, of_block
+from revision_ray.errors import AlignmentError
+from revision_ray.serve.metrics import instruments
+
+TOO_FEW, ALIKE, DRIFTED, NO_FIT = "too few images", "like the fit's images", "drifted", "no fit"
+
+# With fewer, a shift of two fifths of the spread sqrt(T) could be chance.
+MIN_IMAGES = 50
+# The error of a mean of that many rows is nearly Gaussian, so its squared length over the squared floor is a
+# weighted sum of chi-squares with mean 1. Of all weights a single one has the heaviest tail (Szekely and
+# Bakirov, 2003): independent images pass three floors by chance in less than 0.3 % of cases, on any spectrum.
+FLOORS = 3.0
+# With enough images any mixture differs from the fit's by more than chance. Below this share of the spread
+# sqrt(T) it is called alike all the same: a judgement (modality gaps are half a spread and more).
+TOLERANCE = 0.05
+# Images that the report rests on: the last ones, in parts that are forgotten one by one, so that a change
+# after months of service does not drown in what was before.
+WINDOW, NUM_PARTS = 20_000, 8
+# Seconds between two settings of the gauges.
+_PUBLISH_S = 2.0
+
+
+class Drift:
+    """Moments of the last `window` to 9/8 `window` images that were served, beside the fit's.
+
+    Raises:
+        AlignmentError: a fit of `others` has another dimension or image encoder than `fit`.
+    """
+
+    def __init__(self, fit: Alignment | None, others: Sequence[Alignment] = (), window: int = WINDOW) -> None:
+        self.fit, self.others, self.window = fit, others, window
+        self.num_invalid = 0
+        self._parts: deque[Moments] = deque()
+        self._num_blocks = 0
+        if fit is not None:
+            for other in others:
+                _check_comparable(fit, other)
+
+    def add(self, rows_ND: np.ndarray) -> None:
+        """The images' embeddings, of any float dtype and length, are part of what was served."""
+        # Rows that arrived together share a bucket (64 of them), so the jackknife sees how alike they are.
+        moments, invalid = of_block(rows_ND, offset=self._num_blocks % NUM_BUCKETS)
+        self._num_blocks += 1
+        self.num_invalid += len(invalid)
+        self.merge(moments)
+
+    def merge(self, moments: Moments) -> None:
+        """What `moments` counted is part of what was served.
+
+        Raises:
+            AlignmentError: other dimension than the fit's.
+        """
+        if self.fit and moments.embedding_dim != self.fit.embedding_dim:
+            raise AlignmentError(
+                f"served images have embedding_dim {moments.embedding_dim}, the fit has "
+                f"{self.fit.embedding_dim}; give the fit that the model was trained with"
+            )
+        if self._parts and self._parts[-1].count < self.window / NUM_PARTS:
+            self._parts[-1].merge(moments)
+        else:
+            self._parts.append(merged([moments], moments.embedding_dim))
+        while sum(part.count for part in self._parts) - self._parts[0].count >= self.window:
+            self._parts.popleft()
+
+    def moments(self) -> Moments | None:
+        """Of the images in the window; None before the first."""
+        if not any(part.count for part in self._parts):
+            return None
+        return merged(self._parts, self._parts[0].embedding_dim)
+
+    def report(self) -> dict[str, Any]:
+        """What stands at /v1/drift: distances are Euclidean, between centroids of unit rows; None where there
+        is nothing to compare."""
+        moments, fit = self.moments(), self.fit
+        report: dict[str, Any] = {
+            "verdict": NO_FIT if fit is None else TOO_FEW,
+            "num_images": moments.count if moments else 0,
+            "num_invalid": self.num_invalid,
+            "window": self.window,
+            "domain": fit.domain if fit else None,
+            "centroid_distance": None,
+            "sampling_floor": None,
+            "standard_error": None,
+            "trace": moments.trace if moments else None,
+            "fit_trace": fit.image_trace if fit else None,
+            "trace_ratio": None,
+            "nearest": None,
+        }
+        if moments is None or fit is None:
+            return report
+        distance = float(np.linalg.norm(moments.centroid - fit.image_centroid))
+        floor = sampling_floor(fit, moments.count)
+        report |= {
+            "centroid_distance": distance,
+            "sampling_floor": floor,
+            "standard_error": _standard_error(moments, fit.image_centroid),
+            "trace_ratio": moments.trace / fit.image_trace if fit.image_trace else None,
+        }
+        if moments.count >= MIN_IMAGES:
+            bound = max(FLOORS * floor, TOLERANCE * math.sqrt(max(fit.image_trace, 0.0)))
+            report["verdict"] = DRIFTED if distance > bound else ALIKE
+            report["nearest"] = self._nearest(moments.centroid, distance, floor)
+        return report
+
+    def _nearest(self, centroid: np.ndarray, distance: float, floor: float) -> dict[str, Any] | None:
+        """The fit of another domain whose images are nearer than the own one's by more than chance."""
+        found = [(float(np.linalg.norm(centroid - other.image_centroid)), other) for other in self.others]
+        if not found:
+            return None
+        nearest, other = min(found, key=lambda pair: pair[0])
+        if nearest >= distance - floor:
+            return None
+        return {
+            "domain": other.domain,
+            "fit": other.content_hash[:12],
+            "centroid_distance": nearest,
+            "hint": f"the images served are nearer to the fit of {_named(other)} ({nearest:.3f}) than to the "
+            f"one of this model ({distance:.3f}); serve a model whose texts that fit aligned",
+        }
+
+
+def sampling_floor(fit: Alignment, num_images: int) -> float:
+    """Root mean square distance between the centroid of `num_images` of the fit's own distribution and the
+    fit's image centroid."""
+    # The trace of a sample is N / (N - 1) too small on average.
+    trace = fit.image_trace * fit.num_images / max(fit.num_images - 1, 1)
+    return math.sqrt(max(trace, 0.0) * (1 / num_images + 1 / fit.num_images))
+
+
+def _standard_error(moments: Moments, centroid: np.ndarray) -> float | None:
+    """Of the distance between the moments' centroid and `centroid`, which is taken as it is: delete-a-group
+    jackknife over the buckets; None with less than two of them."""
+    filled = np.flatnonzero(moments.counts)
+    if len(filled) < 2:
+        return None
+    distances = np.array(
+        [np.linalg.norm(moments.without_bucket(int(bucket))[1] - centroid) for bucket in filled]
+    )
+    spread = float(np.sum((distances - distances.mean()) ** 2))
+    return math.sqrt((len(filled) - 1) / len(filled) * spread)
+
+
+def _check_comparable(fit: Alignment, other: Alignment) -> None:
+    if other.embedding_dim != fit.embedding_dim:
+        raise AlignmentError(
+            f"fits: the fit of {_named(other)} has embedding_dim {other.embedding_dim}, the model's has "
+            f"{fit.embedding_dim}; name fits of the same encoder"
+        )
+    known = fit.image_encoder.fingerprint and other.image_encoder.fingerprint
+    if known and other.image_encoder.fingerprint != fit.image_encoder.fingerprint:
+        raise AlignmentError(
+            f"fits: the fit of {_named(other)} was made with image encoder {other.image_encoder.name}, the "
+            f"model's with {fit.image_encoder.name}; name fits of the same encoder"
+        )
+
+
+def _named(fit: Alignment) -> str:
+    return f"domain {fit.domain!r}" if fit.domain else f"content hash {fit.content_hash[:12]}"
+
+
+class Monitor:
+    """The Serve deployment that knows what was served, in a single replica: image encoders send it their
+    embeddings and do not wait for an answer. A replica that is replaced starts counting again.
+
+    Raises:
+        AlignmentError: a fit cannot be loaded, or `others` cannot be compared with `fit`.
+    """
+
+    def __init__(self, fit: str, others: Sequence[str] = (), window: int = WINDOW) -> None:
+        self.drift = Drift(
+            load_alignment(fit) if fit else None, [load_alignment(uri) for uri in others], window
+        )
+        self._will_publish = False
+
+    async def add(self, embeddings: np.ndarray) -> None:
+        """Embeddings (N, D) of served images are counted; the gauges follow within seconds."""
+        self.drift.add(embeddings)
+        if not self._will_publish:
+            self._will_publish = True
+            asyncio.get_running_loop().call_later(_PUBLISH_S, self._publish)
+
+    async def report(self) -> dict[str, Any]:
+        return self.drift.report()
+
+    def _publish(self) -> None:
+        self._will_publish = False
+        report, gauges = self.drift.report(), instruments()
+        gauges.drift_images.set(report["num_images"])
+        for gauge, value in (
+            (gauges.drift_centroid_distance, report["centroid_distance"]),
+            (gauges.drift_sampling_floor, report["sampling_floor"]),
+            (gauges.drift_trace_ratio, report["trace_ratio"]),
+        ):
+            if value is not None:
+                gauge.set(value)

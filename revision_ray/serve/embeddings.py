@@ -1,0 +1,114 @@
+"""POST /v1/embeddings: texts through the text tower, pictures through the image tower, in one space.
+
+Shapes: N texts, D embedding_dim.
+"""
+
+import base64
+from typing import Any
+
+import numpy as np
+
+from revision_ray.serve.api_error import ApiError
+from revision_ray.serve.calls import patiently
+from revision_ray.serve.conversation import Shown
+from revision_ray.serve.protocol import EmbeddingsRequest, ImageUrlPart
+from revision_ray.serve.served_images import ServedImages
+from revision_ray.serve.settings import Limits
+
+
+class EmbeddingInputs:
+    """Embeds what requests name. `texts` is the text encoder's handle, None without one."""
+
+    def __init__(self, model: str, texts: Any, images: ServedImages, has_fit: bool, limits: Limits) -> None:
+        self._model, self._texts, self._images, self._limits = model, texts, images, limits
+        self._has_fit = has_fit
+        self._described: dict[str, Any] | None = None
+
+    async def embed(self, request: EmbeddingsRequest) -> dict[str, Any]:
+        """The body of the answer.
+
+        Raises:
+            ApiError: an input is refused, or the parts that embed it are not there.
+        """
+        items = request.items
+        self._check(request, items)
+        texts = [item for item in items if isinstance(item, str)]
+        shown = [
+            Shown(param=f"input[{position}]", part=item)
+            for position, item in enumerate(items)
+            if isinstance(item, ImageUrlPart)
+        ]
+        space = await self._space(bool(texts), shown)
+        if request.dimensions not in (None, space["embedding_dim"]):
+            raise ApiError(
+                400,
+                f"dimensions: embeddings have {space['embedding_dim']}, and are not cut; leave it out",
+                param="dimensions",
+            )
+        texts_ND, num_tokens = await self._encode(texts, bool(request.align)) if texts else ([], 0)
+        rows_of_texts, rows_of_images = iter(texts_ND), iter(await self._images.embeddings(shown))
+        rows = [next(rows_of_texts if isinstance(item, str) else rows_of_images) for item in items]
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": _written(row_D, request.encoding_format)}
+                for index, row_D in enumerate(rows)
+            ],
+            "model": self._model,
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+            "encoder_fingerprint": space["fingerprint"] or "",
+        }
+
+    def _check(self, request: EmbeddingsRequest, items: list[str | ImageUrlPart]) -> None:
+        limits = self._limits
+        if len(items) > limits.max_texts:
+            raise ApiError(400, f"input: {len(items)} inputs, at most {limits.max_texts}", param="input")
+        if sum(len(item) for item in items if isinstance(item, str)) > limits.max_text_characters:
+            raise ApiError(
+                400,
+                f"input: more than {limits.max_text_characters} characters; send fewer texts",
+                param="input",
+            )
+        if request.align and not self._has_fit:
+            raise ApiError(400, "align: this server has no fit; leave it out", param="align")
+
+    async def _space(self, with_texts: bool, shown: list[Shown]) -> dict[str, Any]:
+        """embedding_dim and fingerprint of the encoder that answers; texts and images must share one."""
+        facts = self._images.facts
+        of_images = {"embedding_dim": facts.embedding_dim, "fingerprint": facts.fingerprint}
+        if not with_texts:
+            return of_images
+        if self._texts is None:
+            raise ApiError(
+                400,
+                "input: this server has no text encoder; its operator sets encoder.model for one",
+                param="input",
+                code="no_text_encoder",
+            )
+        if self._described is None:
+            self._described = await self._patiently(lambda: self._texts.describe.remote())
+        if shown and self._described != of_images:
+            raise ApiError(
+                400,
+                "input: texts and images are embedded by different encoders here, whose spaces have nothing "
+                "to do with each other; send them apart",
+                param="input",
+            )
+        return self._described
+
+    async def _encode(self, texts: list[str], align: bool) -> tuple[np.ndarray, int]:
+        return await self._patiently(lambda: self._texts.encode.remote(texts, align))
+
+    async def _patiently(self, attempt: Any) -> Any:
+        return await patiently(
+            attempt,
+            "text encoder",
+            timeout_s=self._limits.request_timeout_s,
+            max_attempts=self._limits.max_attempts,
+        )
+
+
+def _written(row_D: np.ndarray, encoding: str | None) -> list[float] | str:
+    if encoding == "base64":
+        return base64.b64encode(row_D.astype("<f4").tobytes()).decode()
+    return row_D.tolist()

@@ -1,0 +1,245 @@
+"""The part of the application that speaks HTTP: routes, and what stands behind each of them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRouter
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from revision_ray.serve import metrics
+from revision_ray.serve.api_error import ApiError, invalid
+from revision_ray.serve.calls import LanguageModelCalls, cause_of, unavailable
+from revision_ray.serve.chat import Chat
+from revision_ray.serve.chat_stream import EventStream
+from revision_ray.serve.conversation import Prompter
+from revision_ray.serve.embeddings import EmbeddingInputs
+from revision_ray.serve.guard import Gate, Guard, respond
+from revision_ray.serve.model_facts import ModelFacts
+from revision_ray.serve.page import page
+from revision_ray.serve.protocol import (
+    ChatCompletion,
+    ChatRequest,
+    Embeddings,
+    EmbeddingsRequest,
+    ErrorResponse,
+    Health,
+    Model,
+    Models,
+)
+from revision_ray.serve.remote import Fetcher
+from revision_ray.serve.reporting import DriftReporter
+from revision_ray.serve.served_images import ServedImages
+from revision_ray.serve.settings import ServeJob
+from revision_ray.serve.strict_json import strict_route
+
+_HEALTH_TIMEOUT_S = 3.0
+_DRIFT_TIMEOUT_S = 10.0
+
+
+class Ingress:
+    """The Serve deployment of the API. Handles of parts that the configuration has not are None."""
+
+    def __init__(
+        self,
+        job: ServeJob,
+        facts: ModelFacts,
+        digests: Sequence[str],
+        language_model: Any,
+        image_encoder: Any = None,
+        text_encoder: Any = None,
+        monitor: Any = None,
+    ) -> None:
+        """`digests` are the API keys' (guard.key_digests): the keys themselves never come here."""
+        self.job, self.digests, self.gate = job, tuple(digests), Gate()
+        self.model = facts.listed(job.model_id)
+        self._monitor = monitor
+        self.fetcher = Fetcher(job.remote_images, job.images.max_bytes)
+        reporter = DriftReporter(monitor)
+        images = ServedImages(facts, image_encoder, self.fetcher, reporter, job.images, job.limits)
+        prompter = Prompter(_tokenizer(job.model), facts.image_token_id, facts.num_visual_tokens)
+        self.calls = LanguageModelCalls(language_model, job.limits, job.engine.token_timeout_s)
+        self.chat = Chat(job.model_id, facts.context_length, prompter, self.calls, images, job.limits)
+        has_fit = bool(job.alignment)
+        self.embeddings = EmbeddingInputs(job.model_id, text_encoder, images, has_fit, job.limits)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return asgi_app(self)
+
+    async def drain(self) -> int:
+        """No further request is taken; how many are still under way."""
+        self.gate.close()
+        return self.gate.num_inside
+
+    def check_health(self) -> None:
+        """Serve replaces the replica where this raises; a loop that hangs does not answer at all."""
+
+    async def drift(self) -> dict[str, Any]:
+        if self._monitor is None:
+            raise ApiError(404, "this server watches no drift; its operator sets alignment for it")
+        try:
+            return await asyncio.wait_for(self._monitor.report.remote(), _DRIFT_TIMEOUT_S)
+        except Exception as error:
+            if isinstance(cause_of(error), ApiError):
+                raise
+            raise unavailable("monitor") from None
+
+    def check_model(self, name: str) -> None:
+        if name != self.model.id:
+            raise ApiError(
+                404,
+                f"model: this server has one model, {self.model.id}; see /v1/models",
+                param="model",
+                code="model_not_found",
+            )
+
+
+def _tokenizer(folder: str) -> Any:
+    verbosity = transformers_logging.get_verbosity()
+    # It would warn of a model type that it does not know: the model's code is not loaded here.
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorResponse} for status in statuses}
+
+
+_POST_ERRORS = _errors(400, 401, 404, 408, 413, 415, 422, 429, 503)
+_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+def asgi_app(ingress: Ingress) -> ASGIApp:
+    """The API over `ingress`, behind the guard."""
+    limits = ingress.job.limits
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await ingress.fetcher.close()
+
+    app = FastAPI(
+        title="revision_ray",
+        description="A multimodal model behind the OpenAI API.",
+        version="1",
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    app.include_router(_posts(ingress, strict_route(limits.max_body_bytes, limits.body_timeout_s)))
+    app.include_router(_gets(ingress))
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _unforeseen)
+    return Guard(
+        app,
+        digests=ingress.digests,
+        max_ongoing_per_key=limits.max_ongoing_per_key,
+        gate=ingress.gate,
+    )
+
+
+def _posts(ingress: Ingress, route_class: Any) -> APIRouter:
+    router = APIRouter(route_class=route_class)
+
+    @router.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses={200: {"model": ChatCompletion, "content": _EVENTS}, **_POST_ERRORS},
+    )
+    async def chat_completions(body: ChatRequest) -> Response:
+        """Answer a conversation about images."""
+        ingress.check_model(body.model)
+        prompt = await ingress.chat.prompt(body)
+        if body.stream:
+            return EventStream(await ingress.chat.start(body, prompt))
+        return JSONResponse(await ingress.chat.complete(body, prompt))
+
+    @router.post(
+        "/v1/embeddings", response_model=None, responses={200: {"model": Embeddings}, **_POST_ERRORS}
+    )
+    async def embeddings(body: EmbeddingsRequest) -> Response:
+        """Embed texts and images in the space of the model's encoder."""
+        ingress.check_model(body.model)
+        return JSONResponse(await ingress.embeddings.embed(body))
+
+    return router
+
+
+def _gets(ingress: Ingress) -> APIRouter:
+    router = APIRouter()
+    guarded = _errors(401, 429, 503)
+
+    @router.get("/v1/models", responses=guarded)
+    async def models() -> Models:
+        """The model."""
+        return Models(object="list", data=[ingress.model])
+
+    @router.get("/v1/models/{model_id:path}", responses=guarded | _errors(404))
+    async def model(model_id: str) -> Model:
+        """The model, by its id."""
+        ingress.check_model(model_id)
+        return ingress.model
+
+    @router.get("/v1/drift", responses=guarded | _errors(404))
+    async def drift() -> dict[str, Any]:
+        """How far the images served are from those of the fit."""
+        return await ingress.drift()
+
+    @router.get("/health", responses=_errors(503))
+    async def health() -> Health:
+        """200 once the language model answers."""
+        if not await ingress.calls.alive(_HEALTH_TIMEOUT_S):
+            raise unavailable("language model")
+        return Health(status="ok")
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=guarded)
+    async def exposition() -> Response:
+        """Counters and timings in Prometheus' text format."""
+        return PlainTextResponse(
+            await metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    if ingress.job.page:
+
+        @router.get("/", response_class=HTMLResponse)
+        async def chat_page() -> Response:
+            """A page to chat with the model."""
+            html, policy = page()
+            return HTMLResponse(html, headers={"Content-Security-Policy": policy})
+
+    return router
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if isinstance(error, ApiError):
+        return respond(error)
+    said = {
+        404: "there is no such route; /openapi.json lists them",
+        405: "this route has another method; /openapi.json lists them",
+    }
+    message = said.get(error.status_code, "the request cannot be answered")
+    return respond(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return respond(invalid(error))
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    # The guard, to which the error goes on, notes what it was.
+    return respond(ApiError(500, "the server failed; nothing in the request needs to change"))
