@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 
 from revision_ray import storage
-from revision_ray.cluster import data_context, user_errors
+from revision_ray.cluster import data_context, pipeline_rows, user_errors
 from revision_ray.errors import DataError
 from revision_ray.evaluate.answers import judge
 from revision_ray.evaluate.prepare import Actors, Prepared
@@ -121,8 +121,11 @@ def answer_parts(output: str, parts: Sequence[Part], actors: Actors) -> None:
     with data_context(target_block_bytes=1) as context, user_errors():
         context.wait_for_min_actors_s = 0
         dataset = actors.map(ray.data.from_items(batches, override_num_blocks=len(batches)), Answer)
-        with progress("answer", sum(len(part.prompts) for part in left), "questions") as shown:
-            for row in dataset.iter_rows():
+        with (
+            progress("answer", sum(len(part.prompts) for part in left), "questions") as shown,
+            pipeline_rows(dataset) as rows,
+        ):
+            for row in rows:
                 part, answers = left[row["part"]], json.loads(row["said"])
                 said[row["part"]].update(zip(json.loads(row["rows"]), answers, strict=True))
                 if len(said[row["part"]]) == len(part.prompts):
