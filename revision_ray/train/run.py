@@ -24,6 +24,7 @@ from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, ConfigError, DataError, RevisionError
 from revision_ray.train import checkpoint, export, ingest
+from revision_ray.train.entry import loop
 from revision_ray.train.ingest import Source
 from revision_ray.train.joined_store import Kind
 from revision_ray.train.loop import Task, order_of, train
@@ -286,8 +287,7 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
     if not use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(
-        _train,
-        train_loop_config={"task": task},
+        **loop(train, task),
         scaling_config=ScalingConfig(
             num_workers=job.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
@@ -306,10 +306,6 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
         raise _cause(error) from None
     assert figures is not None  # the first worker returned them, or fit raised
     return figures
-
-
-def _train(loop_config: dict[str, Any]) -> dict[str, Any]:
-    return train(loop_config["task"])
 
 
 def _cause(error: TrainingFailedError) -> Exception:
