@@ -57,11 +57,11 @@ def conditions(name: str, prepared: Prepared, controls: Sequence[Control], seed:
                    prompts=prompts, shown=[other[key] for key in prepared.keys])  # fmt: skip
 
 
-def captions(name: str, prepared: Prepared, prompt: str, keys: Sequence[str]) -> Part:
-    """What the model says to `prompt` about each of the images `keys`."""
+def captions(name: str, prepared: Prepared, prompt: str, keys: Sequence[str], model: str) -> Part:
+    """What the model with fingerprint `model` says to `prompt` about each of the images `keys`."""
     first = {key: position for position, key in reversed(list(enumerate(prepared.keys)))}
-    # Other images or another prompt are another part.
-    digest = storage.sha256(prompt.encode(), *(key.encode() for key in keys))[:8]
+    # Other images, another prompt or another model are another part.
+    digest = storage.sha256(model.encode(), prompt.encode(), *(key.encode() for key in keys))[:8]
     return Part(
         benchmark=name,
         condition=f"captions-{digest}",

@@ -115,6 +115,9 @@ def _prepare_process(training: Training, rank: int) -> None:
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", force=True)
+    # It repeats what the run says itself, and torch looks for compilers of GPUs that are not there.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.manual_seed(training.seed)
 
 
