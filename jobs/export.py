@@ -13,7 +13,7 @@ class ExportJob:
     run: str = config.MISSING
     """Output of jobs/pretrain.py or jobs/finetune.py."""
     checkpoint: str | None = None
-    """Name of a folder in RUN/checkpoints; the latest if not given."""
+    """Name of a folder in RUN/checkpoints, or best: of the lowest held-out loss. The latest if not given."""
     output: str = config.MISSING
     """Directory of the model."""
 

@@ -1,9 +1,11 @@
 """The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this machine."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from typing import Any
 
 # Ray reads it when it is imported. Ray Train's watchers write these lines, the first one every second, where
 # no dashboard answers them; both are harmless.
@@ -49,6 +51,20 @@ def data_context(target_block_bytes: int | None = None) -> Iterator[DataContext]
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     with DataContext.current(context):
         yield context
+
+
+@contextmanager
+def pipeline_rows(dataset: ray.data.Dataset) -> Iterator[Iterator[dict[str, Any]]]:
+    """The rows of a pipeline with actors, which hold no CPU or GPU any more when this is left.
+
+    Ray ends an actor with the last handle to it. After an error these handles lie in reference cycles that
+    Python may not look at for minutes, while the next pipeline waits for the actors' resources.
+    """
+    try:
+        with closing(iter(dataset.iter_rows())) as rows:  # type: ignore[type-var]  (a generator)
+            yield rows
+    finally:
+        gc.collect()
 
 
 @contextmanager

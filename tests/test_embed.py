@@ -237,7 +237,8 @@ def run_and_kill(command: list[str], output: Path, at: int) -> None:
         orphan.kill()
 
 
-@pytest.mark.parametrize("points", [[4], pytest.param([1, 9, 20, 40], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [[4], [1, 9, 20, 40]])
 def test_a_killed_job_goes_on_where_it_was(cluster, encoder, tmp_path, points):
     source = write_texts(tmp_path / "texts.jsonl", 6000)
     output = tmp_path / "store"

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -733,6 +734,21 @@ def test_the_picture_shows_captions_and_answers(evaluated):
     captions = rows_of(output, next(output.glob("answers/miniature/captions-*")).stem)
     assert len(captions) == 3
     assert all(row["correct"] is None for row in captions)
+
+
+@pytest.mark.slow
+def test_another_model_can_write_the_captions(evaluated, cluster, model, world, tmp_path):
+    mine = next(evaluated[0].glob("answers/miniature/captions-*")).stem
+    before = {row["raw"] for row in rows_of(evaluated[0], mine)}
+    other = shutil.copytree(model, tmp_path / "other")
+    found = AutoModelForImageTextToText.from_pretrained(other)
+    with torch.no_grad():
+        found.projector[-1].bias.add_(5 * torch.randn_like(found.projector[-1].bias))
+    found.save_pretrained(other)
+    run(job(model, world, tmp_path / "out", caption_model=str(other), controls=[], max_items=10))
+    captions = rows_of(tmp_path / "out", next((tmp_path / "out").glob("answers/miniature/captions-*")).stem)
+    assert len(captions) == 3
+    assert {row["raw"] for row in captions} != before
 
 
 def test_benchmarks_together_are_averaged_and_sampled(cluster, model, world, tmp_path):

@@ -281,6 +281,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero(tmp_path):
     assert factors[20] == 0
 
 
+@pytest.mark.slow
 def test_training_writes_a_folder_that_transformers_loads_and_is_kept(cluster, tmp_path):
     training = training_of(tmp_path / "model")
     metrics, trained = train_language_model(training)

@@ -685,8 +685,8 @@ assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__ == "ReVisionF
         "import importlib.util\nassert importlib.util.find_spec('transformers')\n" + REGISTERED
         + "assert not any(type(finder).__module__ == 'revision_ray' for finder in sys.meta_path)\n",
         "import transformers\nimport revision_ray\n" + REGISTERED,
-        "import revision_ray.encode.transformers\n" + REGISTERED,
-        "import revision_ray.model.modeling\n" + REGISTERED,
+        pytest.param("import revision_ray.encode.transformers\n" + REGISTERED, marks=pytest.mark.slow),
+        pytest.param("import revision_ray.model.modeling\n" + REGISTERED, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_import_registers_in_either_order_and_loads_nothing_by_itself(program):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ import psutil
 import pytest
 import torch
 from embedding_stores import cloud, write_store
+from PIL import Image
+from tiny_encoder import write_encoder
 from tiny_language_model import WORDS, write_language_model
 
 from revision_ray.align.fit import FitJob
 from revision_ray.align.fit import run as fit
 from revision_ray.data.shards import EncoderIdentity
+from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from revision_ray.train.export_job import export_checkpoint
 from revision_ray.train.models import Architecture
@@ -61,6 +65,7 @@ def world(cluster, tmp_path_factory):
 def stage_one(world: Path, output: str, **changes) -> PretrainJob:
     job = PretrainJob(
         data=[str(world / "texts")],
+        heldout=[str(world / "texts")],
         alignment=str(world / "fit"),
         model=str(world / "language_model"),
         output=str(world / output),
@@ -105,6 +110,7 @@ def test_stage_one_leaves_a_model_metrics_and_its_configuration(world, unbroken)
     for name, value in model.language_model.state_dict().items():
         assert torch.equal(value, start[name]), name  # frozen: not a bit has moved
     lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert {"loss", "tokens_per_second", "padding_share", "ingest_share", "gradient_norm"} <= set(lines[0])
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -140,7 +146,8 @@ def kill_a_worker_at(output: Path, step: int) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 7])
 def test_a_killed_worker_changes_no_bit(world, unbroken, step):
     name = f"killed-{step}"
     thread = kill_a_worker_at(world / name, step)
@@ -227,6 +234,26 @@ def test_any_checkpoint_exports(world, unbroken, tmp_path):
         export_checkpoint(str(unbroken), "checkpoint-99", str(tmp_path / "none"))
 
 
+def test_the_best_checkpoint_by_held_out_loss_is_kept_apart(world, unbroken, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
+    assert sorted(measured) == [3, 6, 9, 12]  # at every checkpoint
+    record = json.loads((unbroken / "best/best.json").read_text())
+    best = min(measured, key=measured.__getitem__)
+    assert (record["step"], record["heldout_loss"]) == (best, measured[best])
+    name = f"checkpoint-{best:08d}"
+    # Only empty folders may be left of those that were the best before.
+    shards = (unbroken / "best").rglob("*.pt")
+    assert {path.relative_to(unbroken / "best").parts[0] for path in shards} == {name}
+    exported = export_checkpoint(str(unbroken), "best", str(tmp_path / "best"))
+    AutoModelForImageTextToText.from_pretrained(exported)
+    shutil.copytree(unbroken / "checkpoints", tmp_path / "run/checkpoints")
+    with pytest.raises(CheckpointError, match="no best checkpoint"):
+        export_checkpoint(str(tmp_path / "run"), "best", str(tmp_path / "none"))
+
+
 def stage_two(world: Path, output: str, **changes) -> FinetuneJob:
     job = FinetuneJob(
         data=[str(world / "data.jsonl")],
@@ -282,6 +309,25 @@ def test_inspect_shows_the_label_mask(world, unbroken):
     assert shown.count("<image>x2[[") == 2
     shown = inspect(stage_two(world, "unused", inspect=3))
     assert "[[" in shown
+
+
+def test_image_files_are_embedded_as_the_first_step_of_stage_two(world, unbroken, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(8):
+        Image.new("RGB", (40, 40), (30 * number, 100, 50)).save(tmp_path / f"pictures/image{number}.png")
+    records = (world / "data.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "data.jsonl").write_text("\n".join(records))
+    encoder = EncoderConfig(model=write_encoder(tmp_path / "encoder"))
+    job = stage_two(
+        world, "unused", data=[str(tmp_path / "data.jsonl")], images=[], output=str(tmp_path / "run"),
+        image_files=[str(tmp_path / "pictures")], encoder=encoder, inspect=8,
+    )  # fmt: skip
+    assert inspect(job).count("<image>") == 7  # the sixth record has none
+    assert (tmp_path / "run/images/manifest.json").exists()
+    with pytest.raises(AlignmentError, match="allow_other_encoder"):
+        finetune(job)
+    with pytest.raises(ConfigError, match=r"encoder\.kind"):
+        finetune(replace(job, encoder=None))
 
 
 def test_what_does_not_fit_is_refused_before_workers_start(world, unbroken, tmp_path):

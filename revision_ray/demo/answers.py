@@ -51,6 +51,7 @@ def show_answers(demo: AnswersDemo, world: DatasetConfig, output: str) -> str:
                 model=storage.join(beside, "finetune", "model"),
                 output=storage.join(beside, "evaluate"),
                 controls=[],
+                caption_model="",
                 num_pictures=0,
             )
         )

@@ -18,7 +18,7 @@ import ray
 import torch
 
 from revision_ray import storage
-from revision_ray.cluster import connect, data_context, user_errors
+from revision_ray.cluster import connect, data_context, pipeline_rows, user_errors
 from revision_ray.data import images, shards, sources
 from revision_ray.data.schema import ImageRow, Rejected, Split, TextRow
 from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Footer, Layout, Modality
@@ -103,8 +103,8 @@ def encode_splits(splits: Sequence[Split], plan: Plan, resources: Resources) -> 
                 Write(plan), batch_size=None, batch_format="pyarrow", num_cpus=resources.cpus_per_task
             )
         )
-        with progress(f"encode {plan.modality}s", None, "rows") as shown:
-            for unit in dataset.iter_rows():
+        with progress(f"encode {plan.modality}s", None, "rows") as shown, pipeline_rows(dataset) as units:
+            for unit in units:
                 encoded += unit["num_rows"]
                 shown.advance(
                     unit["num_rows"], f"rejected {unit['num_rejected']}" if unit["num_rejected"] else ""

@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 
 from revision_ray import storage
-from revision_ray.cluster import data_context, user_errors
+from revision_ray.cluster import data_context, pipeline_rows, user_errors
 from revision_ray.errors import DataError
 from revision_ray.evaluate.answers import judge
 from revision_ray.evaluate.prepare import Actors, Prepared
@@ -57,11 +57,11 @@ def conditions(name: str, prepared: Prepared, controls: Sequence[Control], seed:
                    prompts=prompts, shown=[other[key] for key in prepared.keys])  # fmt: skip
 
 
-def captions(name: str, prepared: Prepared, prompt: str, keys: Sequence[str]) -> Part:
-    """What the model says to `prompt` about each of the images `keys`."""
+def captions(name: str, prepared: Prepared, prompt: str, keys: Sequence[str], model: str) -> Part:
+    """What the model with fingerprint `model` says to `prompt` about each of the images `keys`."""
     first = {key: position for position, key in reversed(list(enumerate(prepared.keys)))}
-    # Other images or another prompt are another part.
-    digest = storage.sha256(prompt.encode(), *(key.encode() for key in keys))[:8]
+    # Other images, another prompt or another model are another part.
+    digest = storage.sha256(model.encode(), prompt.encode(), *(key.encode() for key in keys))[:8]
     return Part(
         benchmark=name,
         condition=f"captions-{digest}",
@@ -121,8 +121,11 @@ def answer_parts(output: str, parts: Sequence[Part], actors: Actors) -> None:
     with data_context(target_block_bytes=1) as context, user_errors():
         context.wait_for_min_actors_s = 0
         dataset = actors.map(ray.data.from_items(batches, override_num_blocks=len(batches)), Answer)
-        with progress("answer", sum(len(part.prompts) for part in left), "questions") as shown:
-            for row in dataset.iter_rows():
+        with (
+            progress("answer", sum(len(part.prompts) for part in left), "questions") as shown,
+            pipeline_rows(dataset) as rows,
+        ):
+            for row in rows:
                 part, answers = left[row["part"]], json.loads(row["said"])
                 said[row["part"]].update(zip(json.loads(row["rows"]), answers, strict=True))
                 if len(said[row["part"]]) == len(part.prompts):

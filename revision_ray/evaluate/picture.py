@@ -54,6 +54,7 @@ def choose(units: Sequence[Unit], prepared: Prepared, count: int) -> dict[str, b
 
 def write(
     uri: str,
+    heading: str,
     images: Mapping[str, bytes],
     captions: Sequence[dict[str, Any]],
     answers: Sequence[dict[str, Any]],
@@ -65,19 +66,26 @@ def write(
         asked = [row for row in answers if row["shown"] == key][:_QUESTIONS_PER_IMAGE]
         rows = tuple((row["prompt"], row["raw"], row["answer"], bool(row["correct"])) for row in asked)
         cells.append(Cell(image=content, caption=caption_of.get(key, ""), questions=rows))
-    storage.write_bytes(uri, contact_sheet(cells))
+    storage.write_bytes(uri, contact_sheet(cells, heading))
     return uri
 
 
-def contact_sheet(cells: Sequence[Cell]) -> bytes:
-    """A PNG: cells side by side on white, each row as high as its longest text."""
+def contact_sheet(cells: Sequence[Cell], heading: str = "") -> bytes:
+    """A PNG: `heading`, then cells side by side on white, each row as high as its longest text."""
     columns = min(_COLUMNS, len(cells))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     lines = [[_lines(cell) for cell in row] for row in rows]
     heights = [_IMAGE_SIDE + _GAP // 2 + max(sum(map(_height, cell)) for cell in row) + _GAP for row in lines]
-    sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, sum(heights) + _GAP), "white")
+    width = columns * (_CELL + _GAP) + _GAP
+    head = _wrapped(heading, _TEXT, _GREY, width - 2 * _GAP)
+    head_height = sum(map(_height, head)) + (_GAP // 2 if head else 0)
+    sheet = Image.new("RGB", (width, head_height + sum(heights) + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     top = _GAP
+    for line in head:
+        draw.text((_GAP, top), line[0], font=_font(line[1]), fill=line[2])
+        top += _height(line)
+    top = head_height + _GAP
     for row, texts, height in zip(rows, lines, heights, strict=True):
         for column, (cell, text) in enumerate(zip(row, texts, strict=True)):
             left = _GAP + column * (_CELL + _GAP)
@@ -112,18 +120,18 @@ def _lines(cell: Cell) -> list[_Line]:
     return lines
 
 
-def _wrapped(text: str, size: int, colour: str) -> list[_Line]:
-    """`text` in lines that fit a cell; words longer than a line are broken."""
+def _wrapped(text: str, size: int, colour: str, width: int = _CELL) -> list[_Line]:
+    """`text` in lines of at most `width` pixels; words longer than a line are broken."""
     text = " ".join(text.split())
     text = text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ..."
     font, lines, line = _font(size), [], ""
     for word in text.split():
-        while font.getlength(word) > _CELL:
-            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= _CELL)
+        while font.getlength(word) > width:
+            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
             lines += [line, word[:fits]] if line else [word[:fits]]
             line, word = "", word[fits:]
         longer = f"{line} {word}".strip()
-        if font.getlength(longer) <= _CELL:
+        if font.getlength(longer) <= width:
             line = longer
         else:
             lines.append(line)

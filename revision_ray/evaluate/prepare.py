@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from revision_ray import storage
-from revision_ray.cluster import data_context, user_errors
+from revision_ray.cluster import data_context, pipeline_rows, user_errors
 from revision_ray.data.images import UndecodableImage
 from revision_ray.data.store import Store, read_group, read_group_ids
 from revision_ray.errors import DataError
@@ -174,8 +174,9 @@ def prepare(
             read_stage, batch_size=1, batch_format="pyarrow", num_cpus=0.5
         )
         dataset = dataset.drop_columns(["images"]) if store else actors.map(dataset, Encode)
-        with progress("read benchmarks" if store else "encode images", len(items), "units") as shown:
-            for row in dataset.iter_rows():
+        label = "read benchmarks" if store else "encode images"
+        with progress(label, len(items), "units") as shown, pipeline_rows(dataset) as rows:
+            for row in rows:
                 name = row["benchmark"]
                 arrived[name][row["number"]] = row
                 if len(arrived[name]) == len(missing[name]):

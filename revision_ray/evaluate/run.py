@@ -8,7 +8,7 @@ A condition that is finished is never asked again.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
@@ -62,6 +62,11 @@ class EvaluateJob:
     """Images in the picture, with captions and answers; 0 draws none."""
     caption_prompt: str = ""
     """What asks for a caption; after stage 1 and in the miniature the image alone does."""
+    caption_model: str = ""
+    """Another model for the captions of the picture: that of stage 1 has learnt to describe and nothing else.
+    By default `model` describes too."""
+    max_caption_tokens: int = 40
+    """Longest caption of `caption_model`."""
     gpus_per_actor: float | None = None
     """GPUs (or a fraction of one) for each model; by default 1 where the cluster has GPUs, else 0."""
     cpus_per_actor: float = 1.0
@@ -70,7 +75,7 @@ class EvaluateJob:
     """Up to so many models; by default one for every GPU, or for every two CPUs."""
 
     def __post_init__(self) -> None:
-        for name in ("max_items", "batch_size", "max_new_tokens", "max_actors"):
+        for name in ("max_items", "batch_size", "max_new_tokens", "max_caption_tokens", "max_actors"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more")
@@ -93,14 +98,22 @@ def run(job: EvaluateJob) -> str:
     found = {name: units(name, job.data[name]) for name in job.benchmarks}
     folder = _folder(job.model)
     store = _store(job.images, _model_config(folder), folder)
-    _claim(output, job, _fingerprint(folder), store, found)
+    fingerprint = _fingerprint(folder)
+    _claim(output, job, fingerprint, store, found)
     actors = _actors(job, folder)
     prepare(output, found, actors, store, lambda _, items: sample(items, job.max_items, job.seed))
     prepared = {name: load_prepared(output, name) for name in job.benchmarks}
     first = job.benchmarks[0]
     images = picture.choose(found[first], prepared[first], job.num_pictures)
-    captions = ask.captions(first, prepared[first], job.caption_prompt, list(images))
-    parts = [captions] if images else []
+    captioning = _captioning(job, actors)
+    if captioning is not actors:
+        fingerprint = _fingerprint(captioning.folder)
+    captions = ask.captions(first, prepared[first], job.caption_prompt, list(images), fingerprint)
+    parts = []
+    if images and captioning is not actors:
+        ask.answer_parts(output, [captions], captioning)
+    elif images:
+        parts = [captions]
     for name in job.benchmarks:
         parts += ask.conditions(name, prepared[name], job.controls, job.seed)
     ask.answer_parts(output, parts, actors)
@@ -114,9 +127,30 @@ def run(job: EvaluateJob) -> str:
             read_parquet(ask.answers_path(output, first, condition)).to_pylist()
             for condition in ("image", captions.condition)
         )
-        path = picture.write(storage.join(output, "picture.png"), images, captioned, said)
+        heading = f"Captions: {job.caption_model or job.model}   Answers: {job.model}"
+        path = picture.write(storage.join(output, "picture.png"), heading, images, captioned, said)
         text += f"\n\nCaptions and answers for {len(images)} images: {path}"
     return f"{text}\n\nAnswers and results: {output}"
+
+
+def _captioning(job: EvaluateJob, actors: Actors) -> Actors:
+    """What makes the captions: `actors` itself, or others with the model that was named for it.
+
+    Raises:
+        CheckpointError: that model takes other embeddings.
+    """
+    if not job.caption_model:
+        return actors
+    folder = _folder(job.caption_model)
+    expected, found = _model_config(actors.folder), _model_config(folder)
+    if found.embedding_dim != expected.embedding_dim:
+        raise CheckpointError(
+            f"caption_model={job.caption_model}: takes embeddings of {found.embedding_dim} dimensions, "
+            f"{job.model} of {expected.embedding_dim}; name a model of the same encoder"
+        )
+    if fingerprint := (expected.alignment or {}).get("image_fingerprint"):
+        check_encoder(found, fingerprint)
+    return replace(actors, folder=folder, max_new_tokens=job.max_caption_tokens)
 
 
 def _folder(model: str) -> str:

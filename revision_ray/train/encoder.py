@@ -27,6 +27,7 @@ from revision_ray.config import MISSING
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.miniature import encoder
 from revision_ray.progress import progress
+from revision_ray.train.entry import loop
 from revision_ray.train.pairs import Pair, batch_rows, content_hash, drawn_captions, pixels, read_pairs
 
 log = logging.getLogger(__name__)
@@ -130,8 +131,7 @@ def _trainer(training: EncoderTraining, output: str, task: dict[str, Any]) -> To
     use_gpu = ray.cluster_resources().get("GPU", 0) >= training.num_workers
     resources = {"CPU": training.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
     return TorchTrainer(
-        _train,
-        train_loop_config=task,
+        **loop(_train, task),
         scaling_config=ScalingConfig(
             num_workers=training.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),

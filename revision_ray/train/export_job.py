@@ -8,6 +8,7 @@ from ray.train import Checkpoint
 from revision_ray import config, storage
 from revision_ray.errors import CheckpointError
 from revision_ray.train import export, models
+from revision_ray.train.best import BEST, best_checkpoint
 from revision_ray.train.run import FinetuneJob, PretrainJob, alignment_identity
 from revision_ray.train.zero import dtype_of
 
@@ -15,7 +16,7 @@ _PREFIX = "checkpoint-"
 
 
 def export_checkpoint(run: str, name: str | None, output: str) -> str:
-    """The model of checkpoint `name` of the run (the latest if None) stands at `output`.
+    """The model of checkpoint `name` of the run (the latest if None, or "best") stands at `output`.
 
     Raises:
         CheckpointError: no such run or checkpoint, or a damaged one.
@@ -27,8 +28,13 @@ def export_checkpoint(run: str, name: str | None, output: str) -> str:
         raise CheckpointError(
             f"{run}: holds no checkpoints; name the output of jobs/pretrain.py or finetune.py"
         )
-    chosen = found[-1] if name is None else storage.join(folder, name)
-    if chosen not in found:
+    if name == BEST:
+        chosen = best_checkpoint(run)
+        if chosen is None:
+            raise CheckpointError(f"{run}: kept no best checkpoint; that takes held-out data (heldout=...)")
+    else:
+        chosen = found[-1] if name is None else storage.join(folder, name)
+    if name != BEST and chosen not in found:
         names = ", ".join(storage.name_of(uri) for uri in found)
         raise CheckpointError(f"{chosen}: no such checkpoint; there are {names}")
     with Checkpoint(chosen).as_directory() as local:

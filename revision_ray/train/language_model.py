@@ -28,6 +28,7 @@ from revision_ray.miniature import language_model
 from revision_ray.miniature.documents import Document, DocumentConfig, document
 from revision_ray.miniature.language_model import ModelSize, Rows
 from revision_ray.progress import progress
+from revision_ray.train.entry import loop
 from revision_ray.train.pairs import batch_rows
 
 log = logging.getLogger(__name__)
@@ -120,8 +121,7 @@ def _trainer(training: LanguageTraining, output: str, task: dict[str, Any]) -> T
     use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     resources = {"CPU": training.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
     return TorchTrainer(
-        _train,
-        train_loop_config=task,
+        **loop(_train, task),
         scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu, resources_per_worker=resources),
         # Threads that spin while they wait take the cores from those that work.
         run_config=RunConfig(

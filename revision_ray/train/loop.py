@@ -21,7 +21,7 @@ from ray.train import Checkpoint
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import DataError
 from revision_ray.progress import Progress, progress
-from revision_ray.train import checkpoint, export, ingest, models
+from revision_ray.train import best, checkpoint, export, ingest, models
 from revision_ray.train.checkpoint import Position
 from revision_ray.train.ingest import Source, Step
 from revision_ray.train.metrics import Writer, open_writer
@@ -66,6 +66,7 @@ class State:
     counters: dict[str, int] = field(default_factory=lambda: {"samples": 0, "rejected": 0})
     heldout_loss: float = float("nan")
     last_loss: float = float("nan")
+    lowest_loss: float = float("inf")  # held out, of the best checkpoint
 
 
 def train(task: Task) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def train(task: Task) -> dict[str, Any]:
         model.activation_checkpointing_enable({"use_reentrant": False})
     engine = build_engine(model, training, device)
     state = _resume(engine, task, num_workers)
+    state.lowest_loss = best.lowest_loss(task.output)
     formatter = Formatter(
         processor.tokenizer,
         processor.num_visual_tokens,
@@ -113,6 +115,9 @@ def _prepare_process(training: Training, rank: int) -> None:
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", force=True)
+    # It repeats what the run says itself, and torch looks for compilers of GPUs that are not there.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.manual_seed(training.seed)
 
 
@@ -204,17 +209,18 @@ def _run(
         shown.advance(1, window.note(engine))
 
         last = state.step == task.num_steps
+        due = last or state.step - saved >= training.checkpoints.every_steps
         if state.step % training.logging.every_steps == 0 or last:
             writer.write(state.step, window.figures(engine))
             rejections.flush()
             window = Window()
             _check_rejected(state, training, last)
-        if heldout and (state.step % training.logging.heldout_every_steps == 0 or last):
+        if heldout and (state.step % training.logging.heldout_every_steps == 0 or due):
             state.heldout_loss = _measure(engine, heldout)
             writer.write(state.step, {"heldout_loss": state.heldout_loss})
         if state.step in training.logging.sample_steps:
             _sample(engine, (heldout or [step])[0], processor, task.output, state.step)
-        if last or state.step - saved >= training.checkpoints.every_steps:
+        if due:
             _checkpoint(task, engine, state)
             saved = state.step
 
@@ -283,6 +289,9 @@ def _checkpoint(task: Task, engine: Engine, state: State) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(engine, position, Path(folder), rank)
+        if state.heldout_loss < state.lowest_loss:
+            best.keep(Path(folder), task.output, state.step, state.heldout_loss)
+            state.lowest_loss = state.heldout_loss
         ray.train.report(
             {"step": state.step, "loss": state.last_loss, "heldout_loss": state.heldout_loss},
             checkpoint=Checkpoint.from_directory(folder),

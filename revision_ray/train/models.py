@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.logging import disable_progress_bar
 
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import ConfigError
@@ -14,6 +15,9 @@ from revision_ray.model.modeling import ReVisionForConditionalGeneration
 from revision_ray.model.processing import ReVisionProcessor, add_image_token
 from revision_ray.train.optional import optional
 from revision_ray.train.settings import Lora
+
+# Bars of their own between our lines; a folder is read in a moment, and what takes long says so elsewhere.
+disable_progress_bar()
 
 Stage = Literal["pretrain", "finetune"]
 

@@ -19,9 +19,12 @@ from revision_ray.align.alignment import load_alignment
 from revision_ray.cluster import connect
 from revision_ray.config import MISSING
 from revision_ray.data.conversations import ConversationSource
+from revision_ray.encode import embed
+from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, ConfigError, DataError, RevisionError
 from revision_ray.train import checkpoint, export, ingest
+from revision_ray.train.entry import loop
 from revision_ray.train.ingest import Source
 from revision_ray.train.joined_store import Kind
 from revision_ray.train.loop import Task, order_of, train
@@ -32,7 +35,8 @@ from revision_ray.train.settings import Lora, Training
 log = logging.getLogger(__name__)
 RESULTS = "results.json"
 # Settings that say where and how a run works, not what comes out.
-_OUTSIDE = ("output", "num_workers", "workers", "checkpoints", "logging", "max_rejected_fraction", "inspect")
+_OUTSIDE = ("output", "num_workers", "workers", "checkpoints", "logging", "max_rejected_fraction", "inspect",
+            "image_files", "encoder")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,11 @@ class FinetuneJob(Training):
     times an epoch."""
     images: list[str] = field(default_factory=list)
     """Image stores that hold the embeddings of the conversations' images."""
+    image_files: list[str] = field(default_factory=list)
+    """Image sources of jobs/embed.py (folders, tars, Parquet), beside or instead of stores: the job embeds
+    them first, once, into OUTPUT/images, and goes on from there. Needs `encoder`."""
+    encoder: EncoderConfig | None = None
+    """Image side of the encoder that the model was pretrained with, for `image_files`."""
     heldout: list[str] = field(default_factory=list)
     """The same as `data`, for the held-out loss; the same image stores."""
     lora: Lora | None = None
@@ -95,11 +104,24 @@ def finetune(job: FinetuneJob) -> dict[str, Any]:
         ConfigError, DataError, AlignmentError, CheckpointError: what the user gave does not fit.
     """
     connect()
-    job = dataclasses.replace(job, model=_placed(job.model))
+    job = _with_images(dataclasses.replace(job, model=_placed(job.model)))
     source = _conversations(job, job.data)
     _check_model(job, source)
     heldout = _conversations(job, job.heldout) if job.heldout else None
     return _fit(job, source, heldout, {}, lora=job.lora)
+
+
+def _with_images(job: FinetuneJob) -> FinetuneJob:
+    """The same job with the embeddings of its image files in a store, made now or by a run before."""
+    if not job.image_files:
+        return job
+    if job.encoder is None:
+        raise ConfigError(
+            "image_files: set encoder.kind, encoder.model, ... to embed them, or give image stores"
+        )
+    store = storage.join(storage.absolute(job.output), "images")
+    log.info("%s", embed.run(EmbedJob(images=job.image_files, output=store, encoder=job.encoder)))
+    return dataclasses.replace(job, images=[*job.images, store])
 
 
 def _placed(model: str) -> str:
@@ -122,7 +144,7 @@ def inspect(job: PretrainJob | FinetuneJob) -> str:
         source = _pretrain_source(job, job.data)
         tokenizer, num_visual_tokens = load_tokenizer(job.model), job.architecture.num_visual_tokens
     else:
-        source = _conversations(job, job.data)
+        source = _conversations(_with_images(job), job.data)
         tokenizer = load_tokenizer(job.model)
         num_visual_tokens = storage.read_json(storage.join(job.model, "config.json"))["num_visual_tokens"]
     formatter = Formatter(tokenizer, num_visual_tokens, job.max_length, on_too_long=job.on_too_long)
@@ -265,8 +287,7 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
     if not use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(
-        _train,
-        train_loop_config={"task": task},
+        **loop(train, task),
         scaling_config=ScalingConfig(
             num_workers=job.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
@@ -285,10 +306,6 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
         raise _cause(error) from None
     assert figures is not None  # the first worker returned them, or fit raised
     return figures
-
-
-def _train(loop_config: dict[str, Any]) -> dict[str, Any]:
-    return train(loop_config["task"])
 
 
 def _cause(error: TrainingFailedError) -> Exception:

@@ -90,7 +90,7 @@ class Checkpoints:
     """Steps between checkpoints; one more is written at the end. Ray commits one in about two seconds, so
     keep them ten seconds or more apart."""
     keep: int = 2
-    """The latest checkpoints that are kept."""
+    """The latest checkpoints that are kept. With held-out data the best one is kept too, in OUTPUT/best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class Logging:
     mlflow_experiment: str | None = None
     """MLflow experiment; the package must be installed, the server comes from MLFLOW_TRACKING_URI."""
     heldout_every_steps: int = 200
-    """Steps between two measurements of the held-out loss."""
+    """Steps between two measurements of the held-out loss; it is measured at every checkpoint besides."""
     sample_steps: list[int] = field(default_factory=lambda: [50, 200])
     """Steps after which a text is sampled from the first held-out sample, to be read by a person."""
 

@@ -12,9 +12,6 @@ import torch
 from revision_ray.train.optimizer import parameter_groups
 from revision_ray.train.settings import Training
 
-# DeepSpeed reads it when it is imported; without it, it takes a CPU machine with CUDA builds for a GPU one.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # DeepSpeed loads its checkpoints with torch.load(weights_only=False). This overrules it: only tensors, plain
 # containers and the names of `checkpoint.SAFE` are read, and no code in a checkpoint runs.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

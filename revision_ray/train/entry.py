@@ -1,0 +1,30 @@
+"""The way of a task to Ray Train's workers, past its controller.
+
+The controller unpickles the training function and its configuration. Of modules that import torch,
+transformers and DeepSpeed it would load all three, ten seconds in which nothing else happens. So it gets a
+name and a reference. Import nothing heavy here.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+
+def loop(function: Callable[[Any], dict[str, Any]], task: Any) -> dict[str, Any]:
+    """Arguments of a TorchTrainer each of whose workers returns `function(task)`; a module's function."""
+    return {
+        "train_loop_per_worker": _call,
+        # In a list: Ray would resolve a reference that stands by itself.
+        "train_loop_config": {
+            "module": function.__module__,
+            "function": function.__name__,
+            "task": [ray.put(task)],
+        },
+    }
+
+
+def _call(config: dict[str, Any]) -> dict[str, Any]:
+    function = getattr(importlib.import_module(config["module"]), config["function"])
+    return function(ray.get(config["task"][0]))
