@@ -24,7 +24,7 @@ def main(job: DemoJob) -> str:
     cluster.connect()
     gap = show_gap(job.gap, job.output)
     answers = show_answers(job.answers, job.gap.world, job.output)
-    return f"\n{gap}\n\n{answers}\n\nEverything is in {storage.absolute(job.output)}"
+    return f"\n{gap}\n\n{answers}\n\nEverything is in {storage.absolute(job.output)}, the model in its folder model"
 
 
 if __name__ == "__main__":
