@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from revision_ray import cluster, config, storage
-from revision_ray.demo.answers import AnswersDemo, show_answers
+from revision_ray.demo.answers import MODEL, AnswersDemo, show_answers
 from revision_ray.demo.gap import GapDemo, show_gap
 
 
@@ -24,7 +24,8 @@ def main(job: DemoJob) -> str:
     cluster.connect()
     gap = show_gap(job.gap, job.output)
     answers = show_answers(job.answers, job.gap.world, job.output)
-    return f"\n{gap}\n\n{answers}\n\nEverything is in {storage.absolute(job.output)}"
+    place = storage.absolute(job.output)
+    return f"\n{gap}\n\n{answers}\n\nEverything is in {place}, the model in {storage.join(place, MODEL)}"
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ def test_image_files_are_embedded_as_the_first_step_of_stage_two(world, unbroken
     (tmp_path / "data.jsonl").write_text("\n".join(records))
     encoder = EncoderConfig(model=write_encoder(tmp_path / "encoder"))
     job = stage_two(
-        world, "unused", data=[str(tmp_path / "data.jsonl")], images=[], output=str(tmp_path / "run"),
+        world, str(tmp_path / "run"), data=[str(tmp_path / "data.jsonl")], images=[],
         image_files=[str(tmp_path / "pictures")], encoder=encoder, inspect=8,
     )  # fmt: skip
     assert inspect(job).count("<image>") == 7  # the sixth record has none

@@ -16,6 +16,8 @@ from revision_ray.train import untrained
 from revision_ray.train.language_model import LanguageTraining, train_language_model
 from revision_ray.train.run import FinetuneJob, PretrainJob
 
+MODEL = "model"
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnswersDemo:
@@ -34,7 +36,8 @@ class AnswersDemo:
 
 
 def show_answers(demo: AnswersDemo, world: DatasetConfig, output: str) -> str:
-    """Both models and their answers stand below `output`; the tables of what they got right."""
+    """Both models and their answers stand below `output`, the better one in its folder `model`; the tables of
+    what they got right."""
     train_language_model(demo.language_model)
     questions = demo.finetune.data[0]
     num_images = write_conversations(world, "images", demo.num_questions, questions)
@@ -56,7 +59,13 @@ def show_answers(demo: AnswersDemo, world: DatasetConfig, output: str) -> str:
             )
         )
     )
+    _copy(demo.evaluate.model, storage.join(output, MODEL))
     return (
         f"Stage 2 saw {demo.num_questions} questions about {num_images} images. Held-out questions about "
         f"held-out images:\n\nWith stage 1 on aligned text:\n{tables[0]}\n\nWithout stage 1:\n{tables[1]}"
     )
+
+
+def _copy(folder: str, to: str) -> None:
+    for uri, _ in storage.list_files(folder, recursive=True):
+        storage.write_bytes(storage.join(to, storage.relative_path(uri, folder)), storage.read_bytes(uri))
