@@ -142,17 +142,23 @@ def made(tmp_path_factory) -> Made:
     )
 
 
+def run(job: ServeJob) -> None:
+    built = app.application(app.checked(job), ())
+    serve.run(built, name="revision_ray", route_prefix="/", logging_config=app.QUIET)
+
+
 @pytest.fixture(scope="module")
 def served(cluster, made) -> Iterator[Made]:
-    serve.start(proxy_location="HeadOnly", http_options={"host": made.job.host, "port": made.job.port})
-    serve.run(app.application(app.checked(made.job), ()), name=made.job.application, route_prefix="/")
+    http = {"host": made.job.host, "port": made.job.port}
+    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=app.QUIET)
+    run(made.job)
     yield made
     serve.shutdown()
 
 
 @pytest.fixture(scope="module")
 def client(served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def image_part(content: bytes) -> dict[str, Any]:
@@ -501,7 +507,7 @@ def test_beyond_the_queue_s_bound_the_server_says_when_to_come_again(client, ser
 
     def one(_: int) -> Any:
         try:
-            return asked(client, TURNS, max_tokens=300, n=8)
+            return asked(client, TURNS, max_tokens=150, n=8)
         except openai.InternalServerError as error:
             return error
 
@@ -591,24 +597,25 @@ def test_a_rolling_update_loses_nothing(client, served):
             number += 1
         return number
 
-    changed = replace(served.job, engine=replace(served.job.engine, num_slots=4))
+    # New replicas start beside the old ones; without, requests wait for as long as a start takes.
+    surge = replace(served.job.replicas, surge_percent=100)
+    changed = replace(served.job, engine=replace(served.job.engine, num_slots=4), replicas=surge)
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         loads = [threads.submit(load) for _ in range(4)]
         try:
-            serve.run(app.application(app.checked(changed), ()), name="revision_ray", route_prefix="/")
+            run(changed)
         finally:
             ended.set()
         assert sum(load.result() for load in loads) > 4
     assert not {process.pid for process in before} & {process.pid for process in replicas("LanguageModel")}
-    serve.run(app.application(app.checked(served.job), ()), name="revision_ray", route_prefix="/")
+    run(served.job)
 
 
 @pytest.mark.slow
 def test_replicas_come_and_go_with_the_load(client, served):
     part = replace(served.job.replicas.language_model, max_replicas=2, target_ongoing=2.0)
     quick = replace(served.job.replicas, language_model=part, upscale_delay_s=1, downscale_delay_s=3)
-    scaled = app.checked(replace(served.job, replicas=quick))
-    serve.run(app.application(scaled, ()), name="revision_ray", route_prefix="/")
+    run(replace(served.job, replicas=quick))
     ended = threading.Event()
 
     def load() -> None:
@@ -622,7 +629,7 @@ def test_replicas_come_and_go_with_the_load(client, served):
         for each in loads:
             each.result()
     assert eventually(lambda: len(replicas("LanguageModel")) == 1, 90)
-    serve.run(app.application(app.checked(served.job), ()), name="revision_ray", route_prefix="/")
+    run(served.job)
 
 
 @pytest.mark.slow

@@ -634,21 +634,23 @@ def test_a_failing_step_reaches_every_request_and_the_engine_goes_on(kind, caplo
 def test_a_row_that_is_not_finite_ends_its_own_answer_alone():
     """And what it leaves in its slot harms no later one."""
     model = model_of()
-    expected = text_of(generated(model, PROMPTS[1]))
-    odd = Prompt(input_ids=(2, *(IMAGE_ID,) * VISUAL, 9), image_embeds=images(1) * np.float32(3e38))
+    short, long = prompt_of(1, 9, 1), prompt_of(2, 50, 0)
+    expected, expected_short = text_of(generated(model, long)), text_of(generated(model, short, 9))
+    odd = Prompt(input_ids=(2, *(IMAGE_ID,) * VISUAL, *(9,) * 30), image_embeds=images(1) * np.float32(3e38))
 
     async def run() -> None:
         async with engine_of(model=model, num_slots=2) as engine:
-            for _ in range(2):
-                failed, sound = await asyncio.gather(
-                    answer_of(engine, odd, greedy()),
-                    answer_of(engine, PROMPTS[1], greedy()),
-                    return_exceptions=True,
-                )
-                assert isinstance(failed, RuntimeError)
-                assert sound == expected
-            both = (answer_of(engine, PROMPTS[1], greedy()) for _ in range(2))
-            assert await asyncio.gather(*both) == [expected] * 2
+            sound, failed = await asyncio.gather(
+                *(answer_of(engine, prompt, greedy()) for prompt in (long, odd)), return_exceptions=True
+            )
+            assert isinstance(failed, RuntimeError)
+            assert sound == expected
+            Gate(model).delay_s = 0.005
+            # The short one stands where the odd one stood, and the long one makes its masked rest visible.
+            async with contextlib.aclosing(engine.stream(long, greedy())) as pieces:
+                text = (await anext(pieces)).text
+                assert await answer_of(engine, short, greedy(9)) == expected_short
+                assert text + "".join([piece.text async for piece in pieces]) == expected
 
     asyncio.run(run())
 

@@ -1,5 +1,6 @@
 """The application: its parts as Serve deployments, run until it is stopped, or built for `serve deploy`."""
 
+import logging
 import os
 import signal
 import socket
@@ -15,12 +16,15 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+from transformers import AutoTokenizer
 
-from revision_ray import cluster, config
+from revision_ray import cluster, config, storage
 from revision_ray.align.alignment import load_alignment
-from revision_ray.errors import AlignmentError, ConfigError
+from revision_ray.errors import AlignmentError, ConfigError, DataError
 from revision_ray.model import ReVisionConfig
 from revision_ray.serve.calls import RETRY_AFTER_S
+from revision_ray.serve.conversation import Prompter
 from revision_ray.serve.deployments import ImageEncoderReplica, LanguageModelReplica, TextEncoderReplica
 from revision_ray.serve.drift import Drift, Monitor
 from revision_ray.serve.guard import key_digests
@@ -28,6 +32,10 @@ from revision_ray.serve.ingress import Ingress
 from revision_ray.serve.model_facts import facts_of
 from revision_ray.serve.settings import Part, Replicas, ServeJob, is_loopback
 
+log = logging.getLogger(__name__)
+
+# On a terminal; a cluster's Serve file says what it wants logged.
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _MONITOR = Part(num_cpus=0.05, max_ongoing=100, max_queued=1000)
 # Serve tries a replica that cannot load its model so often, then the deployment has failed.
 _ATTEMPTS_TO_START = 3
@@ -44,11 +52,16 @@ def run(job: ServeJob) -> str:
     if os.environ.get("RAY_ADDRESS", "local") == "local":
         _check_port(job.host, job.port)
     cluster.connect()
+    log.info("starting the replicas of %s; each loads its part of the model", job.model_id)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stopped = threading.Event()
+    shared = _serve_runs(job)
     try:
-        serve.start(proxy_location=job.location, http_options={"host": job.host, "port": job.port})
-        _check_serve_is_ours(job)
-        handle = serve.run(application(job, digests), name=job.application, route_prefix="/")
+        if not shared:
+            http = {"host": job.host, "port": job.port}
+            serve.start(proxy_location=job.location, http_options=http, logging_config=QUIET)
+        built = application(job, digests)
+        handle = serve.run(built, name=job.application, route_prefix="/", logging_config=QUIET)
         host = f"[{job.host}]" if ":" in job.host else job.host
         page = "/" if job.page else "none"
         sys.stdout.write(f"Serving {job.model_id} at http://{host}:{job.port}  (page: {page}, API: /v1)\n")
@@ -58,7 +71,10 @@ def run(job: ServeJob) -> str:
         stopped.wait()
         _drain(handle, job.replicas.drain_timeout_s)
     finally:
-        serve.shutdown()
+        if shared:  # others' applications run on
+            serve.delete(job.application)
+        else:
+            serve.shutdown()
     return "stopped"
 
 
@@ -154,14 +170,20 @@ def checked(job: ServeJob) -> ServeJob:
         ConfigError: the model cannot be served.
         AlignmentError: a fit is missing, or of another encoder than the model's.
     """
-    if not os.path.isfile(os.path.join(job.model, "config.json")):
-        raise ConfigError(f"model={job.model}: no model there; name a folder that jobs/finetune.py wrote")
+    kind = _model_type(job.model)
+    if kind != ReVisionConfig.model_type:
+        raise ConfigError(
+            f"model={job.model}: {f'its model_type is {kind}' if kind else 'no model there'}; name a folder "
+            "that jobs/finetune.py or jobs/export.py wrote"
+        )
     try:
-        model = ReVisionConfig.from_pretrained(job.model)
+        model, facts = ReVisionConfig.from_pretrained(job.model), facts_of(job)
+        tokenizer = AutoTokenizer.from_pretrained(job.model)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model={job.model}: its config.json is damaged ({error})") from error
-    if model.model_type != "revision":
-        raise ConfigError(f"model={job.model}: is of type {model.model_type}, expected revision")
+        raise ConfigError(
+            f"model={job.model}: is damaged or not complete ({error}); save it again"
+        ) from error
+    Prompter(tokenizer, facts.image_token_id, facts.num_visual_tokens)  # has a chat template
     if job.alignment:
         fit = load_alignment(job.alignment)
         expected = (model.alignment or {}).get("image_fingerprint")
@@ -193,6 +215,15 @@ def checked(job: ServeJob) -> ServeJob:
     )
 
 
+def _model_type(folder: str) -> str | None:
+    """As config.json has it; None where there is none."""
+    try:
+        document = storage.read_json(os.path.join(folder, "config.json"))
+    except DataError:
+        return None
+    return document.get("model_type") if isinstance(document, dict) else None
+
+
 def _absolute(uri: str) -> str:
     return os.path.abspath(uri) if uri and os.path.exists(uri) else uri
 
@@ -210,14 +241,22 @@ def _check_port(host: str, port: int) -> None:
         ) from error
 
 
-def _check_serve_is_ours(job: ServeJob) -> None:
-    """Serve listens where this job says: one that ran before keeps its own address, whatever one asks for."""
-    running = _get_global_client().http_config
+def _serve_runs(job: ServeJob) -> bool:
+    """Whether Serve runs on this cluster already, where this job says.
+
+    Raises:
+        ConfigError: it runs elsewhere; it would stay there, whatever one asks for.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return False
+    running = client.http_config
     if (running.host, running.port) != (job.host, job.port):
         raise ConfigError(
             f"Serve runs on this cluster already and listens at {running.host}:{running.port}, not at "
             f"{job.host}:{job.port}; say so with host and port, or shut it down (serve shutdown)"
         )
+    return True
 
 
 def _drain(handle: DeploymentHandle, timeout_s: float) -> None:

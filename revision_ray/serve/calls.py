@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -116,6 +117,7 @@ class Answer:
 
     def __init__(self, first: Piece, pieces: Any, timeout_s: float) -> None:
         self._first, self._pieces, self._timeout_s = first, pieces, timeout_s
+        self._began = time.monotonic()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """From the first to the last.
@@ -124,11 +126,20 @@ class Answer:
             TimeoutError: one did not come in time.
         """
         piece = self._first
-        yield piece
         while piece.finish_reason is None:
+            yield piece
             async with asyncio.timeout(self._timeout_s):
                 piece = value_of(await anext(self._pieces))
-            yield piece
+        self._count(piece.num_tokens)
+        yield piece
+
+    def _count(self, num_tokens: int) -> None:
+        with contextlib.suppress(Exception):  # metrics fail no request
+            made = instruments()
+            made.completion_tokens.inc(num_tokens)
+            if num_tokens > 1:
+                seconds = time.monotonic() - self._began
+                made.time_per_output_token.observe(seconds / (num_tokens - 1))
 
     def close(self) -> None:
         """The replica stops working on it; nothing happens where it has finished."""
@@ -150,12 +161,16 @@ class LanguageModelCalls:
         Raises:
             ApiError: refused, or no replica lived long enough.
         """
-        return await patiently(
+        began = time.monotonic()
+        answer = await patiently(
             lambda: self._first(prompt, sampling),
             "language model",
             timeout_s=self._limits.first_token_timeout_s,
             max_attempts=self._limits.max_attempts,
         )
+        with contextlib.suppress(Exception):  # metrics fail no request
+            instruments().time_to_first_token.observe(time.monotonic() - began)
+        return answer
 
     async def whole(self, prompt: Prompt, sampling: Sampling) -> list[Piece]:
         """Every piece of an answer; while nobody has seen any, it can begin anew elsewhere.

@@ -1,9 +1,7 @@
-"""POST /v1/chat/completions: images and messages to a prompt, the model's pieces to choices or to events.
-
-Shapes: I images, D embedding_dim.
-"""
+"""POST /v1/chat/completions: images and messages to a prompt, the model's pieces to choices or to events."""
 
 import asyncio
+import contextlib
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from revision_ray.serve.calls import Answer, LanguageModelCalls, together
 from revision_ray.serve.chat_stream import ChatStream, logprobs
 from revision_ray.serve.conversation import Prompter, conversation_of
 from revision_ray.serve.engine import Prompt, Sampling
+from revision_ray.serve.metrics import instruments
 from revision_ray.serve.protocol import ChatRequest
 from revision_ray.serve.served_images import ServedImages
 from revision_ray.serve.settings import Limits
@@ -64,6 +63,9 @@ class Chat:
                 code="context_length_exceeded",
             )
         rows_ID = await self._images.embeddings(conversation.images)
+        with contextlib.suppress(Exception):  # metrics fail no request
+            instruments().prompt_tokens.inc(len(input_ids))
+            instruments().visual_tokens.inc(len(rows_ID) * self._prompter.num_visual_tokens)
         return Prompt(input_ids=input_ids, image_embeds=rows_ID)
 
     def _check(self, request: ChatRequest) -> None:

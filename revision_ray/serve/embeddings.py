@@ -87,14 +87,16 @@ class EmbeddingInputs:
             )
         if self._described is None:
             self._described = await self._patiently(lambda: self._texts.describe.remote())
-        if shown and self._described != of_images:
+        of_texts = self._described
+        assert of_texts is not None
+        if shown and of_texts != of_images:
             raise ApiError(
                 400,
                 "input: texts and images are embedded by different encoders here, whose spaces have nothing "
                 "to do with each other; send them apart",
                 param="input",
             )
-        return self._described
+        return of_texts
 
     async def _encode(self, texts: list[str], align: bool) -> tuple[np.ndarray, int]:
         return await self._patiently(lambda: self._texts.encode.remote(texts, align))

@@ -114,7 +114,11 @@ class ImageEncoder:
         try:
             image = decode_image(content, max_pixels=self._settings.max_pixels)
         except UndecodableImage as error:
-            raise UndecodableImage(f"the image cannot be decoded; send a sound {FORMATS}") from error
+            # The reason may quote bytes of the image; the client has the image, and knows both of these.
+            raise UndecodableImage(
+                f"the image is damaged, or has more than {self._settings.max_pixels} pixels; send a sound "
+                f"and smaller {FORMATS}"
+            ) from error
         try:
             return self._processor([image], return_tensors="pt")["pixel_values"][0]
         except ValueError as error:  # of the library's processors, for images of extreme proportions

@@ -5,15 +5,15 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRouter
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from revision_ray.serve import metrics
 from revision_ray.serve.api_error import ApiError, invalid
@@ -65,7 +65,9 @@ class Ingress:
         self.fetcher = Fetcher(job.remote_images, job.images.max_bytes)
         reporter = DriftReporter(monitor)
         images = ServedImages(facts, image_encoder, self.fetcher, reporter, job.images, job.limits)
-        prompter = Prompter(_tokenizer(job.model), facts.image_token_id, facts.num_visual_tokens)
+        prompter = Prompter(
+            AutoTokenizer.from_pretrained(job.model), facts.image_token_id, facts.num_visual_tokens
+        )
         self.calls = LanguageModelCalls(language_model, job.limits, job.engine.token_timeout_s)
         self.chat = Chat(job.model_id, facts.context_length, prompter, self.calls, images, job.limits)
         has_fit = bool(job.alignment)
@@ -102,16 +104,6 @@ class Ingress:
             )
 
 
-def _tokenizer(folder: str) -> Any:
-    verbosity = transformers_logging.get_verbosity()
-    # It would warn of a model type that it does not know: the model's code is not loaded here.
-    transformers_logging.set_verbosity_error()
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
@@ -138,8 +130,12 @@ def asgi_app(ingress: Ingress) -> ASGIApp:
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.include_router(_posts(ingress, strict_route(limits.max_body_bytes, limits.body_timeout_s)))
-    app.include_router(_gets(ingress))
+    # The guard asks for the key; this says so in the schema.
+    key = [Depends(HTTPBearer(auto_error=False))] if ingress.digests else []
+    route_class = strict_route(limits.max_body_bytes, limits.body_timeout_s)
+    app.include_router(_posts(ingress, route_class), dependencies=key)
+    app.include_router(_gets(ingress), dependencies=key)
+    app.include_router(_open(ingress))
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _unforeseen)
@@ -187,7 +183,7 @@ def _gets(ingress: Ingress) -> APIRouter:
         """The model."""
         return Models(object="list", data=[ingress.model])
 
-    @router.get("/v1/models/{model_id:path}", responses=guarded | _errors(404))
+    @router.get("/v1/models/{model_id:path}", responses=guarded | _errors(404, 422))
     async def model(model_id: str) -> Model:
         """The model, by its id."""
         ingress.check_model(model_id)
@@ -198,19 +194,26 @@ def _gets(ingress: Ingress) -> APIRouter:
         """How far the images served are from those of the fit."""
         return await ingress.drift()
 
-    @router.get("/health", responses=_errors(503))
-    async def health() -> Health:
-        """200 once the language model answers."""
-        if not await ingress.calls.alive(_HEALTH_TIMEOUT_S):
-            raise unavailable("language model")
-        return Health(status="ok")
-
     @router.get("/metrics", response_class=PlainTextResponse, responses=guarded)
     async def exposition() -> Response:
         """Counters and timings in Prometheus' text format."""
         return PlainTextResponse(
             await metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
+
+    return router
+
+
+def _open(ingress: Ingress) -> APIRouter:
+    """What needs no key: guard.OPEN_PATHS."""
+    router = APIRouter()
+
+    @router.get("/health", responses=_errors(503))
+    async def health() -> Health:
+        """200 once the language model answers."""
+        if not await ingress.calls.alive(_HEALTH_TIMEOUT_S):
+            raise unavailable("language model")
+        return Health(status="ok")
 
     if ingress.job.page:
 

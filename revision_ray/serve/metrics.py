@@ -107,7 +107,7 @@ class Instruments:
     batch_size: Histogram
     """Rows that were computed together. Tag: part (language_model, image_encoder, text_encoder)."""
     time_to_first_token: Histogram
-    """Seconds from the request's arrival to its first token."""
+    """Seconds from a prompt's way to the language model to the first token, the queue included."""
     time_per_output_token: Histogram
     """Seconds a token, from the first to the last of an answer: one observation an answer."""
     image_cache: Counter
@@ -138,7 +138,7 @@ def instruments() -> Instruments:
         running=Gauge("running", "Prompts that have a slot of the language model."),
         batch_size=Histogram("batch_size", "Rows that were computed together.", _BATCH_SIZES, ("part",)),
         time_to_first_token=Histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", _SECONDS
+            "time_to_first_token_seconds", "From a prompt's way to the model to its first token.", _SECONDS
         ),
         time_per_output_token=Histogram(
             "time_per_output_token_seconds",

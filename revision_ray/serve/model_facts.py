@@ -1,11 +1,9 @@
-"""What the HTTP side knows about the model: a few numbers, read once where the application is built.
-
-So the ingress loads a tokenizer and no model code, which would take most of its start and of its memory.
-"""
+"""What the HTTP side knows about the model: a few numbers, read once where the application is built."""
 
 import os
 from dataclasses import dataclass
 
+from revision_ray.model import ReVisionConfig
 from revision_ray.serve.protocol import Model
 from revision_ray.serve.settings import ServeJob
 
@@ -46,8 +44,6 @@ def facts_of(job: ServeJob) -> ModelFacts:
     Raises:
         OSError: no model there.
     """
-    from revision_ray.model import ReVisionConfig
-
     config = ReVisionConfig.from_pretrained(job.model)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     tower = config.image_tower or {}

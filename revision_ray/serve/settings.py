@@ -111,8 +111,8 @@ class Limits:
     """For reading a request."""
     request_timeout_s: float = 300.0
     """Of a whole request, its stream included."""
-    image_timeout_s: float = 30.0
-    """For encoding the images of a request."""
+    image_timeout_s: float = 120.0
+    """For encoding an image; a replica that died must have been replaced by then."""
     first_token_timeout_s: float = 120.0
     """For the wait in the queue and the first token."""
     max_attempts: int = 3
