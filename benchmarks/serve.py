@@ -184,7 +184,8 @@ async def compared(name: str, ours: str, plain: str, settings: Settings) -> dict
                 bodies = [next(fresh) for _ in range(NUM_REQUESTS.get(clients, clients))]
                 for url in (ours, plain) if repeat % 2 == 0 else (plain, ours):
                     found[url].append(await load(session, url, bodies, clients))
-            figures |= under_load(f"{name}, {clients} clients", found[ours], found[plain])
+            label = f"{name}, {clients} client{'s' * (clients > 1)}"
+            figures |= under_load(label, found[ours], found[plain])
     return figures
 
 
@@ -208,8 +209,8 @@ async def one_by_one(
             equal.append(pair[ours].text == pair[plain].text)
         ratios.append(statistics.median(seconds[ours]) / statistics.median(seconds[plain]))
     return {
-        f"{name}, 1 client: whole answer, seconds over plain": spread(ratios),
-        f"{name}, 1 client: answers equal to plain": f"{sum(equal)} of {len(equal)}",
+        f"{name}, 1 client: seconds of a whole answer over plain": spread(ratios),
+        f"{name}, 1 client: answers equal to those of plain": f"{sum(equal)} of {len(equal)}",
     }
 
 
