@@ -1,8 +1,10 @@
 """Random models in folders, as training saves them: the demo's architecture at any size."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.miniature import encoder, language_model
@@ -22,8 +24,9 @@ def write_model(folder: Path, size: ModelSize) -> Path:
 
     It answers with words alone and never ends by itself, so that every answer has the length asked for.
     """
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
-    tokenizer = language_model.build_tokenizer([[(" ".join(WORDS), 1.0)]])
+    tokenizer: Any = language_model.build_tokenizer([[(" ".join(WORDS), 1.0)]])
     llama = language_model.build_model(size, tokenizer)
     words = {tokenizer.convert_tokens_to_ids(word) for word in WORDS}
     llama.generation_config.suppress_tokens = sorted(set(range(llama.config.vocab_size)) - words)

@@ -25,7 +25,7 @@ class Answerer:
 
     def __init__(self, folder: str) -> None:
         self._processor: Any = AutoProcessor.from_pretrained(folder)
-        self._model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """What the model says to the messages, with `max_tokens` of the body."""

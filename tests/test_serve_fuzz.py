@@ -192,7 +192,8 @@ def from_the_openapi(served: Served, sender: Sender, number: int, turn: int) -> 
         named = isinstance(body, dict) and isinstance(body.get("model"), str)
         return body | {"model": NAME} if named else body
 
-    for operation in (result.ok() for result in schema.get_all_operations()):
+    for result in schema.get_all_operations():
+        operation: Any = result.ok()
         has_body = bool(operation.body)
         for mode in GenerationMode if has_body else [GenerationMode.POSITIVE]:
             share = 0.24 if has_body else 0.04

@@ -67,5 +67,6 @@ def show_answers(demo: AnswersDemo, world: DatasetConfig, output: str) -> str:
 
 
 def _copy(folder: str, to: str) -> None:
+    folder = storage.absolute(folder)  # as files are listed
     for uri, _ in storage.list_files(folder, recursive=True):
         storage.write_bytes(storage.join(to, storage.relative_path(uri, folder)), storage.read_bytes(uri))
