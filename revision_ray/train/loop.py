@@ -115,9 +115,12 @@ def _prepare_process(training: Training, rank: int) -> None:
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", force=True)
-    # It repeats what the run says itself, and torch looks for compilers of GPUs that are not there.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # Others speak up for warnings alone: Ray Train repeats what the run says itself.
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(
+            lambda record: record.levelno >= logging.WARNING or record.name.startswith("revision_ray")
+        )
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compilers of GPUs there
     torch.manual_seed(training.seed)
 
 
