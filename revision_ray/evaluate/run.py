@@ -127,7 +127,7 @@ def run(job: EvaluateJob) -> str:
             read_parquet(ask.answers_path(output, first, condition)).to_pylist()
             for condition in ("image", captions.condition)
         )
-        heading = f"Captions: {job.caption_model or job.model}   Answers: {job.model}"
+        heading = f"Captions by {job.caption_model or job.model}, answers by {job.model}"
         path = picture.write(storage.join(output, "picture.png"), heading, images, captioned, said)
         text += f"\n\nCaptions and answers for {len(images)} images: {path}"
     return f"{text}\n\nAnswers and results: {output}"
