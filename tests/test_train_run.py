@@ -182,6 +182,26 @@ def test_a_killed_job_goes_on_where_it_was(world, unbroken):
     assert losses(output) == losses(unbroken)
 
 
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(world, unbroken, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        job = stage_one(world, str(folder / "run"), workers=Workers(cpus_per_worker=0.5, max_failures=0))
+        with pytest.raises(
+            (CheckpointError, DataError), match=r"(?i)no space left.*run the same command again"
+        ):
+            pretrain(job)
+        subprocess.run(["mount", "-o", "remount,size=50m", str(folder)], check=True)
+        pretrain(job)
+        assert losses(folder / "run") == losses(unbroken)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 def test_another_number_of_workers_and_a_damaged_checkpoint_are_refused(world, unbroken):
     from ray.train import Checkpoint
 

@@ -37,13 +37,17 @@ def settings(num_workers: int, micro_batch_size: int, stage: int, **changes) -> 
     )
 
 
-def samples(step: int) -> list:
-    """Eight samples of very different numbers of targets; one has no image."""
+STEPS = 4
+OVERFIT, OVERFIT_STEPS = "overfit", 60
+
+
+def samples(step: int, count: int = 8) -> list:
+    """Samples of very different numbers of targets; one has no image."""
     from revision_ray.train.samples import NO_LABEL, Sample
 
     generator = np.random.default_rng(step)
     made = []
-    for number in range(8):
+    for number in range(count):
         length = 4 + 3 * number
         ids = generator.integers(5, 30, length).astype(np.int32)
         images = np.empty((0, DIM), np.float32)
@@ -72,7 +76,7 @@ def make_model():
 
 
 def run_steps(configs: dict) -> dict:
-    """Worker: for each named (settings, stage of training) four steps; losses and the weights at the end."""
+    """Worker: steps for each named (settings, stage of training); losses and the weights at the end."""
     from revision_ray.train import models
     from revision_ray.train.batches import collate
     from revision_ray.train.optimizer import learning_rate_factor, set_learning_rate
@@ -88,12 +92,12 @@ def run_steps(configs: dict) -> dict:
         models.freeze(model, stage, None)
         engine = build_engine(model, training, torch.device("cpu"))
         losses, norms = [], []
-        for step in range(4):
+        num_steps = OVERFIT_STEPS if name == OVERFIT else STEPS
+        for step in range(num_steps):
             models.set_modes(engine.model, stage, False)
-            set_learning_rate(
-                engine.deepspeed.optimizer, learning_rate_factor(step, 4, training.optimisation)
-            )
-            mine = samples(step)[rank::world]
+            factor = learning_rate_factor(step, num_steps, training.optimisation)
+            set_learning_rate(engine.deepspeed.optimizer, factor)
+            mine = (samples(0, 10) if name == OVERFIT else samples(step))[rank::world]
             size = training.optimisation.micro_batch_size
             batches = [collate(mine[start : start + size], 0) for start in range(0, len(mine), size)]
             result = train_step(engine, batches)
@@ -160,6 +164,7 @@ def runs(cluster, tmp_path_factory):
             "whole": (settings(1, 8, 0), "finetune"),
             "accumulated": (settings(1, 2, 2), "finetune"),
             "frozen": (settings(1, 4, 2), "pretrain"),
+            OVERFIT: (settings(1, 5, 2), "finetune"),
         },
         folder,
     )
@@ -202,6 +207,12 @@ def test_the_loss_is_over_tokens_not_a_mean_of_means(runs):
     )
     assert runs["whole"]["losses"][0] == pytest.approx(float(expected), rel=1e-5)
     assert runs["zero 2"]["losses"][0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_tiny_model_overfits_ten_samples(runs):
+    # Of 40 words, guessing costs log(40) = 3.7 a token.
+    assert runs[OVERFIT]["losses"][0] > 3
+    assert runs[OVERFIT]["losses"][-1] < 0.1
 
 
 def test_stage_one_moves_the_projector_and_not_a_bit_else(runs):

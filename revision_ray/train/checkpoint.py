@@ -9,6 +9,8 @@ import hashlib
 import json
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,18 @@ def save(engine: Engine, position: Position, folder: Path, rank: int) -> None:
     (folder / f"rank-{rank:05d}.json").write_text(json.dumps(hashes, indent=1))
     if rank == 0:
         (folder / "position.json").write_text(json.dumps(vars(position), indent=1))
+
+
+@contextmanager
+def written(where: str) -> Iterator[None]:
+    """Raises CheckpointError, which says what to do, where the storage refuses what is written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{where} cannot be written ({error}); make room, then run the same command again: it goes on "
+            "from the checkpoint before"
+        ) from error
 
 
 def read_position(checkpoint: Checkpoint, identity: dict[str, Any], num_workers: int) -> Position:

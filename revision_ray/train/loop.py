@@ -290,7 +290,8 @@ def _checkpoint(task: Task, engine: Engine, state: State) -> None:
         identity=task.identity,
         counters=dict(state.counters),
     )
-    with tempfile.TemporaryDirectory() as folder:
+    where = f"{task.output}: the checkpoint of step {state.step}"
+    with tempfile.TemporaryDirectory() as folder, checkpoint.written(where):
         checkpoint.save(engine, position, Path(folder), rank)
         if state.heldout_loss < state.lowest_loss:
             best.keep(Path(folder), task.output, state.step, state.heldout_loss)
