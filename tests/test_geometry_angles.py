@@ -56,11 +56,11 @@ def test_pairs_depend_on_the_seed_alone():
 def test_every_pair_is_drawn_equally_often(num_pairs):
     """Below and above half of all 3160 pairs, which are two ways to draw; chi-squared over the pairs."""
     counts = np.zeros((80, 80))
-    for seed in range(60):
+    for seed in range(200):
         counts[angles.row_pairs(80, num_pairs, seed)] += 1
     counts = counts[np.triu_indices(80, 1)]
     share = num_pairs / len(counts)
-    chi_squared = np.sum((counts - 60 * share) ** 2) / (60 * share * (1 - share))
+    chi_squared = np.sum((counts - 200 * share) ** 2) / (200 * share * (1 - share))
     # A sum of 3160 squares of nearly normal counts, five standard deviations about its mean.
     assert abs(chi_squared - len(counts)) < 5 * math.sqrt(2 * len(counts))
 

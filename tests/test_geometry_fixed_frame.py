@@ -268,11 +268,14 @@ def test_angles_that_do_not_exist_are_refused():
 # --- coupling ---------------------------------------------------------------------------------------------
 
 
+SPREAD = [300.0, 2.0, 0.01]
+
+
 def coupled(noise: float):
-    """Residuals with zeta = A delta + noise, Cov(delta) = diag(3, 2, 1), noise exactly uncorrelated."""
+    """Residuals with zeta = A delta + noise, Cov(delta) = diag(SPREAD), noise exactly uncorrelated."""
     frame = axes(seed=2)
     sample_ND = white(300, 8, seed=4)
-    d_NR = sample_ND[:, :3] * np.sqrt([3.0, 2.0, 1.0])
+    d_NR = sample_ND[:, :3] * np.sqrt(SPREAD)
     a_SR = np.random.default_rng(6).standard_normal((5, 3))
     z_NS = d_NR @ a_SR.T + noise * sample_ND[:, 3:]
     return d_NR @ frame.u_DR.T, z_NS @ frame.v_DS.T, a_SR, frame
@@ -289,7 +292,7 @@ def test_an_exact_linear_relation_is_found_whole():
 def test_noise_lowers_the_explained_variance_by_its_own_share():
     delta_ND, zeta_ND, a_SR, frame = coupled(noise=0.7)
     found = fixed_frame.coupling(delta_ND, zeta_ND, frame, ridge=0)
-    signal = np.trace((a_SR * [3, 2, 1]) @ a_SR.T)
+    signal = np.trace((a_SR * SPREAD) @ a_SR.T)
     assert found.explained_variance == pytest.approx(signal / (signal + 5 * 0.49))
     assert found.spectral_norm == pytest.approx(np.linalg.norm(a_SR, 2))
 

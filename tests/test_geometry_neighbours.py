@@ -63,9 +63,19 @@ def test_of_equal_cosines_the_lower_index_comes_first(block_rows):
         np.testing.assert_array_equal(found, expected[:, :k])
 
 
-def test_constant_rows_are_all_tied():
-    found = nearest(np.ones((7, 5)), np.ones((7, 5)), 3, exclude=np.arange(7))
-    assert found.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], *[[0, 1, 2]] * 4]
+@pytest.mark.parametrize("num_rows", [7, 300])
+def test_constant_rows_are_all_tied(num_rows):
+    rows_ND = np.full((num_rows, 5), 0.1)
+    found = nearest(rows_ND, rows_ND, 3, exclude=np.arange(num_rows))
+    assert found.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], *[[0, 1, 2]] * (num_rows - 3)]
+
+
+def test_candidates_of_float32_reach_as_far_as_its_rounding():
+    """Cosines about 1e-9 apart, in an order that float32 products of 50 terms get wrong by some 1e-8."""
+    near_ND = cloud(1, 50) + 1e-8 * cloud(60, 50, seed=1)
+    base_ND = np.concatenate([near_ND, cloud(500, 50, seed=2)])
+    queries_QD = cloud(1, 50) + 0.3 * cloud(20, 50, seed=3)
+    np.testing.assert_array_equal(nearest(queries_QD, base_ND, 5), brute_force(queries_QD, near_ND, 5))
 
 
 @pytest.mark.parametrize("num_far", [0, 500])
