@@ -28,7 +28,8 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "svg.hashsalt": "gap dynamics",  # else the ids in the file are random
@@ -46,9 +47,14 @@ def read_records(uri: str) -> list[dict[str, Any]]:
     for number, line in enumerate(storage.read_bytes(uri).decode().splitlines(), 1):
         try:
             record = json.loads(line)
-            record["step"], record["gap_norm"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{uri}: line {number} is no record of gap dynamics: {error!r}") from error
+            whole = {"step", "gap_norm", "late"} <= record.keys()
+        except (ValueError, AttributeError):
+            whole = False
+        if not whole:
+            raise DataError(
+                f"{uri}: line {number} is no record of gap dynamics; name the dynamics.jsonl that "
+                "jobs/train_encoder.py writes"
+            )
         records.append(record)
     if not records:
         raise DataError(f"{uri}: holds no records; train with monitor.every_steps above 0")
@@ -66,7 +72,10 @@ def draw_file(records_uri: str, output: str) -> list[str]:
 
 def draw(records: Records) -> dict[str, bytes]:
     """{"png": bytes, "svg": bytes} of the figure of `records`."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+    # Not the style of whoever draws; but a backend, once set, would stay.
+    style: Any = {**matplotlib.rcParamsDefault, **_STYLE}
+    del style["backend"]
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(13.5, 10.5), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         grid: Any = figure.subplots(3, 3)
@@ -109,9 +118,9 @@ def _biases(axes: Axes, records: Records) -> None:
 
 def _leak(axes: Axes, records: Records) -> None:
     axes.set_title("Gradients outside U: leak_ref")
-    _line(axes, records, "leak_ref", "leak_ref: RMS share of gradients in V", BLUE)
-    _line(axes, records, "sin_theta", "sin θ of U and U now: geometric baseline", ORANGE, only_frozen=True)
-    _line(axes, records, "leak_isotropic", "gradients of no direction", GREY, style=":")
+    _line(axes, records, "leak_ref", "leak_ref: gradients in V", BLUE)
+    _line(axes, records, "sin_theta", "sin θ of U and U now", ORANGE, only_frozen=True)
+    _line(axes, records, "leak_isotropic", "isotropic gradients", GREY, style=":")
     _finish(axes, records, "share of RMS energy, sine", bottom=0, top=1.05)
 
 
@@ -129,14 +138,17 @@ def _condition(axes: Axes, records: Records) -> None:
         residual = {"u": "δ in U", "v": "ζ in V"}[side]
         _line(axes, records, f"kappa_eff_{side}", f"{residual}, at each probe", colour, alpha=0.45)
         _line(axes, records, f"kappa_eff_{side}", f"{residual}, covariances averaged", colour, late=True)
-    _finish(axes, records, "effective condition number", bottom=0)
+    axes.set_yscale("log")
+    _finish(axes, records, "effective condition number", bottom=1)
 
 
 def _rho(axes: Axes, records: Records) -> None:
     axes.set_title("Residual and gradients in U: ρ_eig")
     _line(axes, records, "rho_eig", "at each probe", BLUE, alpha=0.45)
     _line(axes, records, "rho_eig", "covariances averaged", BLUE, late=True)
-    _finish(axes, records, "correlation of the eigenvalues\nof Cov(δ) and gradients", top=1.05)
+    known = [record["rho_eig"] for record in records if record["rho_eig"] is not None]
+    label = "correlation of the eigenvalues\nof Cov(δ) and gradients"
+    _finish(axes, records, label, bottom=min([-0.02, *known]), top=1.05)
 
 
 def _angle(axes: Axes, records: Records) -> None:
