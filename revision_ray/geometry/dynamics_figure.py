@@ -121,7 +121,7 @@ def _leak(axes: Axes, records: Records) -> None:
     _line(axes, records, "leak_ref", "leak_ref: gradients in V", BLUE)
     _line(axes, records, "sin_theta", "sin θ of U and U now", ORANGE, only_frozen=True)
     _line(axes, records, "leak_isotropic", "isotropic gradients", GREY, style=":")
-    _finish(axes, records, "share of RMS energy, sine", bottom=0, top=1.05)
+    _finish(axes, records, "share of the gradients' RMS, sine", bottom=0, top=1.05)
 
 
 def _drift(axes: Axes, records: Records) -> None:
