@@ -16,14 +16,16 @@ import numpy as np
 import safetensors.numpy
 
 from revision_ray.align.affine import Affine
-from revision_ray.align.rows import chunks
+from revision_ray.align.rows import CHUNK_ROWS, aligned, chunks
 from revision_ray.errors import AlignmentError
 
 # Disjoint parts of the rows whose spread gives standard errors (delete-a-group jackknife).
 NUM_BUCKETS = 16
 _FRACTION_BITS = 52
-# Chunks that enter one matrix product of the second moments together.
-_CHUNKS_PER_PRODUCT = 16
+# Rows that enter one matrix product of the second moments together: a row group of the embedding store.
+_ROWS_PER_PRODUCT = 2048
+# Rows of a symmetric matrix that are added in fixed point at a time: what that takes stays in the L2 cache.
+_TILE_ROWS = 16
 
 
 @dataclass
@@ -40,8 +42,8 @@ class ExactSum:
     def zeros(shape: tuple[int, ...]) -> "ExactSum":
         return ExactSum(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
-    def add(self, values: np.ndarray, index: int | slice = slice(None)) -> None:
-        """`values` (float64, finite) are part of the sum, at `index` of its first axis."""
+    def add(self, values: np.ndarray, index: slice | tuple[slice, slice] = slice(None)) -> None:
+        """`values` (float64, finite) are part of the sum, at `index`."""
         whole = np.trunc(values)  # what is left of the value is then exact, and rounded once
         self._add(
             whole.astype(np.int64), np.rint((values - whole) * 2.0**_FRACTION_BITS).astype(np.int64), index
@@ -51,7 +53,20 @@ class ExactSum:
         """What `other` holds is part of this sum."""
         self._add(other.high, other.low, slice(None))
 
-    def _add(self, high: np.ndarray, low: np.ndarray, index: int | slice) -> None:
+    def add_lower(self, values_DD: np.ndarray) -> None:
+        """The lower triangle of the symmetric `values_DD` is part of this sum's; see `mirror_lower`."""
+        for start in range(0, len(values_DD), _TILE_ROWS):
+            end = start + _TILE_ROWS
+            index = (slice(start, end), slice(0, end))
+            self.add(values_DD[index], index)
+
+    def mirror_lower(self) -> None:
+        """What lies above the diagonal is what lies below it."""
+        above_DD = ~np.tri(len(self.high), dtype=bool)
+        for part_DD in (self.high, self.low):
+            np.copyto(part_DD, part_DD.T, where=above_DD)
+
+    def _add(self, high: np.ndarray, low: np.ndarray, index: slice | tuple[slice, slice]) -> None:
         total = self.low[index] + low
         self.high[index] += high + (total >> _FRACTION_BITS)
         self.low[index] = total & ((1 << _FRACTION_BITS) - 1)
@@ -190,6 +205,77 @@ def bucket_offset(shard_hash: str, row_group: int) -> int:
     return (int(shard_hash[:8], 16) + row_group) % NUM_BUCKETS
 
 
+class RowSums:
+    """Rows on their way into moments, block by block: the sums, and the memory that blocks take turns to use.
+
+    Each block is summed in float64 on one thread, in fixed chunks in file order, and that sum is added
+    exactly: the same blocks give the same bits, in any order. Callers hold BLAS to one thread.
+    """
+
+    def __init__(self, embedding_dim: int, affine: Affine | None = None, second: bool = False) -> None:
+        self._affine = affine
+        self._fixed_JD = affine.fixed_vectors() if affine else np.empty((0, embedding_dim))
+        self._gram_JJ = self._fixed_JD @ self._fixed_JD.T
+        self._total = Moments.zeros(embedding_dim, second)
+        # Second moments of a block: rows wait here for a product of many, which is several times as fast.
+        size = (_ROWS_PER_PRODUCT, embedding_dim) if second else (0, 0)
+        self._waiting_ND, self._num_waiting = aligned(size, np.float64), 0
+        self._second_DD, self._product_DD = (np.empty((size[1],) * 2) for _ in range(2))
+        self._num_products = 0
+
+    def add(self, block_ND: np.ndarray, ids: Sequence[str] | None = None, offset: int = 0) -> list[int]:
+        """The block's rows, scaled to unit length and then mapped, are counted, but for those without a
+        direction, whose positions are returned. `offset`: the bucket that its first chunk goes to."""
+        sums_BD = np.zeros((NUM_BUCKETS, block_ND.shape[1]))
+        counts, fixed_JD = self._total.counts, self._fixed_JD
+        invalid: list[int] = []
+        for number, chunk in enumerate(chunks(block_ND, invalid)):
+            bucket = (offset + number) % NUM_BUCKETS
+            if self._affine:
+                rows_CD, a_C, b_CJ = self._affine.coefficients(chunk, ids, fixed_JD, self._gram_JJ)
+            else:
+                rows_CD, a_C, b_CJ = chunk.rows_CD, chunk.inverse_norm_C, np.empty((len(chunk.rows_CD), 0))
+            sums_BD[bucket] += a_C @ rows_CD + b_CJ.sum(0) @ fixed_JD
+            counts[bucket] += len(rows_CD)
+            if self._total.second is not None:
+                self._wait(rows_CD, a_C, b_CJ)
+        self._total.sums.add(sums_BD)
+        if self._total.second is not None:
+            self._multiply()
+            if self._num_products:
+                self._total.second.add_lower(self._second_DD)
+            self._num_products = 0
+        return invalid
+
+    def _wait(self, rows_CD: np.ndarray, a_C: np.ndarray, b_CJ: np.ndarray) -> None:
+        out_CD = self._waiting_ND[self._num_waiting : self._num_waiting + len(rows_CD)]
+        np.multiply(a_C[:, None], rows_CD, out=out_CD)
+        if b_CJ.shape[1]:
+            out_CD += b_CJ @ self._fixed_JD
+        self._num_waiting += len(rows_CD)
+        if self._num_waiting > _ROWS_PER_PRODUCT - CHUNK_ROWS:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """The waiting rows are in the second moments of this block."""
+        if not self._num_waiting:
+            return
+        rows_ND = self._waiting_ND[: self._num_waiting]
+        # NumPy sees the transpose and halves the work (syrk).
+        first = not self._num_products
+        product_DD = np.matmul(rows_ND.T, rows_ND, out=self._second_DD if first else self._product_DD)
+        if not first:
+            self._second_DD += product_DD
+        self._num_products += 1
+        self._num_waiting = 0
+
+    def moments(self) -> Moments:
+        """Of all rows that were added; they belong to the caller, nothing can be added any more."""
+        if self._total.second is not None:
+            self._total.second.mirror_lower()
+        return self._total
+
+
 def of_block(
     block_ND: np.ndarray,
     *,
@@ -199,42 +285,10 @@ def of_block(
     offset: int = 0,
 ) -> tuple[Moments, list[int]]:
     """Moments of the rows of a block, scaled to unit length and then mapped by `affine`, if one is given; and
-    the positions of the rows without a direction, which are left out.
-
-    One thread, fixed chunks, file order: the same block always gives the same bits. Callers hold BLAS to
-    one thread.
-    """
-    moments = Moments.zeros(block_ND.shape[1], second)
-    sums_BD = np.zeros((NUM_BUCKETS, block_ND.shape[1]))
-    second_DD = np.zeros((block_ND.shape[1],) * 2) if second else None
-    waiting: list[np.ndarray] = []
-    invalid: list[int] = []
-    fixed_JD = affine.fixed_vectors() if affine else np.empty((0, block_ND.shape[1]))
-    gram_JJ = fixed_JD @ fixed_JD.T
-    for number, chunk in enumerate(chunks(block_ND, invalid)):
-        bucket = (offset + number) % NUM_BUCKETS
-        if affine:
-            rows_CD, a_C, b_CJ = affine.coefficients(chunk, ids, fixed_JD, gram_JJ)
-        else:
-            rows_CD, a_C, b_CJ = chunk.rows_CD, chunk.inverse_norm_C, np.empty((len(chunk.rows_CD), 0))
-        sums_BD[bucket] += a_C @ rows_CD + b_CJ.sum(0) @ fixed_JD
-        moments.counts[bucket] += len(rows_CD)
-        if second_DD is not None:
-            waiting.append(a_C[:, None] * rows_CD + b_CJ @ fixed_JD)
-            if len(waiting) == _CHUNKS_PER_PRODUCT:
-                _add_products(second_DD, waiting)
-    moments.sums.add(sums_BD)
-    if second_DD is not None and moments.second is not None:
-        _add_products(second_DD, waiting)
-        moments.second.add(second_DD)
-    return moments, invalid
-
-
-def _add_products(second_DD: np.ndarray, waiting: list[np.ndarray]) -> None:
-    if waiting:
-        rows_ND = np.concatenate(waiting)
-        second_DD += rows_ND.T @ rows_ND  # NumPy sees the transpose and halves the work (syrk)
-        waiting.clear()
+    the positions of the rows without a direction, which are left out. See `RowSums`."""
+    sums = RowSums(block_ND.shape[1], affine, second)
+    invalid = sums.add(block_ND, ids, offset)
+    return sums.moments(), invalid
 
 
 def merged(parts: Iterable[Moments], embedding_dim: int, second: bool = False) -> Moments:
