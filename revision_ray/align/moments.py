@@ -1,86 +1,28 @@
 """Sums over unit rows that merge exactly: in any order, any grouping, any number of workers.
 
-Each row group is summed in float64; the sums of row groups are then added in fixed point, which is
-associative, so no order has to be kept to get the same bits. The rounding of a row group's sum to the
-fixed-point grid (2^-52) is below what float64 itself rounds when it makes that sum.
+Each row group is summed in float64; the sums of row groups are then added in fixed point (`exact_sum`), so no
+order has to be kept to get the same bits.
 
 Shapes: N rows, D embedding dim, C rows of a chunk, B buckets, J fixed vectors of a map.
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import safetensors.numpy
 
 from revision_ray.align.affine import Affine
+from revision_ray.align.exact_sum import ExactSum
 from revision_ray.align.rows import CHUNK_ROWS, aligned, chunks
 from revision_ray.errors import AlignmentError
 
 # Disjoint parts of the rows whose spread gives standard errors (delete-a-group jackknife).
 NUM_BUCKETS = 16
-_FRACTION_BITS = 52
 # Rows that enter one matrix product of the second moments together: a row group of the embedding store.
 _ROWS_PER_PRODUCT = 2048
-# Rows of a symmetric matrix that are added in fixed point at a time: what that takes stays in the L2 cache.
-_TILE_ROWS = 16
-
-
-@dataclass
-class ExactSum:
-    """A sum of float64 arrays in fixed point: value = high + low * 2^-52, 0 <= low < 2^52.
-
-    Addition is associative and commutative to the bit. Range: 2^63, at a resolution of 2.2e-16.
-    """
-
-    high: np.ndarray  # int64
-    low: np.ndarray  # int64
-
-    @staticmethod
-    def zeros(shape: tuple[int, ...]) -> "ExactSum":
-        return ExactSum(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
-
-    def add(self, values: np.ndarray, index: slice | tuple[slice, slice] = slice(None)) -> None:
-        """`values` (float64, finite) are part of the sum, at `index`."""
-        whole = np.trunc(values)  # what is left of the value is then exact, and rounded once
-        self._add(
-            whole.astype(np.int64), np.rint((values - whole) * 2.0**_FRACTION_BITS).astype(np.int64), index
-        )
-
-    def merge(self, other: "ExactSum") -> None:
-        """What `other` holds is part of this sum."""
-        self._add(other.high, other.low, slice(None))
-
-    def add_lower(self, values_DD: np.ndarray) -> None:
-        """The lower triangle of the symmetric `values_DD` is part of this sum's; see `mirror_lower`."""
-        for start in range(0, len(values_DD), _TILE_ROWS):
-            end = start + _TILE_ROWS
-            index = (slice(start, end), slice(0, end))
-            self.add(values_DD[index], index)
-
-    def mirror_lower(self) -> None:
-        """What lies above the diagonal is what lies below it."""
-        above_DD = ~np.tri(len(self.high), dtype=bool)
-        for part_DD in (self.high, self.low):
-            np.copyto(part_DD, part_DD.T, where=above_DD)
-
-    def _add(self, high: np.ndarray, low: np.ndarray, index: slice | tuple[slice, slice]) -> None:
-        total = self.low[index] + low
-        self.high[index] += high + (total >> _FRACTION_BITS)
-        self.low[index] = total & ((1 << _FRACTION_BITS) - 1)
-
-    def value(self) -> np.ndarray:
-        """The sum, rounded to float64."""
-        return self.high.astype(np.float64) + self.low.astype(np.float64) * 2.0**-_FRACTION_BITS
-
-    def total(self) -> "ExactSum":
-        """The sum over the first axis, exactly."""
-        result = ExactSum.zeros(self.high.shape[1:])
-        for high, low in zip(self.high, self.low, strict=True):
-            result._add(high, low, slice(None))
-        return result
 
 
 @dataclass
@@ -141,10 +83,15 @@ class Moments:
     def without_bucket(self, bucket: int) -> tuple[int, np.ndarray]:
         """(count, centroid) of all rows but one bucket's, for the jackknife."""
         count = self.count - int(self.counts[bucket])
-        rest = (
-            self.sums.total().value() - self.sums.high[bucket] - self.sums.low[bucket] * 2.0**-_FRACTION_BITS
-        )
-        return count, rest / count
+        return count, (self.sums.total().value() - self.sums.value(bucket)) / count
+
+    def leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """(counts (G,), centroids (G, D)) of all rows but one bucket's, for each of the G buckets that hold
+        rows; G = 0 where one holds them all."""
+        filled = np.flatnonzero(self.counts) if np.count_nonzero(self.counts) > 1 else []
+        rest = [self.without_bucket(int(bucket)) for bucket in filled]
+        counts_G = np.array([count for count, _ in rest], np.int64)
+        return counts_G, np.array([centroid for _, centroid in rest]).reshape(len(rest), self.embedding_dim)
 
     def merge(self, other: "Moments") -> None:
         """The rows of `other` are counted here too. Merging is exact: order and grouping change no bit.
@@ -169,12 +116,31 @@ class Moments:
             self.second.merge(other.second)
         self.shard_hashes |= other.shard_hashes
 
-    def to_bytes(self) -> bytes:
-        """As a safetensors document; `from_bytes` gives it back to the bit."""
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All of it but the shard hashes, int64, by name; `of_tensors` gives it back to the bit."""
         tensors = {"counts": self.counts, "sum_high": self.sums.high, "sum_low": self.sums.low}
         if self.second is not None:
             tensors |= {"second_high": self.second.high, "second_low": self.second.low}
-        return safetensors.numpy.save(tensors, {"shard_hashes": json.dumps(sorted(self.shard_hashes))})
+        return tensors
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, np.ndarray], shard_hashes: Iterable[str]) -> "Moments":
+        """The moments that `tensors` was made of.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        has_second = "second_high" in tensors
+        return Moments(
+            tensors["counts"],
+            ExactSum(tensors["sum_high"], tensors["sum_low"]),
+            ExactSum(tensors["second_high"], tensors["second_low"]) if has_second else None,
+            frozenset(shard_hashes),
+        )
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors document; `from_bytes` gives it back to the bit."""
+        return safetensors.numpy.save(self.tensors(), {"shard_hashes": json.dumps(sorted(self.shard_hashes))})
 
     @staticmethod
     def from_bytes(content: bytes) -> "Moments":
@@ -186,12 +152,7 @@ class Moments:
         try:
             tensors = safetensors.numpy.load(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            return Moments(
-                tensors["counts"],
-                ExactSum(tensors["sum_high"], tensors["sum_low"]),
-                ExactSum(tensors["second_high"], tensors["second_low"]) if "second_high" in tensors else None,
-                frozenset(json.loads(header["__metadata__"]["shard_hashes"])),
-            )
+            return Moments.of_tensors(tensors, json.loads(header["__metadata__"]["shard_hashes"]))
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise AlignmentError(f"these are not saved moments: {error}") from error
 
@@ -299,16 +260,21 @@ def merged(parts: Iterable[Moments], embedding_dim: int, second: bool = False) -
     return total
 
 
+def jackknife_standard_error(estimates: np.ndarray) -> np.ndarray:
+    """Delete-a-group jackknife over the first axis, whose entries each lack one group's rows; NaN with fewer
+    than two of them."""
+    if len(estimates) < 2:
+        return np.full(estimates.shape[1:], math.nan)
+    squares = np.sum((estimates - estimates.mean(0)) ** 2, axis=0)
+    return np.sqrt((len(estimates) - 1) / len(estimates) * squares)
+
+
 def gap_standard_error(text: Moments, image: Moments) -> float:
     """Standard error of ||mu_x - mu_y||: delete-a-group jackknife over the buckets of each side; NaN where a
     side has too few rows to form two."""
-    variance = 0.0
+    errors = []
     for moving, still in ((text, image), (image, text)):
-        filled = [bucket for bucket in range(NUM_BUCKETS) if moving.counts[bucket]]
-        if len(filled) < 2:
-            return math.nan
-        gaps = np.array(
-            [np.linalg.norm(moving.without_bucket(bucket)[1] - still.centroid) for bucket in filled]
-        )
-        variance += (len(filled) - 1) / len(filled) * float(np.sum((gaps - gaps.mean()) ** 2))
-    return math.sqrt(variance)
+        _, centroids_GD = moving.leave_one_out()
+        gaps_G = np.linalg.norm(centroids_GD - still.centroid, axis=1)
+        errors.append(float(jackknife_standard_error(gaps_G)))
+    return math.hypot(*errors)
