@@ -1,13 +1,15 @@
 """A fit with its moments as one safetensors file, and back into a registry, to the bit.
 
-The file's tensors are those of the fit's directory: the alignment's under their own names, the moments'
-below `moments.text.` and `moments.image.`. Its metadata hold alignment.json, the shard hashes, the fit
-job's settings where they are known, and a digest of everything. Lists of rejected rows stay behind.
+The file's tensors are those of the fit's directory: the alignment's under their own names, the moments' below
+`moments.text.` and `moments.image.`. Its metadata have one key, `revision_ray_fit`: a JSON document of
+alignment.json, the shard hashes, the fit job's settings where known, and a digest of everything. (One key:
+safetensors writes several in no fixed order.) Lists of rejected rows stay behind.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -25,7 +27,7 @@ from revision_ray.align.moments import Moments
 from revision_ray.errors import AlignmentError, DataError
 from revision_ray.geometry.registry import Fit, check_consistent, read
 
-FORMAT, FORMAT_VERSION = "revision_ray.fit", 1
+METADATA_KEY, FORMAT_VERSION = "revision_ray_fit", 1
 _SIDES = ("text", "image")
 _SEGMENT = re.compile(
     r"(?!\.\.?$)[\w.,+@-]+"
@@ -38,27 +40,30 @@ class Packed:
 
     fit: Fit
     config: str  # YAML of the fit job; empty where it is not known
-    digest: str
 
 
 def pack(fit: Fit, config: str = "") -> bytes:
-    """The file of this fit; equal fits give equal files."""
+    """The file of this fit; equal fits give equal bytes."""
     tensors = dict(fit.alignment.tensors())
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "alignment": json.dumps(fit.alignment.document(), sort_keys=True),
+    document: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "alignment": fit.alignment.document(),
         "config": config,
     }
     for side, moments in zip(_SIDES, (fit.text, fit.image), strict=True):
         tensors |= {f"moments.{side}.{name}": array for name, array in moments.tensors().items()}
-        metadata[f"{side}_shards"] = json.dumps(sorted(moments.shard_hashes))
-    return safetensors.numpy.save(tensors, metadata | {"digest": _digest(tensors, metadata)})
+        document[f"{side}_shards"] = sorted(moments.shard_hashes)
+    document["digest"] = _digest(tensors, document)
+    return safetensors.numpy.save(tensors, {METADATA_KEY: _text(document)})
 
 
-def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True)
+
+
+def _digest(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> str:
     """Over every name, type, shape and value: safetensors itself checks none of the values."""
-    parts = [json.dumps(metadata, sort_keys=True).encode()]
+    parts = [_text(document).encode()]
     for name in sorted(tensors):
         array = tensors[name]
         parts += [json.dumps([name, str(array.dtype), array.shape]).encode(), array.tobytes()]
@@ -74,39 +79,49 @@ def unpack(content: bytes, where: str) -> Packed:
     try:
         tensors = safetensors.numpy.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise AlignmentError(
             f"{where}: is truncated or no safetensors file ({error}); export the fit again"
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise AlignmentError(f"{where}: holds no exported fit; make such a file with jobs/fits.py export")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise AlignmentError(
-            f"{where}: format_version is {metadata.get('format_version')}, this version reads "
-            f"{FORMAT_VERSION}; import it with the version that wrote it"
-        )
-    digest = metadata.pop("digest", "")
-    if digest != _digest(tensors, metadata):
+    text = header.get("__metadata__", {}).get(METADATA_KEY, "")
+    document = _document(text, where)
+    digest = document.pop("digest", None)
+    # The same values may be spelled in several ways; only one is what was written.
+    if digest != _digest(tensors, document) or text != _text({**document, "digest": digest}):
         raise AlignmentError(f"{where}: does not match its digest, so it is damaged; export the fit again")
-    fit = _fit(tensors, metadata, where)
+    fit = _fit(tensors, document, where)
     check_consistent(fit, where)
-    return Packed(fit=fit, config=metadata["config"], digest=digest)
+    return Packed(fit=fit, config=document.get("config", ""))
 
 
-def _fit(tensors: dict[str, np.ndarray], metadata: dict[str, str], where: str) -> Fit:
+def _document(text: str, where: str) -> dict[str, Any]:
     try:
-        document = json.loads(metadata["alignment"])
-        sides = {}
+        document = json.loads(text)
+        version = document.get("format_version")
+    except (ValueError, AttributeError) as error:
+        raise AlignmentError(
+            f"{where}: holds no exported fit; make such a file with jobs/fits.py export"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise AlignmentError(
+            f"{where}: format_version is {version}, this version reads {FORMAT_VERSION}; import it with the "
+            "version that wrote it, or export it again"
+        )
+    return document
+
+
+def _fit(tensors: dict[str, np.ndarray], document: dict[str, Any], where: str) -> Fit:
+    try:
+        alignment, sides = document["alignment"], {}
         for side in _SIDES:
             start = f"moments.{side}."
             named = {
                 name.removeprefix(start): array for name, array in tensors.items() if name.startswith(start)
             }
-            sides[side] = Moments.of_tensors(named, json.loads(metadata[f"{side}_shards"]))
+            sides[side] = Moments.of_tensors(named, document[f"{side}_shards"])
     except (KeyError, TypeError, ValueError) as error:
         raise AlignmentError(f"{where}: the fit is incomplete ({error!r}); export it again") from error
-    return Fit(alignment=parse_alignment(document, tensors, where), **sides)
+    return Fit(alignment=parse_alignment(alignment, tensors, where), **sides)
 
 
 def export(uri: str, output: str) -> str:
