@@ -2,8 +2,8 @@
 
     python benchmarks/second_moments.py [folder=runs/bench] [rows=1000000] [repeats=3]
 
-The real path widens float16 rows to float64 and multiplies in float64. The floor is X^T X of as many rows that
-are in memory already, in products of a row group's size, on all cores, one thread each; the same in float32 is
+The real path widens float16 rows to float64 and multiplies in float64. The floor is X^T X of as many rows, in
+memory already, in products of a row group's size, on all cores, one thread each; the same in float32 is
 there to compare with. The real path's time is that of a process, starts of Python and Ray included.
 """
 
