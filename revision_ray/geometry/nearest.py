@@ -173,7 +173,10 @@ def _figures(fits: Sequence[Alignment], sampled: Mapping[Modality, Sampled]) -> 
         variances_F += jackknife_standard_error(moved_GF) ** 2
         margin_variances_F += jackknife_standard_error(moved_GF - moved_GF[:, [nearest]]) ** 2
     spreads_F = [math.sqrt(sum(side_of(fit, modality).trace for modality in sampled)) for fit in fits]
-    enough = all(found.moments.count >= MIN_ROWS for found in sampled.values())
+    fewest_F = [
+        min(min(found.moments.count, side_of(fit, modality).num_rows) for modality, found in sampled.items())
+        for fit in fits
+    ]
     result = []
     for number, distance in enumerate(distances_F.tolist()):
         floor = math.hypot(*(side[number]["sampling_floor"] for side in sides.values()))
@@ -181,7 +184,7 @@ def _figures(fits: Sequence[Alignment], sampled: Mapping[Modality, Sampled]) -> 
             "distance": distance,
             "standard_error": _finite(math.sqrt(variances_F[number])),
             "sampling_floor": floor,
-            "verdict": TOO_FEW if not enough else BEYOND if distance > FLOORS * floor else BY_CHANCE,
+            "verdict": TOO_FEW if fewest_F[number] < MIN_ROWS else BEYOND if distance > FLOORS * floor else BY_CHANCE,
             "share_of_spread": distance / spreads_F[number] if spreads_F[number] else None,
             "farther_than_nearest": distance - float(distances_F[nearest]),
             "farther_standard_error": _finite(math.sqrt(margin_variances_F[number])),
