@@ -172,7 +172,7 @@ def _figures(fits: Sequence[Alignment], sampled: Mapping[Modality, Sampled]) -> 
         moved_GF = np.sqrt(np.maximum(squares_F - own_F**2, 0) + moved_GF.reshape(-1, len(fits)) ** 2)
         variances_F += jackknife_standard_error(moved_GF) ** 2
         margin_variances_F += jackknife_standard_error(moved_GF - moved_GF[:, [nearest]]) ** 2
-    spreads_F = [math.sqrt(sum(side_of(fit, modality).trace for modality in sampled)) for fit in fits]
+    spreads_F = [math.sqrt(max(sum(side_of(fit, side).trace for side in sampled), 0.0)) for fit in fits]
     fewest_F = [
         min(min(found.moments.count, side_of(fit, modality).num_rows) for modality, found in sampled.items())
         for fit in fits
@@ -184,13 +184,19 @@ def _figures(fits: Sequence[Alignment], sampled: Mapping[Modality, Sampled]) -> 
             "distance": distance,
             "standard_error": _finite(math.sqrt(variances_F[number])),
             "sampling_floor": floor,
-            "verdict": TOO_FEW if fewest_F[number] < MIN_ROWS else BEYOND if distance > FLOORS * floor else BY_CHANCE,
+            "verdict": _verdict(distance, floor, fewest_F[number]),
             "share_of_spread": distance / spreads_F[number] if spreads_F[number] else None,
             "farther_than_nearest": distance - float(distances_F[nearest]),
             "farther_standard_error": _finite(math.sqrt(margin_variances_F[number])),
             "sides": {modality: side[number] for modality, side in sides.items()},
         })  # fmt: skip
     return result
+
+
+def _verdict(distance: float, floor: float, fewest_rows: int) -> str:
+    if fewest_rows < MIN_ROWS:
+        return TOO_FEW
+    return BEYOND if distance > FLOORS * floor else BY_CHANCE
 
 
 def _side_figures(fits: Sequence[Alignment], modality: Modality, found: Sampled) -> list[dict[str, Any]]:
