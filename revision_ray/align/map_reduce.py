@@ -116,10 +116,10 @@ def _shares(groups: Sequence[RowGroup]) -> list[Sequence[RowGroup]]:
 def _partial_moments(
     item: dict[str, Any], *, affine: Affine | None, second: bool, sample: Sample | None, embedding_dim: int
 ) -> dict[str, Any]:
-    total = Moments.zeros(embedding_dim, second)
     rejected: list[Rejected] = []
     num_rows = 0
     with one_thread():
+        sums = moments.RowSums(embedding_dim, affine, second)
         for document in json.loads(item["row_groups"]):
             group = RowGroup(**document)
             block_ND, positions_N = _read(group, sample, embedding_dim)
@@ -127,18 +127,12 @@ def _partial_moments(
             ids = None
             if affine is not None and affine.needs_ids:
                 ids = _ids(group, positions_N)
-            part, invalid = moments.of_block(
-                block_ND,
-                affine=affine,
-                ids=ids,
-                second=second,
-                offset=moments.bucket_offset(group.shard_hash, group.index),
-            )
-            total.merge(part)
+            offset = moments.bucket_offset(group.shard_hash, group.index)
+            invalid = sums.add(block_ND, ids, offset)
             if invalid:
                 rejected += reasons(group, positions_N[invalid], embedding_dim)
     return {
-        "moments": total.to_bytes(),
+        "moments": sums.moments().to_bytes(),
         "rejected": json.dumps([asdict(row) for row in rejected]),
         "num_rows": num_rows,
     }
