@@ -2,7 +2,7 @@
 
 Distances between distributions do not say which strategy serves a model that is trained on text and meets
 images; this does, for the price of a few logistic regressions. Accuracy says whether the classes stay apart
-across the gap, the negative log-likelihood (nats, natural logarithm) whether the confidence carries over, too.
+across the gap, the negative log-likelihood (nats) whether the head's confidence carries over, too.
 
 Shapes: N training rows, T test rows, D embedding dim, C classes, A attributes, S seeds, R resamples.
 Labels are codes into an attribute's classes, -1 where a row has no label of it.
@@ -144,12 +144,13 @@ def check_labels(
         learnt = np.unique(train_NA[train_NA[:, place] >= 0, place])
         if len(learnt) < 2:
             raise DataError(
-                f"attribute {name}: the labelled {train} have {len(learnt)} classes of it; expected 2 or more; "
-                "label more rows, or name the attributes to probe in probe.attributes"
+                f"attribute {name}: the labelled {train} have {len(learnt)} classes of it, expected 2 or "
+                "more; label more rows, or name the attributes to probe in probe.attributes"
             )
         if not (test_TA[:, place] >= 0).any():
             raise DataError(
-                f"attribute {name}: no labelled {test} has it; label some, or leave it out of probe.attributes"
+                f"attribute {name}: no labelled {test} have it; label some, or leave it out of "
+                "probe.attributes"
             )
 
 
@@ -162,8 +163,8 @@ class Tested:
 
 
 def resampled_means(values_STA: np.ndarray, seed: int, resamples: int = _RESAMPLES) -> np.ndarray:
-    """(R + 1, A): mean over seeds and test rows of every attribute; first as measured, then under resampling of
-    seeds and of test rows, both with replacement.
+    """(R + 1, A): mean over seeds and test rows of every attribute; first as measured, then with seeds and
+    test rows drawn with replacement.
 
     The same `seed` draws the same rows and seeds, so differences between two strategies are paired.
     """
@@ -190,7 +191,7 @@ def interval(values_R: np.ndarray) -> dict[str, float]:
 
 
 def summary(tested: Tested, attributes: Sequence[str], seed: int) -> dict[str, Any]:
-    """Accuracy and nll with intervals, as mean over the attributes and for each; and the mean of every seed."""
+    """Accuracy and nll with intervals: mean over the attributes, and of each; and the mean of every seed."""
     accuracy_RA = resampled_means(tested.correct_STA, seed)
     nll_RA = resampled_means(tested.nll_STA, seed)
     by_seed = [

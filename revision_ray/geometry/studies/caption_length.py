@@ -99,8 +99,10 @@ class _Part:
             self.most = max(self.most, other.most)
         self.moments.merge(other.moments)
         self.num_words += other.num_words
-        known = self.num_truncated is not None and other.num_truncated is not None
-        self.num_truncated = self.num_truncated + other.num_truncated if known else None
+        if self.num_truncated is None or other.num_truncated is None:
+            self.num_truncated = None
+        else:
+            self.num_truncated += other.num_truncated
 
 
 def _range(part: _Part) -> str:

@@ -1,4 +1,4 @@
-"""The cross-modal probe over every strategy: heads learn from aligned texts and are tested on real images. Ray.
+"""The cross-modal probe of every strategy: heads learn from aligned texts, real images test them. Ray.
 
 The mathematics is in `geometry/probe.py`.
 """
@@ -117,7 +117,7 @@ def probe_rows(
     for name, rows, store in (("texts", learnt, texts), ("images", shown, images)):
         if len(rows) < settings.num_train:
             raise DataError(
-                f"{', '.join(store.uris)}: {len(rows)} {name} have labels (and no test image of the same id), "
+                f"{', '.join(store.uris)}: {len(rows)} {name} have labels (and are no test image's), "
                 f"probe.num_train is {settings.num_train}; label more, or set probe.num_train={len(rows)}"
             )
     if len(test) < 2:
@@ -207,7 +207,7 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
         {"head trained on": name, "accuracy": found["accuracy"]["mean"],
          "95 % interval": _range(found["accuracy"]), "nll, nats": found["nll"]["mean"],
          "95 % interval ": _range(found["nll"]),
-         **{f"{name} acc.": found["per_attribute"][name]["accuracy"]["mean"] for name in result["attributes"]}}
+         **{each: found["per_attribute"][each]["accuracy"]["mean"] for each in result["attributes"]}}
         for name, found in lines
     ]  # fmt: skip
     chance = result["chance"]
@@ -220,6 +220,6 @@ def _range(found: Mapping[str, float]) -> str:
 
 def reading(result: dict[str, Any]) -> str:
     return (
-        f"Heads learn {', '.join(result['attributes'])} from {result['num_train']:,} texts and are asked about "
-        f"{result['num_test']:,} real images, {result['num_seeds']} draws of texts. {result['verdict']}"
+        f"Heads learn {', '.join(result['attributes'])} from {result['num_train']:,} texts and are asked "
+        f"about {result['num_test']:,} real images, {result['num_seeds']} draws of texts. {result['verdict']}"
     )

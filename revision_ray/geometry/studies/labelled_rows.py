@@ -1,12 +1,11 @@
 """Labelled rows of a store as arrays, a bounded uniform sample of them. Ray.
 
-Which rows are taken is a function of their ids and a seed (the lowest hashes win), so it depends neither on how
-the store is cut into shards nor on which task ends first. Shapes: N rows, D embedding dim, A attributes.
+Which rows are taken is a function of their ids and a seed (the lowest hashes win), so it depends neither on
+how the store is cut into shards nor on which task ends first. Shapes: N rows, D embedding dim, A attributes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import ray

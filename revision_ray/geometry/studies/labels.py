@@ -56,8 +56,8 @@ def read_labels(uris: Sequence[str], attributes: Sequence[str] = ()) -> Labels:
     """The labels of all files, of these attributes (of all, where none are named).
 
     Raises:
-        DataError: a file is missing or damaged, a row has no id, an id has two different labels, an attribute is
-            unknown or has more than a thousand classes, or nothing is labelled.
+        DataError: a file is missing or damaged, a row has no id, an id has two different labels, an attribute
+            is unknown or has more than a thousand classes, or nothing is labelled.
     """
     found: dict[str, dict[str, str]] = {}
     for uri in uris:
@@ -78,8 +78,8 @@ def read_labels(uris: Sequence[str], attributes: Sequence[str] = ()) -> Labels:
     for name, values in classes.items():
         if len(values) > _MOST_CLASSES:
             raise DataError(
-                f"{where}: {name} has {len(values)} classes; more than {_MOST_CLASSES} is no attribute to probe; "
-                "name the attributes in probe.attributes"
+                f"{where}: {name} has {len(values)} classes; more than {_MOST_CLASSES} is no attribute to "
+                "probe; name the attributes in probe.attributes"
             )
     codes = {name: {value: code for code, value in enumerate(values)} for name, values in classes.items()}
     codes_NA = np.array(

@@ -103,6 +103,6 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
 def reading(result: dict[str, Any]) -> str:
     return (
         f"The gap that {result['strategy']} leaves on rows that its fit did not see, by rows a side of the "
-        f"fit ({len(result['gaps'][0])} trials). On average no fit gets below {result['floor']:.2g}, by which "
+        f"fit ({len(result['gaps'][0])} trials). On average no fit gets below {result['floor']:.2g}: by that "
         f"{result['num_heldout_texts']:,} texts and {result['num_heldout_images']:,} images differ by chance."
     )
