@@ -20,7 +20,7 @@ from revision_ray.align.strategies import StrategyConfig
 from revision_ray.data.store import Store
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.geometry import probe
-from revision_ray.geometry.probe import Tested
+from revision_ray.geometry.probe import Scored
 from revision_ray.geometry.studies.inputs import derived_seed, gathered, moments_of, remote
 from revision_ray.geometry.studies.labelled_rows import Rows, labelled_rows
 from revision_ray.geometry.studies.labels import Labels
@@ -128,7 +128,7 @@ def probe_rows(
 
 def tested(
     rows: ProbeRows, maps: Mapping[str, Affine | None], settings: Probe, seed: int
-) -> dict[str, Tested]:
+) -> dict[str, Scored]:
     """Scores of every map under every seed, one Ray task each; the map None learns from images."""
     shared = ray.put(rows)
     work = remote(_one_seed)
@@ -137,12 +137,7 @@ def tested(
         [work(shared, affine, settings.num_train, each) for affine in maps.values() for each in seeds]
     )
     parts = [found[at : at + len(seeds)] for at in range(0, len(found), len(seeds))]
-    return {
-        name: Tested(
-            correct_STA=np.stack([correct for correct, _ in part]), nll_STA=np.stack([nll for _, nll in part])
-        )
-        for name, part in zip(maps, parts, strict=True)
-    }
+    return {name: Scored.of(part) for name, part in zip(maps, parts, strict=True)}
 
 
 def _one_seed(

@@ -7,8 +7,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 # Told apart by lightness, too (Okabe and Ito's colours).
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#6b6b6b"
@@ -51,12 +53,20 @@ def _figure(columns: int = 1, width: float = 5.4, height: float = 3.6, rows: int
 def _numbers_of_rows(axes: Axes, sizes: Sequence[int]) -> None:
     """A logarithmic axis that names the sizes themselves, as far as they do not run into each other."""
     axes.set_xscale("log")
+    axes.margins(x=0.07)
     shown: list[int] = []
     for size in sorted(sizes, reverse=True):
         if not shown or shown[-1] / size > 1.6:
             shown.append(size)
     axes.set_xticks(shown, [f"{size:,}" for size in shown])
     axes.set_xticks([], minor=True)
+
+
+def _plain_decades(axis: Axis) -> None:
+    """A logarithmic axis with ticks at 1, 2, 3 and 5 times powers of ten, written out."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def sample_efficiency(result: dict[str, Any]) -> Figure:
@@ -70,10 +80,15 @@ def sample_efficiency(result: dict[str, Any]) -> Figure:
         axes.errorbar(result["sizes"], mean, spread, color=_BLUE, marker="o", capsize=3, label=label)
         if result["expected"]:
             axes.plot(
-                result["sizes"], result["expected"], "--", color=_ORANGE, label="expected from sampling alone"
+                result["sizes"],
+                result["expected"],
+                "--",
+                color=_ORANGE,
+                label="expected from sampling alone (r.m.s.)",
             )
         axes.axhline(result["floor"], color=_GREY, linestyle=":", label="floor of the held-out rows")
         axes.set_yscale("log")
+        _plain_decades(axes.yaxis)
         _numbers_of_rows(axes, result["sizes"])
         axes.set_xlabel("rows of the fit, each side")
         axes.set_ylabel("modality gap of held-out rows\n(Euclidean, unit embeddings)")
@@ -143,6 +158,7 @@ def domain_transfer(result: dict[str, Any]) -> Figure:
 def caption_length(result: dict[str, Any]) -> Figure:
     with matplotlib.rc_context(_STYLE):
         groups = [group for group in (result["bins"], result["stores"]) if group]
+        names = ("bins of one store", "stores: " + ", ".join(row["name"] for row in result["stores"]))
         truncated = any(row["truncated"] is not None for row in result["bins"] + result["stores"])
         wanted = [("raw_gap", "raw modality gap\n(Euclidean)"), ("effective_rank", "effective rank"),
                   ("trace", "trace")]  # fmt: skip
@@ -156,17 +172,12 @@ def caption_length(result: dict[str, Any]) -> Figure:
                 known = [row for row in rows if row[key] is not None]
                 x, y = [row["mean_words"] for row in known], [scale * row[key] for row in known]
                 errors = [row["raw_gap_standard_error"] or 0.0 for row in known] if key == "raw_gap" else None
-                axes.errorbar(x, y, errors, marker="o", color=colour, capsize=3, label=name)
+                axes.errorbar(x, y, errors, marker="o", color=colour, capsize=2, label=name)
             axes.set_xlabel("words (mean)")
             axes.set_ylabel(label)
             axes.margins(x=0.1, y=0.15)
-        for row in result["stores"]:
-            grid[0, 0].annotate(
-                row["name"], (row["mean_words"], row["raw_gap"]), textcoords="offset points", xytext=(0, 7),
-                ha="center", color=_ORANGE,
-            )  # fmt: skip
         if len(groups) > 1:
-            grid[0, -1].legend()
+            figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
         return figure
 
 
@@ -215,6 +226,9 @@ def probe(result: dict[str, Any]) -> Figure:
                     middle, place, xerr=[[middle - low], [high - middle]], marker="o", color=colour, capsize=3
                 )
             axes.set_xlabel(label)
+            if key == "nll":
+                axes.set_xscale("log")
+                _plain_decades(axes.xaxis)
             axes.set_yticks(range(len(named)), [name for name, _ in named] if key == "nll" else [])
             axes.set_ylim(-0.6, len(named) - 0.4)
         grid[0, 0].set_ylabel("head trained on")
