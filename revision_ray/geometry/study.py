@@ -69,13 +69,14 @@ class StudyJob:
     seed: int = 0
     """Of every sample."""
     strategy: StrategyName = "realign"
-    """What sample_efficiency and domain_transfer fit."""
+    """What sample_efficiency, domain_transfer and caption_length fit."""
     heldout_rows: int = 10_000
     """Rows of each side that no fit sees and gaps are measured on; at most a quarter of a store."""
     domains: dict[str, dict[str, str]] = field(default_factory=dict)
     """For domain_transfer, two or more: {NAME: {texts: STORE, images: STORE}}."""
     lengths: dict[str, str] = field(default_factory=dict)
-    """For caption_length: text stores to compare, {NAME: STORE}, such as short and long captions."""
+    """For caption_length: text stores to compare, {NAME: STORE}, such as short and long captions. With labels
+    of their texts, the probe compares them, too."""
     labels: list[str] = field(default_factory=list)
     """For the probe: JSONL or Parquet files with a column id and one column an attribute."""
     heldout_images: str | None = None
@@ -212,7 +213,13 @@ def _study(name: str, opened: _Opened) -> Callable[[], dict[str, Any]]:
             return partial(domain_transfer.run, opened.domains, opened.strategy)
         case "caption_length":
             return partial(
-                caption_length.run, stores.texts, stores.images, opened.lengths, job.caption_length, job.seed
+                caption_length.run,
+                stores.texts,
+                stores.images,
+                opened.lengths,
+                job.caption_length,
+                _probing(opened),
+                job.seed,
             )
         case "c3_sigma":
             return partial(_c3_sigma, opened)
@@ -228,6 +235,14 @@ def _study(name: str, opened: _Opened) -> Callable[[], dict[str, Any]]:
                 job.probe,
                 job.seed,
             )
+
+
+def _probing(opened: _Opened) -> caption_length.Probing | None:
+    if opened.labels is None:
+        return None
+    return caption_length.Probing(
+        heldout=opened.heldout, labels=opened.labels, settings=opened.job.probe, strategy=opened.strategy
+    )
 
 
 def _c3_sigma(opened: _Opened) -> dict[str, Any]:
@@ -250,7 +265,7 @@ def _asked(name: str, opened: _Opened) -> dict[str, Any]:
     """Everything that the study's result depends on, as JSON has it: settings, and hashes of inputs."""
     job, stores = opened.job, opened.stores
     found: dict[str, Any] = {"seed": job.seed, "texts": _identity(stores.texts)}
-    if name in ("sample_efficiency", "domain_transfer"):
+    if name in ("sample_efficiency", "domain_transfer", "caption_length"):
         found["strategy"] = job.strategy
     if name in ("sample_efficiency", "centroid_steps", "domain_transfer", "c3_sigma"):
         found["heldout_rows"] = job.heldout_rows
@@ -265,12 +280,12 @@ def _asked(name: str, opened: _Opened) -> dict[str, Any]:
         found["settings"] = asdict(getattr(job, name))
     if name == "caption_length":
         found["lengths"] = {length: _identity(store) for length, store in opened.lengths.items()}
-    if name in ("probe", "c3_sigma"):
+    if name in ("probe", "c3_sigma", "caption_length"):
         found["labels"] = None if opened.labels is None else _label_identity(opened.labels)
         found["heldout_images"] = None if opened.heldout is None else _identity(opened.heldout)
     if name == "probe":
         found["alignments"] = [load_alignment(uri).content_hash for uri in job.alignments]
-    if name == "c3_sigma":
+    if name in ("c3_sigma", "caption_length"):
         found["probe"] = asdict(job.probe)
     return json.loads(json.dumps(found))
 

@@ -1,11 +1,13 @@
 """The long-caption paradox: rank, trace, raw gap and truncation by length of the caption. Ray.
 
 arXiv 2602.07026, app. G: longer captions hold more, their embeddings spread over more dimensions, and yet the
-raw gap grows and the trained model gets worse. A text encoder of short context cuts them off besides.
+raw gap grows and the trained model gets worse. A text encoder of short context cuts them off besides. Where
+there are labels, the cross-modal probe stands in for the trained model.
 
 Shapes: N rows, D embedding dim.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,12 +19,17 @@ import numpy as np
 from revision_ray.align import moments
 from revision_ray.align.map_reduce import Sample, draw_sample, read_sample
 from revision_ray.align.moments import Moments, gap_standard_error
+from revision_ray.align.strategies import StrategyConfig
 from revision_ray.cluster import connect
 from revision_ray.data import shards
 from revision_ray.data.store import RowGroup, Store
 from revision_ray.errors import ConfigError, DataError
-from revision_ray.geometry import spectra
+from revision_ray.geometry import probe, spectra
+from revision_ray.geometry.studies.cross_modal_probe import Probe, fitted_maps, probe_rows, tested
 from revision_ray.geometry.studies.inputs import derived_seed, gap, gathered, moments_of, remote
+from revision_ray.geometry.studies.labels import Labels
+
+log = logging.getLogger(__name__)
 
 _GROUPS_PER_TASK = 16
 
@@ -60,10 +67,26 @@ def check_texts(store: Store, name: str) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Probing:
+    """What the probe of every store of `lengths` needs."""
+
+    heldout: Store | None
+    labels: Labels
+    settings: Probe
+    strategy: StrategyConfig
+
+
 def run(
-    texts: Store, images: Store, lengths: Mapping[str, Store], settings: CaptionLength, seed: int
+    texts: Store,
+    images: Store,
+    lengths: Mapping[str, Store],
+    settings: CaptionLength,
+    probing: Probing | None,
+    seed: int,
 ) -> dict[str, Any]:
-    """Figures of every length bin of `texts`, and of equally many texts of every store of `lengths`.
+    """Figures of every length bin of `texts`, and of equally many texts of every store of `lengths`; with
+    labels, also what heads make of real images that learnt from each of these stores, aligned.
 
     Raises:
         DataError: a store without texts, or all texts of one length.
@@ -78,8 +101,22 @@ def run(
     for place, (name, store) in enumerate(lengths.items()):
         sample = draw_sample(store, equal, derived_seed(seed, place))
         (part,) = _by_length(store, sample, [])
-        stores.append(_figures(name, part, image))
+        probed = None if probing is None else _probed(name, store, images, probing, seed)
+        stores.append({**_figures(name, part, image), "probe": probed})
     return {"num_images": image.count, "image_trace": image.trace, "bins": bins, "stores": stores}
+
+
+def _probed(name: str, store: Store, images: Store, probing: Probing, seed: int) -> dict[str, Any] | None:
+    """Accuracy and nll of the probe; None, and a warning, where too few of the store's texts have labels."""
+    settings, labels = probing.settings, probing.labels
+    try:
+        rows = probe_rows(store, images, probing.heldout, labels, settings, seed)
+    except DataError as error:
+        log.warning("caption_length: no probe of %s: %s", name, error)
+        return None
+    maps = fitted_maps(store, images, {name: probing.strategy})
+    found = probe.summary(tested(rows, maps, settings, seed)[name], labels.attributes, seed)
+    return {key: found[key] for key in ("accuracy", "nll", "per_attribute")}
 
 
 @dataclass
@@ -207,9 +244,14 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"texts": row["name"], "number": row["num_texts"], "mean words": row["mean_words"],
          "effective rank": row["effective_rank"], "trace": row["trace"], "raw gap": row["raw_gap"],
-         "s.e.": row["raw_gap_standard_error"], "truncated": row["truncated"]}
+         "s.e.": row["raw_gap_standard_error"], "truncated": row["truncated"], **_probe_columns(row)}
         for row in [*result["bins"], *result["stores"]]
     ]  # fmt: skip
+
+
+def _probe_columns(row: Mapping[str, Any]) -> dict[str, float]:
+    found = row.get("probe") or {}
+    return {f"probe {key}": found[key]["mean"] for key in ("accuracy", "nll") if found}
 
 
 def reading(result: dict[str, Any]) -> str:
@@ -222,5 +264,17 @@ def reading(result: dict[str, Any]) -> str:
         f"From {short['mean_words']:.0f} to {long['mean_words']:.0f} words the raw gap changes by "
         f"{change:+.0f} % ({short['raw_gap']:.3f} to {long['raw_gap']:.3f}; the paper: about +30 %), the "
         f"effective rank from {short['effective_rank']:.1f} to {long['effective_rank']:.1f}."
-        + ("" if cut is None else f" The encoder cut off {100 * cut:.0f} % of the long texts.")
+        + ("" if cut is None else f" The encoder cut off {100 * cut:.0f} % of the longest.")
+        + _probe_reading(short, long)
+    )
+
+
+def _probe_reading(short: Mapping[str, Any], long: Mapping[str, Any]) -> str:
+    if not (short.get("probe") and long.get("probe")):
+        return ""
+    one, other = short["probe"], long["probe"]
+    return (
+        f" Heads that learnt from them, aligned, are right about {100 * one['accuracy']['mean']:.1f} % and "
+        f"{100 * other['accuracy']['mean']:.1f} % of real images ({one['nll']['mean']:.3f} and "
+        f"{other['nll']['mean']:.3f} nats)."
     )

@@ -201,7 +201,7 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [
         {"head trained on": name, "accuracy": found["accuracy"]["mean"],
          "95 % interval": _range(found["accuracy"]), "nll, nats": found["nll"]["mean"],
-         "95 % interval ": _range(found["nll"]),
+         "95 % interval ": _range(found["nll"]), "nll in hindsight": probe.best_penalty(found)["nll"],
          **{each: found["per_attribute"][each]["accuracy"]["mean"] for each in result["attributes"]}}
         for name, found in lines
     ]  # fmt: skip

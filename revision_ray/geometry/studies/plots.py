@@ -162,23 +162,35 @@ def caption_length(result: dict[str, Any]) -> Figure:
         truncated = any(row["truncated"] is not None for row in result["bins"] + result["stores"])
         wanted = [("raw_gap", "raw modality gap\n(Euclidean)"), ("effective_rank", "effective rank"),
                   ("trace", "trace")]  # fmt: skip
+        probed = any(row["probe"] for row in result["stores"])
         wanted += [("truncated", "cut off by the encoder\n(% of texts)")] if truncated else []
-        figure, grid = _figure(columns=len(wanted), width=2.45 * len(wanted), height=3.3)
-        for axes, (key, label) in zip(grid[0], wanted, strict=True):
-            for rows, colour, name in zip(
-                groups, (_BLUE, _ORANGE), ("bins of one store", "stores"), strict=False
-            ):
+        panels = len(wanted) + probed
+        figure, grid = _figure(columns=panels, width=2.3 * panels, height=3.3)
+        for axes, (key, label) in zip(grid[0], wanted, strict=False):
+            for rows, colour, name in zip(groups, (_BLUE, _ORANGE), names, strict=False):
                 scale = 100.0 if key == "truncated" else 1.0
                 known = [row for row in rows if row[key] is not None]
                 x, y = [row["mean_words"] for row in known], [scale * row[key] for row in known]
                 errors = [row["raw_gap_standard_error"] or 0.0 for row in known] if key == "raw_gap" else None
                 axes.errorbar(x, y, errors, marker="o", color=colour, capsize=2, label=name)
-            axes.set_xlabel("words (mean)")
             axes.set_ylabel(label)
             axes.margins(x=0.1, y=0.15)
+        if probed:
+            _probed_stores(grid[0, -1], [row for row in result["stores"] if row["probe"]])
+        for axes in grid[0]:
+            axes.set_xlabel("words (mean)")
         if len(groups) > 1:
             figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
         return figure
+
+
+def _probed_stores(axes: Axes, stores: Sequence[dict[str, Any]]) -> None:
+    words, found = [row["mean_words"] for row in stores], [row["probe"]["accuracy"] for row in stores]
+    means = np.array([100 * each["mean"] for each in found])
+    around = [means - [100 * each["low"] for each in found], [100 * each["high"] for each in found] - means]
+    axes.errorbar(words, means, around, marker="o", color=_ORANGE, capsize=2)
+    axes.set_ylabel("probe on real images:\naccuracy (%)")
+    axes.margins(x=0.1, y=0.15)
 
 
 def c3_sigma(result: dict[str, Any]) -> Figure:
@@ -225,6 +237,9 @@ def probe(result: dict[str, Any]) -> Figure:
                 axes.errorbar(
                     middle, place, xerr=[[middle - low], [high - middle]], marker="o", color=colour, capsize=3
                 )
+                if key == "nll":
+                    best = min(each["nll"] for each in found["by_penalty"])
+                    axes.plot(best, place, "|", color=_ORANGE, markersize=9, markeredgewidth=1.5)
             axes.set_xlabel(label)
             if key == "nll":
                 axes.set_xscale("log")
@@ -232,5 +247,7 @@ def probe(result: dict[str, Any]) -> Figure:
             axes.set_yticks(range(len(named)), [name for name, _ in named] if key == "nll" else [])
             axes.set_ylim(-0.6, len(named) - 0.4)
         grid[0, 0].set_ylabel("head trained on")
+        grid[0, 0].plot([], [], "|", color=_ORANGE, markersize=9, label="penalty chosen on real images")
+        grid[0, 0].legend(loc="upper right")
         figure.suptitle("attributes of real held-out images, mean and 95 % interval", fontsize=9.5)
         return figure
