@@ -135,6 +135,7 @@ def test_a_second_run_encodes_nothing_and_new_files_add_shards(cluster, encoder,
     assert len(rows_of(tmp_path / "store")) == 220
 
 
+@pytest.mark.slow
 def test_an_image_folder_that_grew_adds_shards_of_the_new_files_only(cluster, encoder, tmp_path):
     folder = write_images(tmp_path / "images", 40)
     embed.run(job_of(encoder, tmp_path / "store", images=str(folder), rows_per_shard=16))
@@ -191,6 +192,7 @@ def test_bad_texts_are_counted_and_nothing_else_is_lost(cluster, encoder, tmp_pa
     assert set(rows_of(tmp_path / "store")) == {f"t{row}" for row in range(90)} | {"huge"}
 
 
+@pytest.mark.slow
 def test_a_killed_actor_loses_no_row_and_doubles_none(cluster, encoder, tmp_path):
     source = write_texts(tmp_path / "texts.jsonl", 6000)
     embed.run(job_of(encoder, tmp_path / "calm", texts=str(source)))
@@ -289,6 +291,7 @@ def test_a_full_disk_is_said_and_what_was_written_is_kept(cluster, encoder, tmp_
     assert len(rows_of(small_disk / "store")) == 6000
 
 
+@pytest.mark.slow
 def test_duplicate_ids_are_numbered_or_rejected(cluster, encoder, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -751,6 +751,7 @@ def test_another_model_can_write_the_captions(evaluated, cluster, model, world, 
     assert {row["raw"] for row in captions} != before
 
 
+@pytest.mark.slow
 def test_benchmarks_together_are_averaged_and_sampled(cluster, model, world, tmp_path):
     names = ["pope", "mme", "crpe", "mmmu", "miniature"]
     data = {name: write_rows(tmp_path / name, name) for name in names[:-1]}

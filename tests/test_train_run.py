@@ -331,6 +331,7 @@ def test_inspect_shows_the_label_mask(world, unbroken):
     assert "[[" in shown
 
 
+@pytest.mark.slow
 def test_image_files_are_embedded_as_the_first_step_of_stage_two(world, unbroken, tmp_path):
     (tmp_path / "pictures").mkdir()
     for number in range(8):

@@ -138,7 +138,7 @@ def resampled_means(rows_ND: np.ndarray, num: int = 200, seed: int = 0) -> np.nd
     count = len(rows_ND)
     mean_D = rows_ND.mean(axis=0)
     size = max(_COUNTS_BYTES // (8 * count), 1)
-    parts = []
+    parts = [np.empty((0, rows_ND.shape[1]))]
     for start in range(0, num, size):
         draws = [
             np.bincount(np.random.default_rng([seed, number]).integers(count, size=count), minlength=count)

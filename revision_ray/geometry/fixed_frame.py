@@ -18,7 +18,7 @@ from revision_ray.errors import ConfigError, DataError
 from revision_ray.geometry.rows import finite_rows, same_dim, same_shape, unit_rows
 from revision_ray.geometry.spectra import covariance, leading_directions, pearson
 
-# Below this a mean gap is rounding, and no drift is measured relative to it.
+# Below this a mean gap or a residual of unit rows is rounding.
 EPSILON = 1e-12
 
 
@@ -248,8 +248,8 @@ def coupling(delta_ND: np.ndarray, zeta_ND: np.ndarray, frame: Frame, ridge: flo
     z_NS = finite_rows(zeta_ND, "residuals in V") @ frame.v_DS
     gram_RR, cross_RS = d_NR.T @ d_NR, d_NR.T @ z_NS
     variance = float(np.sum(z_NS**2))
-    if not variance or not np.trace(gram_RR):
-        raise DataError("the residual in U or in V is zero, so neither predicts the other")
+    if min(variance, np.trace(gram_RR)) <= EPSILON**2 * len(delta_ND):
+        raise DataError("the residual in U or in V is zero, so one cannot predict the other")
     penalty = ridge * np.trace(gram_RR) / frame.rank
     # Least squares of least norm where the residual in U does not fill U and there is no ridge.
     map_RS = np.linalg.pinv(gram_RR + penalty * np.eye(frame.rank), hermitian=True) @ cross_RS

@@ -28,7 +28,8 @@ def nearest(
     Rows need not be of unit length. `exclude` (Q,) names a row of the base that is no neighbour of its
     query: the query itself. The order is that of float64 products, and of two equal ones the lower index
     comes first: float32 products only choose candidates, with a margin above their worst rounding, and
-    candidates are then scored one by one in float64. So no block size and no BLAS changes the result.
+    candidates are then scored pair by pair in float64. So neither the size of blocks (`block_rows`, set by
+    memory unless given) nor the number of threads changes the result.
 
     Raises:
         ConfigError: `k` is below 1.
@@ -92,7 +93,7 @@ def _best_candidates(queries_QD: np.ndarray, base_ND: np.ndarray, near_QN: np.nd
     ]
     score_C = np.concatenate(parts) if parts else np.empty(0)
     order_C = np.lexsort((row_C, -score_C, query_C))
-    _, begin = np.unique(query_C, return_index=True)  # candidates stay grouped by query
+    begin = np.flatnonzero(np.diff(query_C, prepend=-1))  # candidates stay grouped by query
     return row_C[order_C[begin[:, None] + np.arange(k)]]
 
 
@@ -110,7 +111,15 @@ def cross_modal_shares(neighbours_NK: np.ndarray, num_images: int) -> np.ndarray
     """Share (N_x + N_y,) of each row's neighbours that are of the other modality.
 
     `neighbours_NK` is that of `union_neighbours`: one row for each row of the union, images first.
+
+    Raises:
+        DataError: it names a row that it does not have, so it is only a part.
     """
+    if neighbours_NK.max(initial=0) >= len(neighbours_NK):
+        raise DataError(
+            f"neighbours of {len(neighbours_NK)} rows name row {neighbours_NK.max()}; give those of the "
+            "whole union, images first"
+        )
     is_image_N = np.arange(len(neighbours_NK)) < num_images
     return np.mean(is_image_N[neighbours_NK] != is_image_N[:, None], axis=1)
 

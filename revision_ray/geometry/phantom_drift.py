@@ -5,6 +5,7 @@ For z = mu + eps, Delta_pi = E[z / ||z||] - mu / ||mu||.
 Shapes: N rows before normalisation, D embedding dim.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,17 @@ from revision_ray.errors import DataError
 from revision_ray.geometry.rows import SMALLEST_NORM, directions, finite_rows, same_dim
 from revision_ray.geometry.spectra import covariance
 
+# What is shorter is the rounding of a difference of two directions.
+_ROUNDING = 1e-14
+
 
 @dataclass(frozen=True)
 class PhantomDrift:
     """The drift of a sample beside its second-order prediction from the same sample's mean and covariance.
 
     Both are of the sample's own distribution, so what is between them is the orders left out, not noise.
-    `cosine` is NaN where one of them is zero; `relative_error` is ||measured - predicted|| / ||measured||.
+    `relative_error` is ||measured - predicted|| / ||measured||. It and `cosine` are NaN where a drift is
+    zero within rounding.
     """
 
     measured_D: np.ndarray
@@ -66,15 +71,15 @@ def compare(rows_ND: np.ndarray) -> PhantomDrift:
     measured_D = measured(rows_ND)
     predicted_D = second_order(rows_ND.mean(axis=0), covariance(rows_ND))
     lengths = float(np.linalg.norm(measured_D)), float(np.linalg.norm(predicted_D))
-    both = lengths[0] * lengths[1]
+    moved = min(lengths) > _ROUNDING
     error = float(np.linalg.norm(measured_D - predicted_D))
     return PhantomDrift(
         measured_D=measured_D,
         predicted_D=predicted_D,
         measured_norm=lengths[0],
         predicted_norm=lengths[1],
-        cosine=float(np.clip(measured_D @ predicted_D / both, -1, 1)) if both else float("nan"),
-        relative_error=error / lengths[0] if lengths[0] else float("nan"),
+        cosine=float(np.clip(measured_D @ predicted_D / math.prod(lengths), -1, 1)) if moved else math.nan,
+        relative_error=error / lengths[0] if moved else math.nan,
     )
 
 

@@ -15,16 +15,22 @@ from revision_ray.geometry.rows import finite_rows, same_shape
 
 # A covariance that was made by subtraction has negative eigenvalues of this share of the largest, not more.
 _NEGATIVE_BY_ROUNDING = 1e-8
+# Rows that differ by less than this share of their length are constant; float32 cannot even hold that.
+_CONSTANT = 1e-13
 
 
 def covariance(rows_ND: np.ndarray) -> np.ndarray:
     """Centred covariance E[(e - mu)(e - mu)'], float64 (D, D): divided by N, as `Moments.covariance`.
+
+    Zero where rows differ from their mean by rounding alone.
 
     Raises:
         DataError: fewer than two rows, or NaN or infinite ones.
     """
     rows_ND = finite_rows(rows_ND, minimum=2)
     centred_ND = rows_ND - rows_ND.mean(axis=0)
+    if np.linalg.norm(centred_ND) <= _CONSTANT * np.linalg.norm(rows_ND):
+        return np.zeros((rows_ND.shape[1],) * 2)
     return centred_ND.T @ centred_ND / len(rows_ND)
 
 

@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from revision_ray.errors import ConfigError, DataError
 from revision_ray.miniature import encoder
 from revision_ray.progress import progress
 from revision_ray.train.entry import loop
+from revision_ray.train.monitor import Monitor, MonitorConfig, embed_pairs
 from revision_ray.train.pairs import Pair, batch_rows, content_hash, drawn_captions, pixels, read_pairs
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,13 @@ class EncoderTraining:
     global_batch_size: int = 128
     """Pairs a step, over all workers; each is a negative of every other."""
     learning_rate: float = 1e-3
-    """Peak of AdamW's learning rate, which falls to zero along a cosine."""
+    """Peak of AdamW's learning rate, which falls along a cosine."""
+    minimum_learning_rate: float = 0.0
+    """Where the cosine ends."""
     warmup_steps: int = 50
     """Steps in which the learning rate rises to its peak."""
+    warmup_ratio: float | None = None
+    """The same as a share of `num_steps`, instead of `warmup_steps`."""
     weight_decay: float = 0.05
     """Of matrices and filters; biases and normalisations have none."""
     max_gradient_norm: float = 1.0
@@ -74,6 +79,8 @@ class EncoderTraining:
     """Ray Train workers; on GPUs one GPU each."""
     cpus_per_worker: float = 2.0
     """CPUs reserved for a worker, which computes on as many threads."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """The gap's geometry on the way: dynamics.jsonl, dynamics.png and TensorBoard events in the output."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.num_workers:
@@ -83,6 +90,18 @@ class EncoderTraining:
             )
         if not self.temperature > 0:
             raise ConfigError(f"temperature={self.temperature}; expected a positive number such as 0.01")
+        if not 0 <= self.minimum_learning_rate <= self.learning_rate:
+            raise ConfigError(
+                f"minimum_learning_rate={self.minimum_learning_rate}; expected 0 to "
+                f"learning_rate={self.learning_rate}"
+            )
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"warmup_ratio={self.warmup_ratio}; expected 0 or more, less than 1")
+
+    @property
+    def steps_to_peak(self) -> int:
+        """Steps of the warm-up, however they were given."""
+        return self.warmup_steps if self.warmup_ratio is None else round(self.warmup_ratio * self.num_steps)
 
 
 def train_encoder(training: EncoderTraining) -> tuple[dict[str, Any], bool]:
@@ -91,7 +110,7 @@ def train_encoder(training: EncoderTraining) -> tuple[dict[str, Any], bool]:
     An encoder of the same settings and data that stands there already is kept.
 
     Raises:
-        ConfigError: no such model, or a batch larger than the data.
+        ConfigError: no such model, a batch larger than the data, or a probe that the monitor cannot take.
         DataError: the pairs cannot be read, or the output holds another encoder.
     """
     output = storage.absolute(training.output)
@@ -107,12 +126,13 @@ def train_encoder(training: EncoderTraining) -> tuple[dict[str, Any], bool]:
             f"global_batch_size={training.global_batch_size}, but there are only {len(pairs)} pairs"
         )
     identity = _identity(training, pairs, heldout)
-    if (former := _former_metrics(output, identity)) is not None:
+    if (former := _former_metrics(output, training, identity)) is not None:
         return former, False
     tokenizer = encoder.build_tokenizer(
         (text for pair in pairs for text in pair.captions), training.max_words
     )
     model_config = encoder.model_config(training.model, tokenizer.get_vocab_size(), training.context_length)
+    training.monitor.check(training.num_steps, len(heldout), model_config["embed_dim"])
     log.info("%d pairs, %d held out, %d tokens", len(pairs), len(heldout), tokenizer.get_vocab_size())
     del pairs, heldout
     task = {
@@ -148,13 +168,22 @@ def _trainer(training: EncoderTraining, output: str, task: dict[str, Any]) -> To
 def _identity(training: EncoderTraining, pairs: Sequence[Pair], heldout: Sequence[Pair]) -> dict[str, Any]:
     """What decides the encoder: settings and content, not where it lies or on how many CPUs it is made."""
     settings = dataclasses.asdict(training)
-    for key in ("data", "heldout", "output", "cpus_per_worker"):
+    for key in ("data", "heldout", "output", "cpus_per_worker", "monitor", "warmup_ratio"):
         settings.pop(key)
+    settings["warmup_steps"] = training.steps_to_peak
+    if not training.minimum_learning_rate:
+        settings.pop("minimum_learning_rate")  # encoders from before this setting say nothing of it
     return {**settings, "data_sha256": content_hash(pairs), "heldout_sha256": content_hash(heldout)}
 
 
-def _former_metrics(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of the finished encoder at `output`; None where there is none."""
+def _former_metrics(
+    output: str, training: EncoderTraining, identity: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The metrics of the finished encoder at `output`; None where there is none.
+
+    Raises:
+        DataError: another encoder is there, or one that was not measured as asked.
+    """
     uri = storage.join(output, "metrics.json")
     if not storage.exists(uri):
         return None
@@ -164,6 +193,12 @@ def _former_metrics(output: str, identity: dict[str, Any]) -> dict[str, Any] | N
         keys = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
         differences = ", ".join(f"{key} is {found.get(key)}, asked for {identity.get(key)}" for key in keys)
         raise DataError(f"{output}: holds an encoder that differs: {differences}; name another output")
+    asked = dataclasses.asdict(training.monitor)
+    if training.monitor.enabled and metrics.get("monitor") != asked:
+        raise DataError(
+            f"{output}: holds this encoder, but with monitor {metrics.get('monitor')}, asked for {asked}; "
+            "what happened in training cannot be measured afterwards: name another output"
+        )
     return metrics
 
 
@@ -189,10 +224,13 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     optimizer = _optimizer(model, training)
+    monitor = _monitor(task, model, tokenizer)
 
     start, losses = time.monotonic(), []
     with progress("train encoder", training.num_steps, "steps") as shown:
         for step in range(training.num_steps):
+            if monitor is not None:
+                monitor.probe(step, losses)
             rows = batch_rows(len(pairs), step, training.global_batch_size, training.seed)
             chosen = [pairs[row] for row in rows]
             mine = slice(rank * len(rows) // num_workers, (rank + 1) * len(rows) // num_workers)
@@ -204,6 +242,8 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
                 group["lr"] = learning_rate(training, step)
             image_BD, text_BD, *_ = network(encoder.normalised(pixels_BHWC.to(device)), tokens_BT.to(device))
             loss = encoder.contrastive_loss(image_BD, text_BD, training.temperature)
+            if monitor is not None:
+                monitor.watch(step, image_BD, text_BD)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), training.max_gradient_norm)
@@ -212,10 +252,31 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
             losses.append(loss.item())
             rate = (step + 1) * training.global_batch_size / (time.monotonic() - start)
             shown.advance(1, f"loss {np.mean(losses[-10:]):.3f}, {rate:.0f} images/s")
+    if monitor is not None:
+        monitor.probe(training.num_steps, losses)
     if rank != 0:
         return {}
-    seconds = time.monotonic() - start
-    return _save(task, model, tokenizer, {"losses": losses, "seconds": seconds})
+    run = {"losses": losses, "seconds": time.monotonic() - start, "monitor_seconds": 0.0}
+    if monitor is not None:
+        monitor.finish()
+        run["monitor_seconds"] = monitor.seconds
+    return _save(task, model, tokenizer, run)
+
+
+def _monitor(task: dict[str, Any], model: torch.nn.Module, tokenizer: Tokenizer) -> Monitor | None:
+    """This worker's part of the monitor, if there is one."""
+    training: EncoderTraining = task["training"]
+    if not training.monitor.enabled:
+        return None
+    return Monitor(
+        training.monitor,
+        model,
+        tokenizer,
+        read_pairs(training.heldout),
+        image_size=task["model_config"]["vision_cfg"].get("image_size", 224),
+        num_steps=training.num_steps,
+        output=task["output"],
+    )
 
 
 def _optimizer(model: torch.nn.Module, training: EncoderTraining) -> torch.optim.Optimizer:
@@ -228,11 +289,13 @@ def _optimizer(model: torch.nn.Module, training: EncoderTraining) -> torch.optim
 
 
 def learning_rate(training: EncoderTraining, step: int) -> float:
-    """Of step `step` (from 0): up in a line over the warm-up, down to zero in half a cosine."""
-    if step < training.warmup_steps:
-        return training.learning_rate * (step + 1) / training.warmup_steps
-    past = (step - training.warmup_steps) / max(1, training.num_steps - training.warmup_steps)
-    return training.learning_rate * (1 + math.cos(math.pi * past)) / 2
+    """Of step `step` (from 0): up in a line over the warm-up, down to the minimum in half a cosine."""
+    warmup = training.steps_to_peak
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    past = (step - warmup) / max(1, training.num_steps - warmup)
+    falls_by = training.learning_rate - training.minimum_learning_rate
+    return training.minimum_learning_rate + falls_by * (1 + math.cos(math.pi * past)) / 2
 
 
 def _save(
@@ -246,6 +309,8 @@ def _save(
     metrics = {
         "format_version": FORMAT_VERSION,
         "identity": task["identity"],
+        "monitor": dataclasses.asdict(training.monitor) if training.monitor.enabled else None,
+        "monitor_seconds": run["monitor_seconds"],
         "heldout": measured,
         "num_steps": training.num_steps,
         "first_loss": run["losses"][0],
@@ -265,15 +330,6 @@ def _save(
     return metrics
 
 
-@torch.no_grad()
 def measure(model: Any, tokenizer: Tokenizer, pairs: Sequence[Pair], image_size: int) -> dict[str, float]:
     """Retrieval and geometry of `pairs` (their first captions), as `encoder.pair_metrics` defines them."""
-    device = next(model.parameters()).device
-    images, texts = [], []
-    for first in range(0, len(pairs), 250):
-        chunk = pairs[first : first + 250]
-        pixels_BHWC = torch.from_numpy(np.stack([pixels(pair, image_size) for pair in chunk])).to(device)
-        tokens_BT = encoder.tokenize(tokenizer, [pair.captions[0] for pair in chunk]).to(device)
-        images.append(model.encode_image(encoder.normalised(pixels_BHWC), normalize=True))
-        texts.append(model.encode_text(tokens_BT, normalize=True))
-    return encoder.pair_metrics(torch.cat(images), torch.cat(texts))
+    return encoder.pair_metrics(*embed_pairs(model, tokenizer, pairs, image_size))

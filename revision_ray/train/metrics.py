@@ -19,10 +19,10 @@ METRICS = "metrics.jsonl"
 class Writer:
     """The sinks of one run, held by the first worker."""
 
-    sinks: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
+    sinks: list[Callable[[int, dict[str, Any]], None]] = field(default_factory=list)
     closers: list[Callable[[], None]] = field(default_factory=list)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, Any]) -> None:
         """`values` are recorded for `step` everywhere."""
         for sink in self.sinks:
             sink(step, values)
@@ -39,9 +39,9 @@ def open_writer(output: str, settings: Logging, steps_done: int, resolved: dict[
         ConfigError: a package that is switched on is missing.
     """
     writer = Writer()
-    writer.sinks.append(_json_lines(storage.join(output, METRICS), steps_done))
+    writer.sinks.append(json_lines(storage.join(output, METRICS), steps_done))
     if settings.tensorboard:
-        _add_tensorboard(writer, output)
+        add_tensorboard(writer, output)
     if settings.wandb_project:
         _add_wandb(writer, settings.wandb_project, output, resolved)
     if settings.mlflow_experiment:
@@ -49,12 +49,13 @@ def open_writer(output: str, settings: Logging, steps_done: int, resolved: dict[
     return writer
 
 
-def _json_lines(uri: str, steps_done: int) -> Callable[[int, dict[str, float]], None]:
+def json_lines(uri: str, steps_done: int) -> Callable[[int, dict[str, Any]], None]:
+    """A sink of one line a step at `uri`, behind the lines of steps up to `steps_done` that stand there."""
     former = storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []
     lines = [line for line in former if json.loads(line)["step"] <= steps_done]
     begun = time.time()
 
-    def write(step: int, values: dict[str, float]) -> None:
+    def write(step: int, values: dict[str, Any]) -> None:
         lines.append(json.dumps({"step": step, "seconds": round(time.time() - begun, 3), **values}))
         # Object stores cannot append; a line every few steps keeps this file small.
         storage.write_bytes(uri, ("\n".join(lines) + "\n").encode())
@@ -62,14 +63,15 @@ def _json_lines(uri: str, steps_done: int) -> Callable[[int, dict[str, float]], 
     return write
 
 
-def _add_tensorboard(writer: Writer, output: str) -> None:
+def add_tensorboard(writer: Writer, output: str, purge_step: int | None = None) -> None:
+    """Events go to OUTPUT/tensorboard; earlier ones from `purge_step` on are no longer shown."""
     folder = storage.join(output, "tensorboard")
     if "://" in folder and not folder.startswith("s3://"):
         log.warning(
             "no TensorBoard events: they can be written to local paths and s3:// only, not %s", folder
         )
         return
-    events: Any = optional("tensorboardX", "logging.tensorboard").SummaryWriter(folder)
+    events: Any = optional("tensorboardX", "logging.tensorboard").SummaryWriter(folder, purge_step=purge_step)
 
     def write(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
