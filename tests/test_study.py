@@ -109,7 +109,7 @@ def test_the_held_out_rows_are_a_quarter_at_most(pair):
 
 
 def test_float32_sums_lose_what_float64_sums_keep():
-    """Equal rows of entries that no binary number holds: every float32 addition rounds, mostly the same way."""
+    """Equal rows of entries that no binary number holds: every addition rounds, mostly the same way."""
     row_D = unit(np.array([[0.1, 0.3, -0.7, 0.6]]))
     errors = mean_errors([np.repeat(row_D, 5000, axis=0)] * 4, [100, 20_000])
     assert errors["float32"][1] > 10 * errors["float32"][0] > 0
@@ -153,7 +153,7 @@ def isotropic(num_rows: int, centre: int, seed: int, dim: int = 32) -> np.ndarra
 
 
 def test_the_held_out_gap_falls_as_the_square_root_of_the_rows(cluster, tmp_path):
-    """Of isotropic Gaussians it is sqrt((T_x + T_y)(1/N + 1/M)): N rows of the fit, M held-out rows a side."""
+    """Of isotropic Gaussians it is sqrt((T_x + T_y)(1/N + 1/M)): N rows of the fit, M held out, a side."""
     texts = write_store(tmp_path / "texts", isotropic(8000, 0, 1).astype(np.float32), rows_per_shard=2000)
     images = write_store(
         tmp_path / "images", isotropic(8000, 1, 2).astype(np.float32), "image", rows_per_shard=2000
@@ -166,7 +166,7 @@ def test_the_held_out_gap_falls_as_the_square_root_of_the_rows(cluster, tmp_path
     # ReAlign gives the texts the images' trace, from N rows: 1 / sqrt(30 * 32 / 2) = 0.05 of it at N = 30.
     np.testing.assert_allclose(found["expected"], law, rtol=0.03)
     # A norm in 32 dimensions varies by 1 / sqrt(64) = 0.125 from trial to trial, 0.044 in a mean of eight; the
-    # held-out rows are the same in all trials, and at N = 3000 half of the gap is theirs, where nothing averages.
+    # held-out rows are the same in all trials, and at N = 3000 half of the gap is theirs: no mean helps.
     np.testing.assert_allclose(found["mean"][:2], law[:2], rtol=0.15)
     assert found["mean"][2] == pytest.approx(law[2], rel=0.3)
     assert found["floor"] == pytest.approx(math.sqrt(2 * trace / 2000), rel=0.03)
@@ -484,13 +484,12 @@ def bad(job: StudyJob, **changes) -> StudyJob:
 
 
 def test_inputs_that_cannot_serve_are_refused(cluster, job, tmp_path):
-    with pytest.raises(
-        DataError, match="labels .* probe.num_train is 5000; label more, or set probe.num_train=400"
-    ):
+    refused = r"labels .*, probe\.num_train is 5000; label more, or set probe\.num_train=400"
+    with pytest.raises(DataError, match=refused):
         study.run(bad(job, studies=["probe"], probe=Probe(num_train=5000)))
+    large = SampleEfficiency(sizes=[1000])
     with pytest.raises(DataError, match="300 rows can be used and the smallest size asked for is 1000"):
-        settings = SampleEfficiency(sizes=[1000])
-        study.run(bad(job, studies=["sample_efficiency"], sample_efficiency=settings))
+        study.run(bad(job, studies=["sample_efficiency"], sample_efficiency=large))
     with pytest.raises(DataError, match="held-out images are others"):
         study.run(bad(job, heldout_images=job.images))
     with pytest.raises(DataError, match="expected text; are the two swapped"):
