@@ -128,7 +128,9 @@ def test_errors_are_measured_against_the_exact_sum():
         for row_D in rows_ND[:size]:
             single_D, double_D = single_D + row_D.astype(np.float32), double_D + row_D
         exact_D = np.array([math.fsum(column) / size for column in rows_ND[:size].T])
-        assert errors["float32"][place] == pytest.approx(np.linalg.norm(single_D / size - exact_D), rel=1e-6)
+        assert errors["float32"][place] == pytest.approx(
+            np.linalg.norm(single_D.astype(float) / size - exact_D), rel=1e-6
+        )
         # The true difference is itself of the size of rounding: 1e-17 of a mean near 0.03.
         assert errors["float64"][place] == pytest.approx(np.linalg.norm(double_D / size - exact_D), abs=3e-17)
 
@@ -165,8 +167,8 @@ def test_the_held_out_gap_falls_as_the_square_root_of_the_rows(cluster, tmp_path
     law = [math.sqrt(2 * trace * (1 / size + 1 / 2000)) for size in (30, 300, 3000)]
     # ReAlign gives the texts the images' trace, from N rows: 1 / sqrt(30 * 32 / 2) = 0.05 of it at N = 30.
     np.testing.assert_allclose(found["expected"], law, rtol=0.03)
-    # A norm in 32 dimensions varies by 1 / sqrt(64) = 0.125 from trial to trial, 0.044 in a mean of eight; the
-    # held-out rows are the same in all trials, and at N = 3000 half of the gap is theirs: no mean helps.
+    # A norm in 32 dimensions varies by 1 / sqrt(64) = 0.125 from trial to trial, 0.044 in a mean of eight.
+    # Held-out rows are the same in all trials; at N = 3000 half of the gap is theirs, and no mean helps.
     np.testing.assert_allclose(found["mean"][:2], law[:2], rtol=0.15)
     assert found["mean"][2] == pytest.approx(law[2], rel=0.3)
     assert found["floor"] == pytest.approx(math.sqrt(2 * trace / 2000), rel=0.03)

@@ -228,7 +228,12 @@ def probe(result: dict[str, Any]) -> Figure:
         named.append(("images (upper bound)", result["upper_bound"]))
         figure, grid = _figure(columns=2, width=7.4, height=1.3 + 0.3 * len(named))
         for axes, (key, label) in zip(
-            grid[0], (("nll", "negative log-likelihood (nats)"), ("accuracy", "accuracy (%)")), strict=True
+            grid[0],
+            (
+                ("nll", "negative log-likelihood on real images (nats)"),
+                ("accuracy", "accuracy on real images (%)"),
+            ),
+            strict=True,
         ):
             scale = 100.0 if key == "accuracy" else 1.0
             for place, (name, found) in enumerate(named):
@@ -247,7 +252,10 @@ def probe(result: dict[str, Any]) -> Figure:
             axes.set_yticks(range(len(named)), [name for name, _ in named] if key == "nll" else [])
             axes.set_ylim(-0.6, len(named) - 0.4)
         grid[0, 0].set_ylabel("head trained on")
-        grid[0, 0].plot([], [], "|", color=_ORANGE, markersize=9, label="penalty chosen on real images")
-        grid[0, 0].legend(loc="upper right")
-        figure.suptitle("attributes of real held-out images, mean and 95 % interval", fontsize=9.5)
+        for look, colour, label in (
+            ("o", _BLUE, "penalty chosen on held-out text, 95 % interval"),
+            ("|", _ORANGE, "penalty chosen in hindsight on the images"),
+        ):
+            grid[0, 0].plot([], [], look, color=colour, markeredgewidth=1.5, label=label)
+        figure.legend(loc="outside upper center", ncols=2)
         return figure
