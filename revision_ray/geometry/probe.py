@@ -273,9 +273,9 @@ def verdict(tested: Mapping[str, Scored], upper_bound: Scored, attributes: Seque
         best = min(hindsight, key=lambda name: hindsight[name])
         spread = max(hindsight.values()) - hindsight[best]
         sentences.append(
-            f"With the penalty that suits the real images best, which training on text cannot know, {best} "
-            f"leads with {hindsight[best]:.3f} nats, and the others are at most {spread:.3f} behind; what they "
-            "lose beyond that is confidence that does not carry over."
+            f"With the penalty that suits the real images best, which text cannot tell, {best} leads with "
+            f"{hindsight[best]:.3f} nats and the others are at most {spread:.3f} behind; what they lose "
+            "beyond that is confidence that does not carry over."
         )
     limit = summary(upper_bound, attributes, seed)
     sentences.append(
