@@ -23,7 +23,7 @@ from revision_ray.geometry.studies.c3_sigma import C3Sigma
 from revision_ray.geometry.studies.caption_length import CaptionLength
 from revision_ray.geometry.studies.cross_modal_probe import Probe
 from revision_ray.geometry.studies.labelled_rows import labelled_rows
-from revision_ray.geometry.studies.precision import mean_errors
+from revision_ray.geometry.studies.precision import Precision, mean_errors
 from revision_ray.geometry.studies.sample_efficiency import SampleEfficiency
 from revision_ray.geometry.study import StudyJob
 
@@ -312,7 +312,7 @@ def test_labelled_rows_do_not_depend_on_the_shards(cluster, tmp_path):
     assert len(set(one.ids)) == 60
     assert all(int(row_id[4:]) % 3 == 0 for row_id in one.ids)
     positions = [int(row_id[4:]) for row_id in one.ids]
-    np.testing.assert_allclose(one.rows_ND, unit(rows_ND)[positions], atol=1e-6)
+    np.testing.assert_allclose(one.rows_ND, unit(rows_ND[positions]), atol=1e-6)
     assert one.codes_NA[:, 0].tolist() == [position % 2 for position in positions]
     assert labelled_rows(stores[0], known, 60, seed=2).ids != one.ids
     assert len(labelled_rows(stores[0], known, 1000, seed=1)) == 167
@@ -441,7 +441,7 @@ def test_a_second_run_computes_nothing(done, job, monkeypatch):
 
 def test_what_is_missing_is_made_again_with_the_same_bytes(done, job):
     output, _ = done
-    names = ["precision", "centroid_steps", "c3_sigma", "probe"]
+    names = ["precision", "centroid_steps", "c3_sigma"]  # the last one with the probe
     before = {path: path.read_bytes() for name in names for path in output.glob(f"{name}.*")}
     for path in before:
         path.unlink()
@@ -469,6 +469,7 @@ def test_studies_that_the_inputs_do_not_allow_are_named(cluster, job, tmp_path):
         images=str(bare),
         output=str(tmp_path / "out"),
         sample_efficiency=SampleEfficiency(sizes=[20], trials=2),
+        precision=Precision(sizes=[20]),
     )
     said = study.run(plain)
     assert "left out: domain_transfer, which needs domains" in said
