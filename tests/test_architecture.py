@@ -31,7 +31,9 @@ RAY_FREE = (
     "align/", "encode/", "data/", "model/", "miniature/", "geometry/rows.py", "geometry/spectra.py",
     "geometry/angles.py", "geometry/neighbours.py", "geometry/fixed_frame.py", "geometry/phantom_drift.py",
     "geometry/bootstrap.py", "geometry/dynamics.py", "geometry/dynamics_figure.py",
-    "geometry/bootstrap.py", "geometry/registry.py", "geometry/fit_file.py", "geometry/fit_tables.py",
+    "geometry/registry.py", "geometry/fit_file.py", "geometry/fit_tables.py",
+    "geometry/probe.py", "geometry/studies/labels.py", "geometry/studies/plots.py",
+    "geometry/studies/results.py",
 )  # fmt: skip
 # ... but for the files that distribute the work of their folder.
 DISTRIBUTED = {

@@ -39,23 +39,38 @@ class Sample:
 
     rows: dict[tuple[str, int], int]
     seed: int
+    without: "Sample | None" = None  # rows of this sample are not taken
+
+    def size(self, group: RowGroup) -> int:
+        """How many rows of the row group are taken."""
+        return self.rows.get((group.shard_hash, group.index), 0)
+
+    def positions(self, group: RowGroup) -> np.ndarray:
+        """Which rows of the row group are taken, ascending: a function of content and seed."""
+        left_N = np.arange(group.num_rows)
+        if self.without is not None:
+            left_N = np.setdiff1d(left_N, self.without.positions(group))
+        generator = np.random.default_rng([self.seed, int(group.shard_hash[:15], 16), group.index])
+        return np.sort(generator.choice(left_N, self.size(group), replace=False))
 
 
-def draw_sample(store: Store, num_rows: int, seed: int) -> Sample | None:
+def draw_sample(store: Store, num_rows: int, seed: int, without: Sample | None = None) -> Sample | None:
     """`num_rows` of the store's rows, uniformly; None (take all) where it has no more.
 
     How many come from each row group is drawn here, which ones is drawn in the task from the same seed, so
-    the sample is a function of content and seed.
+    the sample is a function of content and seed. Rows of the sample `without` are left out (all others are
+    taken where there are no more than `num_rows`), which sets held-out rows apart.
     """
-    if num_rows >= store.num_rows:
+    if without is None and num_rows >= store.num_rows:
         return None
     groups = sorted(store.row_groups, key=lambda group: (group.shard_hash, group.index))
+    left = [group.num_rows - (without.size(group) if without else 0) for group in groups]
     generator = np.random.default_rng(seed)
-    counts = generator.multivariate_hypergeometric(
-        [group.num_rows for group in groups], num_rows, method="marginals"
-    )
+    counts = generator.multivariate_hypergeometric(left, min(num_rows, sum(left)), method="marginals")
     return Sample(
-        rows={(g.shard_hash, g.index): int(n) for g, n in zip(groups, counts, strict=True) if n}, seed=seed
+        rows={(g.shard_hash, g.index): int(n) for g, n in zip(groups, counts, strict=True) if n},
+        seed=seed,
+        without=without,
     )
 
 
@@ -75,23 +90,21 @@ def store_moments(
         DataError: a shard is missing or unreadable.
     """
     connect()
-    groups = [g for g in store.row_groups if sample is None or (g.shard_hash, g.index) in sample.rows]
+    groups = [group for group in store.row_groups if sample is None or sample.size(group)]
     total = Moments.zeros(store.embedding_dim, second)
     rejected: list[Rejected] = []
     work = partial(
         _partial_moments, affine=affine, second=second, sample=sample, embedding_dim=store.embedding_dim
     )
-    with progress(name, sum(_rows_of(g, sample) for g in groups), "rows") as shown:
+    with progress(
+        name, sum(sample.size(group) if sample else group.num_rows for group in groups), "rows"
+    ) as shown:
         for result in _run(groups, work):
             total.merge(Moments.from_bytes(result["moments"]))
             rejected += [Rejected(**row) for row in json.loads(result["rejected"])]
             shown.advance(result["num_rows"])
     total.shard_hashes = store.shard_hashes
     return total, sorted(rejected, key=lambda row: (row.uri, row.id))
-
-
-def _rows_of(group: RowGroup, sample: Sample | None) -> int:
-    return group.num_rows if sample is None else sample.rows[group.shard_hash, group.index]
 
 
 def _run(groups: Sequence[RowGroup], work: Any) -> Iterator[dict[str, Any]]:
@@ -113,16 +126,43 @@ def _shares(groups: Sequence[RowGroup]) -> list[Sequence[RowGroup]]:
     return [groups[start:end] for start, end in pairwise(edges)]
 
 
+def moments_here(
+    store: Store, *, affine: Affine | None = None, second: bool = False, sample: Sample | None = None
+) -> tuple[Moments, list[Rejected]]:
+    """What `store_moments` gives, to the bit, computed in this process: for tasks with maps of their own."""
+    total, rejected, _ = _sum_groups(store.row_groups, affine, second, sample, store.embedding_dim)
+    total.shard_hashes = store.shard_hashes
+    return total, sorted(rejected, key=lambda row: (row.uri, row.id))
+
+
 def _partial_moments(
     item: dict[str, Any], *, affine: Affine | None, second: bool, sample: Sample | None, embedding_dim: int
 ) -> dict[str, Any]:
+    groups = [RowGroup(**document) for document in json.loads(item["row_groups"])]
+    total, rejected, num_rows = _sum_groups(groups, affine, second, sample, embedding_dim)
+    return {
+        "moments": total.to_bytes(),
+        "rejected": json.dumps([asdict(row) for row in rejected]),
+        "num_rows": num_rows,
+    }
+
+
+def _sum_groups(
+    groups: Sequence[RowGroup],
+    affine: Affine | None,
+    second: bool,
+    sample: Sample | None,
+    embedding_dim: int,
+) -> tuple[Moments, list[Rejected], int]:
+    """Moments, rows without a direction, and the number of rows read."""
     rejected: list[Rejected] = []
     num_rows = 0
     with one_thread():
         sums = moments.RowSums(embedding_dim, affine, second)
-        for document in json.loads(item["row_groups"]):
-            group = RowGroup(**document)
-            block_ND, positions_N = _read(group, sample, embedding_dim)
+        for group in groups:
+            if sample is not None and not sample.size(group):
+                continue
+            block_ND, positions_N = read_sample(group, sample, embedding_dim)
             num_rows += len(block_ND)
             ids = None
             if affine is not None and affine.needs_ids:
@@ -131,21 +171,16 @@ def _partial_moments(
             invalid = sums.add(block_ND, ids, offset)
             if invalid:
                 rejected += reasons(group, positions_N[invalid], embedding_dim)
-    return {
-        "moments": sums.moments().to_bytes(),
-        "rejected": json.dumps([asdict(row) for row in rejected]),
-        "num_rows": num_rows,
-    }
+    return sums.moments(), rejected, num_rows
 
 
-def _read(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def read_sample(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings (N, D) as stored, positions (N,)) of the row group's rows that are in the sample."""
     block_ND = read_group(group, embedding_dim)
     if sample is None:
         return block_ND, np.arange(len(block_ND))
-    size = _rows_of(group, sample)
-    generator = np.random.default_rng([sample.seed, int(group.shard_hash[:15], 16), group.index])
-    positions = np.sort(generator.choice(len(block_ND), size, replace=False))
-    return block_ND[positions], positions
+    positions_N = sample.positions(group)
+    return block_ND[positions_N], positions_N
 
 
 def _ids(group: RowGroup, positions_N: np.ndarray) -> list[str]:

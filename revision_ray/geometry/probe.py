@@ -1,0 +1,285 @@
+"""The cross-modal probe: a linear head learns attributes from aligned text and is tested on real images.
+
+Distances between distributions do not say which strategy serves a model that is trained on text and meets
+images; this does, for the price of a few logistic regressions. Accuracy says whether the classes stay apart
+across the gap, the negative log-likelihood (nats) whether the head's confidence carries over, too.
+
+Shapes: N training rows, T test rows, D embedding dim, C classes, A attributes, P penalties,
+S seeds, R resamples.
+Labels are codes into an attribute's classes, -1 where a row has no label of it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+from scipy.special import log_softmax
+
+from revision_ray.errors import DataError
+
+# Strengths of the weights' penalty, strong to weak.
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+_VALIDATION_SHARE = 0.2
+_MAX_ITERATIONS = 500
+_RESAMPLES = 1000
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Multinomial logistic regression: logits are (x - centre) sqrt(D) W + b."""
+
+    centre_D: np.ndarray
+    weights_DC: np.ndarray
+    bias_C: np.ndarray
+
+    def log_probabilities(self, rows_ND: np.ndarray) -> np.ndarray:
+        """(N, C), natural logarithms."""
+        inputs_ND = _scaled(rows_ND, self.centre_D)
+        return log_softmax(inputs_ND @ self.weights_DC + self.bias_C, axis=1)
+
+
+def _scaled(rows_ND: np.ndarray, centre_D: np.ndarray) -> np.ndarray:
+    # Entries near one, so that one penalty means the same in every dimension.
+    return (rows_ND.astype(np.float64) - centre_D) * math.sqrt(rows_ND.shape[1])
+
+
+def train_head(
+    rows_ND: np.ndarray, labels_N: np.ndarray, num_classes: int, penalty: float, start: Head | None = None
+) -> Head:
+    """The minimum of mean negative log-likelihood + penalty / 2 * |W|^2, which is unique; no randomness.
+
+    Rows are centred on their own mean, which the bias (not penalised) makes good: it only eases the search.
+    `start` is a head of the same rows to begin from.
+    """
+    dim = rows_ND.shape[1]
+    centre_D = rows_ND.astype(np.float64).mean(0)
+    inputs_ND = _scaled(rows_ND, centre_D)
+    truth_NC = np.eye(num_classes)[labels_N]
+    begin = np.zeros((dim + 1, num_classes))
+    if start is not None:
+        begin = np.vstack([start.weights_DC, start.bias_C])
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        both = flat.reshape(dim + 1, num_classes)
+        log_NC = log_softmax(inputs_ND @ both[:-1] + both[-1], axis=1)
+        error_NC = (np.exp(log_NC) - truth_NC) / len(inputs_ND)
+        value = -np.vdot(log_NC, truth_NC) / len(inputs_ND) + penalty / 2 * np.vdot(both[:-1], both[:-1])
+        slope = np.vstack([inputs_ND.T @ error_NC + penalty * both[:-1], error_NC.sum(0)])
+        return float(value), slope.ravel()
+
+    found = scipy.optimize.minimize(
+        loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": _MAX_ITERATIONS, "gtol": 1e-5}
+    )
+    both = found.x.reshape(dim + 1, num_classes)
+    return Head(centre_D=centre_D, weights_DC=both[:-1], bias_C=both[-1])
+
+
+def heads(rows_ND: np.ndarray, labels_N: np.ndarray, num_classes: int, seed: int) -> tuple[list[Head], int]:
+    """(a head for each of `PENALTIES`, which one is taken), trained on 80 % of the rows.
+
+    Taken is the one under which the other 20 % are likeliest: who trains on text has nothing else to go by.
+    """
+    order_N = np.random.default_rng(seed).permutation(len(rows_ND))
+    num_held = max(1, int(len(rows_ND) * _VALIDATION_SHARE))
+    held_N, rest_N = order_N[:num_held], order_N[num_held:]
+    found: list[Head] = []
+    for penalty in PENALTIES:
+        start = found[-1] if found else None
+        found.append(train_head(rows_ND[rest_N], labels_N[rest_N], num_classes, penalty, start))
+    losses = [nll(head.log_probabilities(rows_ND[held_N]), labels_N[held_N]).mean() for head in found]
+    return found, int(np.argmin(losses))
+
+
+def nll(log_NC: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+    """(N,): negative log-likelihood of the true class, nats."""
+    return -np.take_along_axis(log_NC, labels_N[:, None], axis=1)[:, 0]
+
+
+def scores(
+    train_ND: np.ndarray,
+    train_NA: np.ndarray,
+    test_TD: np.ndarray,
+    test_TA: np.ndarray,
+    num_classes: Sequence[int],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(correct, nll), each (1 + P, T, A), NaN where a test row has no label: of the head that is taken, and
+    then of the heads of every penalty. One head an attribute."""
+    correct_PTA, nll_PTA = np.full((2, 1 + len(PENALTIES), *test_TA.shape), np.nan)
+    for attribute, classes in enumerate(num_classes):
+        known_N = train_NA[:, attribute] >= 0
+        found, taken = heads(train_ND[known_N], train_NA[known_N, attribute], classes, seed)
+        asked_T = test_TA[:, attribute] >= 0
+        truth = test_TA[asked_T, attribute]
+        for place, head in enumerate([found[taken], *found]):
+            log_TC = head.log_probabilities(test_TD[asked_T])
+            correct_PTA[place, asked_T, attribute] = log_TC.argmax(1) == truth
+            nll_PTA[place, asked_T, attribute] = nll(log_TC, truth)
+    return correct_PTA, nll_PTA
+
+
+def chance(train_NA: np.ndarray, test_TA: np.ndarray, num_classes: Sequence[int]) -> dict[str, float]:
+    """What knowing nothing but the training labels' frequencies gives, as mean over the attributes."""
+    accuracies, losses = [], []
+    for attribute, classes in enumerate(num_classes):
+        labels = train_NA[:, attribute]
+        counts_C = np.bincount(labels[labels >= 0], minlength=classes) + 1.0  # no class is impossible
+        truth = test_TA[test_TA[:, attribute] >= 0, attribute]
+        accuracies.append(float((truth == counts_C.argmax()).mean()))
+        losses.append(float(-np.log(counts_C / counts_C.sum())[truth].mean()))
+    return {"accuracy": float(np.mean(accuracies)), "nll": float(np.mean(losses))}
+
+
+def check_labels(
+    attributes: Sequence[str], train_NA: np.ndarray, test_TA: np.ndarray, train: str, test: str
+) -> None:
+    """Every attribute has two classes or more to learn from, and test rows.
+
+    Raises:
+        DataError: one has not.
+    """
+    for place, name in enumerate(attributes):
+        learnt = np.unique(train_NA[train_NA[:, place] >= 0, place])
+        if len(learnt) < 2:
+            raise DataError(
+                f"attribute {name}: the labelled {train} have {len(learnt)} classes of it, expected 2 or "
+                "more; label more rows, or name the attributes to probe in probe.attributes"
+            )
+        if not (test_TA[:, place] >= 0).any():
+            raise DataError(
+                f"attribute {name}: no labelled {test} have it; label some, or leave it out of "
+                "probe.attributes"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Every test row's score under every seed, NaN where it has no label."""
+
+    correct_STA: np.ndarray
+    nll_STA: np.ndarray
+    by_penalty: list[dict[str, float]] = field(default_factory=list)
+
+    @staticmethod
+    def of(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Scored":
+        """Of what `scores` gave for every seed."""
+        correct_SPTA, nll_SPTA = (np.stack(parts) for parts in zip(*seeds, strict=True))
+        by_penalty = [
+            {
+                "penalty": penalty,
+                "accuracy": float(np.nanmean(correct_SPTA[:, place], axis=(0, 1)).mean()),
+                "nll": float(np.nanmean(nll_SPTA[:, place], axis=(0, 1)).mean()),
+            }
+            for place, penalty in enumerate(PENALTIES, 1)
+        ]
+        return Scored(correct_STA=correct_SPTA[:, 0], nll_STA=nll_SPTA[:, 0], by_penalty=by_penalty)
+
+
+def resampled_means(values_STA: np.ndarray, seed: int, resamples: int = _RESAMPLES) -> np.ndarray:
+    """(R + 1, A): mean over seeds and test rows of every attribute; first as measured, then with seeds and
+    test rows drawn with replacement.
+
+    The same `seed` draws the same rows and seeds, so differences between two strategies are paired.
+    """
+    num_seeds, num_rows, _ = values_STA.shape
+    generator = np.random.default_rng(seed)
+    seeds_RS = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), resamples)
+    rows_RT = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), resamples)
+    weights_RS = np.vstack([np.ones(num_seeds), seeds_RS]) / num_seeds
+    weights_RT = np.vstack([np.ones(num_rows), rows_RT]).astype(np.float64)
+    known_TA = ~np.isnan(values_STA[0])
+    filled_STA = np.nan_to_num(values_STA)
+    sums_SRA = weights_RT @ filled_STA
+    means_RA = np.einsum("rs,sra->ra", weights_RS, sums_SRA)
+    # An attribute that a resample misses altogether has no mean there.
+    with np.errstate(invalid="ignore"):
+        return means_RA / (weights_RT @ known_TA)
+
+
+def interval(values_R: np.ndarray) -> dict[str, float]:
+    """{"mean", "low", "high"}: the measured value (first) and the central 95 % of the resampled ones."""
+    tail = 100 * (1 - _LEVEL) / 2
+    low, high = np.nanpercentile(values_R[1:], [tail, 100 - tail])
+    return {"mean": float(values_R[0]), "low": float(low), "high": float(high)}
+
+
+def summary(scored: Scored, attributes: Sequence[str], seed: int) -> dict[str, Any]:
+    """Accuracy and nll with intervals: mean over the attributes, and of each; and the mean of every seed."""
+    accuracy_RA = resampled_means(scored.correct_STA, seed)
+    nll_RA = resampled_means(scored.nll_STA, seed)
+    by_seed = [
+        {
+            "accuracy": float(np.nanmean(correct_TA, axis=0).mean()),
+            "nll": float(np.nanmean(nll_TA, axis=0).mean()),
+        }
+        for correct_TA, nll_TA in zip(scored.correct_STA, scored.nll_STA, strict=True)
+    ]
+    return {
+        "accuracy": interval(accuracy_RA.mean(1)),
+        "nll": interval(nll_RA.mean(1)),
+        "per_attribute": {
+            name: {"accuracy": interval(accuracy_RA[:, place]), "nll": interval(nll_RA[:, place])}
+            for place, name in enumerate(attributes)
+        },
+        "seeds": by_seed,
+        "by_penalty": scored.by_penalty,
+    }
+
+
+def difference(one: Scored, other: Scored, seed: int) -> dict[str, dict[str, float]]:
+    """{"accuracy", "nll"}: mean over the attributes of `one` minus `other` on the same rows and seeds."""
+    return {
+        name: interval((resampled_means(a, seed) - resampled_means(b, seed)).mean(1))
+        for name, a, b in (
+            ("accuracy", one.correct_STA, other.correct_STA),
+            ("nll", one.nll_STA, other.nll_STA),
+        )
+    }
+
+
+def best_penalty(found: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of the penalty with the lowest nll on real images: hindsight that training on text lacks."""
+    return min(found["by_penalty"], key=lambda each: each["nll"])
+
+
+def verdict(tested: Mapping[str, Scored], upper_bound: Scored, attributes: Sequence[str], seed: int) -> str:
+    """Which strategy to trust on these data, and which ones cannot be told from it."""
+    summaries = {name: summary(scored, attributes, seed) for name, scored in tested.items()}
+    sentences = []
+    for figure, best_of, what, form in (
+        ("nll", min, "negative log-likelihood of real images", "{:.3f} nats"),
+        ("accuracy", max, "accuracy on real images", "{:.3f}"),
+    ):
+        means = {name: found[figure]["mean"] for name, found in summaries.items()}
+        best = best_of(means, key=lambda name: means[name])
+        against = {
+            name: difference(scored, tested[best], seed)[figure]
+            for name, scored in tested.items()
+            if name != best
+        }
+        close = [name for name, diff in against.items() if diff["low"] <= 0 <= diff["high"]]
+        word = "Lowest" if best_of is min else "Highest"
+        sentences.append(f"{word} {what}: {best} ({form.format(means[best])}).")
+        if close:
+            sentences.append(f"Not to be told from it here: {', '.join(close)}.")
+        if "none" in against and "none" not in close:
+            sentences.append(f"Against it, none is {form.format(abs(against['none']['mean']))} behind.")
+    if all(found["by_penalty"] for found in summaries.values()):
+        hindsight = {name: best_penalty(found)["nll"] for name, found in summaries.items()}
+        best = min(hindsight, key=lambda name: hindsight[name])
+        spread = max(hindsight.values()) - hindsight[best]
+        sentences.append(
+            f"With the penalty that suits the real images best, which text cannot tell, {best} leads with "
+            f"{hindsight[best]:.3f} nats and the others are at most {spread:.3f} behind; what they lose "
+            "beyond that is confidence that does not carry over."
+        )
+    limit = summary(upper_bound, attributes, seed)
+    sentences.append(
+        f"Heads trained on images themselves reach {limit['nll']['mean']:.3f} nats and "
+        f"{limit['accuracy']['mean']:.3f}."
+    )
+    return " ".join(sentences)

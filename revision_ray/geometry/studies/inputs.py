@@ -1,0 +1,204 @@
+"""What the studies work on: text and image stores, and the rows of each that no fit sees. Ray."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from revision_ray.align.affine import Affine
+from revision_ray.align.map_reduce import Sample, draw_sample, moments_here, store_moments
+from revision_ray.align.moments import Moments
+from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
+from revision_ray.cluster import connect, one_thread, user_errors
+from revision_ray.data.rejected import check_rejected
+from revision_ray.data.store import Store, open_stores
+from revision_ray.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# Rows without a direction have no place in a statistic; more than this share of them is a fault of the store.
+_MOST_REJECTED = 0.001
+_FEWEST_HELD_OUT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stores:
+    """Texts and images of one encoder, and the rows of each that are kept from every fit."""
+
+    texts: Store
+    images: Store
+    heldout_texts: Sample
+    heldout_images: Sample
+
+    @property
+    def num_rest(self) -> int:
+        """Rows that a fit may use, of the side that has fewer."""
+        return min(
+            side.num_rows - num_rows(held)
+            for side, held in ((self.texts, self.heldout_texts), (self.images, self.heldout_images))
+        )
+
+
+def num_rows(sample: Sample) -> int:
+    return sum(sample.rows.values())
+
+
+def open_pair(texts: str | Sequence[str], images: str | Sequence[str]) -> tuple[Store, Store]:
+    """The text and the image store, of one encoder.
+
+    Raises:
+        DataError: a store is missing or of another modality, or the two do not belong together.
+    """
+    opened = (
+        open_stores([texts] if isinstance(texts, str) else texts, "text"),
+        open_stores([images] if isinstance(images, str) else images, "image"),
+    )
+    first, second = opened
+    where = f"{', '.join(first.uris)} and {', '.join(second.uris)}"
+    if first.embedding_dim != second.embedding_dim:
+        raise DataError(
+            f"{where}: dimensions are {first.embedding_dim} and {second.embedding_dim}; both sides must come "
+            "from one dual encoder"
+        )
+    if first.encoder.fingerprint != second.encoder.fingerprint:
+        raise DataError(
+            f"{where}: encoders are {first.encoder} and {second.encoder}; embed both with one encoder"
+        )
+    if first.alignment:
+        raise DataError(f"{first.uris[0]}: is aligned already; study the store that it was made from")
+    return opened
+
+
+def hold_out(texts: Store, images: Store, most: int, seed: int) -> Stores:
+    """A uniform sample of each side, `most` rows and at most a quarter, is set apart.
+
+    Raises:
+        DataError: too few rows to set any apart.
+    """
+    samples = []
+    for place, store in enumerate((texts, images)):
+        size = min(most, store.num_rows // 4)
+        if size < _FEWEST_HELD_OUT:
+            raise DataError(
+                f"{', '.join(store.uris)}: has {store.num_rows} rows and {size} would be held out (at most a "
+                f"quarter); the studies need {4 * _FEWEST_HELD_OUT} rows a side and heldout_rows of "
+                f"{_FEWEST_HELD_OUT} or more"
+            )
+        samples.append(draw_sample(store, size, derived_seed(seed, place)))
+    return Stores(texts=texts, images=images, heldout_texts=samples[0], heldout_images=samples[1])
+
+
+def derived_seed(seed: int, *place: int) -> int:
+    """A seed of its own for every `place` of a study."""
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
+
+
+def moments_of(
+    store: Store,
+    name: str,
+    *,
+    affine: Affine | None = None,
+    second: bool = False,
+    sample: Sample | None = None,
+) -> Moments:
+    """Moments of the store's rows by map-reduce.
+
+    Raises:
+        DataError: rows without a direction are more than a few.
+    """
+    moments, rejected = store_moments(store, name, affine=affine, second=second, sample=sample)
+    if rejected:
+        log.warning("%s: %d rows without a direction are left out", ", ".join(store.uris), len(rejected))
+    first = f"first: {rejected[0].id} in {rejected[0].uri}" if rejected else ""
+    check_rejected(rejected, moments.count + len(rejected), _MOST_REJECTED, first)
+    return moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A map and the statistics that it came from."""
+
+    affine: Affine
+    text: Moments
+    image: Moments
+
+
+def fit_rest(stores: Stores, config: StrategyConfig) -> Fitted:
+    """The strategy fitted to every row that is not held out, by map-reduce."""
+    second = STRATEGIES[config.strategy].second
+    text_sample = draw_sample(stores.texts, stores.texts.num_rows, config.seed, stores.heldout_texts)
+    image_sample = draw_sample(stores.images, stores.images.num_rows, config.seed, stores.heldout_images)
+    text = moments_of(stores.texts, "texts", second=second, sample=text_sample)
+    image = moments_of(stores.images, "images", second=second, sample=image_sample)
+    with one_thread():
+        affine = fit_map(text, image, config)
+    for step in range(_num_steps(config)):
+        aligned = moments_of(stores.texts, f"mu' step {step + 1}", affine=affine, sample=text_sample)
+        affine = affine.with_centroid_step(image.centroid - aligned.centroid)
+    return Fitted(affine=affine, text=text, image=image)
+
+
+def fit_here(stores: Stores, config: StrategyConfig, size: int, seed: int) -> Fitted:
+    """The strategy fitted in this process to `size` rows a side that are not held out."""
+    second = STRATEGIES[config.strategy].second
+    text_sample = draw_sample(stores.texts, size, derived_seed(seed, 0), stores.heldout_texts)
+    image_sample = draw_sample(stores.images, size, derived_seed(seed, 1), stores.heldout_images)
+    text, _ = moments_here(stores.texts, second=second, sample=text_sample)
+    image, _ = moments_here(stores.images, second=second, sample=image_sample)
+    with one_thread():
+        affine = fit_map(text, image, config)
+    for _ in range(_num_steps(config)):
+        aligned, _ = moments_here(stores.texts, affine=affine, sample=text_sample)
+        affine = affine.with_centroid_step(image.centroid - aligned.centroid)
+    return Fitted(affine=affine, text=text, image=image)
+
+
+def _num_steps(config: StrategyConfig) -> int:
+    return config.centroid_steps if STRATEGIES[config.strategy].centroid_step else 0
+
+
+def gap(text: Moments, image: Moments) -> float:
+    """Modality gap: the Euclidean distance of the two centroids."""
+    return float(np.linalg.norm(text.centroid - image.centroid))
+
+
+def sampling_floor(text: Moments, image: Moments) -> float:
+    """Root mean square distance that sampling alone leaves between the centroids of these rows, were the two
+    populations' centroids equal: sqrt(T_x / N_x + T_y / N_y)."""
+    return math.sqrt(text.trace / text.count + image.trace / image.count)
+
+
+def sizes_for(asked: Sequence[int], available: int, what: str) -> list[int]:
+    """The sizes of the list that `available` rows allow, and `available` itself in place of larger ones.
+
+    Raises:
+        DataError: not even the smallest is there.
+    """
+    sizes = sorted(size for size in set(asked) if size <= available)
+    if not sizes:
+        raise DataError(
+            f"{what}: {available} rows can be used and the smallest size asked for is {min(asked)}; embed "
+            "more rows, or ask for smaller sizes"
+        )
+    return sizes if len(sizes) == len(set(asked)) or sizes[-1] == available else [*sizes, available]
+
+
+def gathered(references: Sequence[Any]) -> list[Any]:
+    """What Ray tasks returned, in order; an error of ours from one is raised as itself."""
+    with user_errors():
+        return ray.get(list(references))
+
+
+def remote(function: Any) -> Any:
+    """`function` as Ray tasks of one CPU, with BLAS on one thread, so that the bits are the same anywhere."""
+    connect()
+
+    def work(*arguments: Any) -> Any:
+        with one_thread():
+            return function(*arguments)
+
+    return ray.remote(work).remote
