@@ -122,7 +122,7 @@ def _partial_moments(
     with one_thread():
         for document in json.loads(item["row_groups"]):
             group = RowGroup(**document)
-            block_ND, positions_N = _read(group, sample, embedding_dim)
+            block_ND, positions_N = read_sampled(group, sample, embedding_dim)
             num_rows += len(block_ND)
             ids = None
             if affine is not None and affine.needs_ids:
@@ -144,7 +144,10 @@ def _partial_moments(
     }
 
 
-def _read(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def read_sampled(
+    group: RowGroup, sample: Sample | None, embedding_dim: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sample's rows of a row group, (N, D), and their positions in it; all rows where there is no sample."""
     block_ND = read_group(group, embedding_dim)
     if sample is None:
         return block_ND, np.arange(len(block_ND))
