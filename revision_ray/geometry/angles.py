@@ -1,0 +1,159 @@
+"""Figures of angles: within a cloud, before and after alignment, within pairs (arXiv 2602.07026 sec. 6).
+
+Shapes: N rows, D embedding dim, P pairs of rows, H histogram bins.
+"""
+
+import numpy as np
+
+from revision_ray.errors import ConfigError, DataError
+from revision_ray.geometry.rows import directions, finite_rows, same_dim, same_shape
+from revision_ray.geometry.spectra import pearson
+
+NUM_PAIRS = 200_000
+# Bins of width 0.01 over -1..1.
+NUM_BINS = 200
+# Rows gathered at once: both sides of this many pairs stay in the cache.
+_GATHERED_BYTES = 4_000_000
+
+
+def row_pairs(num_rows: int, num_pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (P,), (P,) of `num_pairs` different pairs i < j of rows, drawn without replacement; all pairs
+    where there are no more.
+
+    Raises:
+        ConfigError: `num_pairs` is below 1.
+        DataError: fewer than two rows.
+    """
+    if num_pairs < 1:
+        raise ConfigError(f"{num_pairs} pairs of rows; at least 1")
+    if num_rows < 2:
+        raise DataError(f"{num_rows} rows have no pairs; at least 2 are needed for this figure")
+    possible = num_rows * (num_rows - 1) // 2
+    generator = np.random.default_rng(seed)
+    if possible < 2 * num_pairs:
+        first, second = np.triu_indices(num_rows, 1)
+        if possible <= num_pairs:
+            return first, second
+        chosen = np.sort(generator.permutation(possible)[:num_pairs])
+        return first[chosen], second[chosen]
+    keys = np.empty(0, np.int64)
+    while len(keys) < num_pairs:
+        missing = num_pairs - len(keys)
+        one = generator.integers(num_rows, size=missing)
+        other = (one + generator.integers(1, num_rows, size=missing)) % num_rows  # never the same row
+        keys = np.union1d(keys, np.minimum(one, other) * num_rows + np.maximum(one, other))
+    return keys // num_rows, keys % num_rows
+
+
+def pair_cosines(rows_ND: np.ndarray, num_pairs: int = NUM_PAIRS, seed: int = 0) -> np.ndarray:
+    """Cosines (P,) of pairs of different rows: a seeded sample of the pairs, or all where there are no more.
+
+    Rows need not be of unit length.
+
+    Raises:
+        DataError: fewer than two rows, or rows that are not finite or have no direction.
+    """
+    rows_ND = directions(rows_ND, minimum=2)
+    return _cosines_of(rows_ND, *row_pairs(len(rows_ND), num_pairs, seed))
+
+
+def cosine_histogram(cosines_P: np.ndarray, bins: int = NUM_BINS) -> np.ndarray:
+    """Counts (H,) of cosines in `bins` equal bins over -1..1.
+
+    Raises:
+        ConfigError: `bins` is below 1.
+        DataError: a value is not a cosine.
+    """
+    if bins < 1:
+        raise ConfigError(f"{bins} bins; at least 1")
+    cosines_P = np.asarray(cosines_P, np.float64)
+    if not np.all(np.abs(cosines_P) <= 1 + 1e-9):  # false for NaN, too
+        raise DataError("cosines lie between -1 and 1; some of these do not")
+    place_P = np.floor((np.clip(cosines_P, -1, 1) + 1) * (bins / 2)).astype(np.int64)
+    return np.bincount(np.minimum(place_P, bins - 1), minlength=bins)
+
+
+def js_divergence(p_H: np.ndarray, q_H: np.ndarray) -> float:
+    """Jensen-Shannon divergence of two histograms in nats: 0 where equal, ln 2 where disjoint.
+
+    Counts or shares: each is divided by its sum.
+
+    Raises:
+        DataError: the histograms have different bins, a negative entry, or no entries at all.
+    """
+    same_shape(p_H, q_H, "the two histograms")
+    shares = []
+    for values in (p_H, q_H):
+        values = np.asarray(values, np.float64)
+        if not np.isfinite(values).all() or values.min(initial=0) < 0 or not values.sum():
+            raise DataError("a histogram holds counts of 0 or more, and not only zeros")
+        shares.append(values / values.sum())
+    middle_H = (shares[0] + shares[1]) / 2
+    halves = (np.sum(s[s > 0] * np.log(s[s > 0] / middle_H[s > 0])) for s in shares)
+    return max(float(sum(halves) / 2), 0.0)
+
+
+def angular_js_divergence(
+    a_ND: np.ndarray, b_ND: np.ndarray, num_pairs: int = NUM_PAIRS, bins: int = NUM_BINS, seed: int = 0
+) -> float:
+    """JS divergence (nats) of the histograms of pairwise cosines within each cloud.
+
+    The number of bins and of pairs belong beside the figure: with P pairs a side, two samples of one
+    distribution differ by about (filled bins - 1) / (4 P) already.
+
+    Raises:
+        DataError: as `pair_cosines`, or the dimensions differ.
+    """
+    same_dim(a_ND, b_ND)
+    counts = [cosine_histogram(pair_cosines(rows_ND, num_pairs, seed), bins) for rows_ND in (a_ND, b_ND)]
+    return js_divergence(*counts)
+
+
+def mean_cosine(before_ND: np.ndarray, after_ND: np.ndarray) -> float:
+    """Phi: mean cosine of a text embedding y and the same text after alignment, z; E[y.z] for unit rows.
+
+    Raises:
+        DataError: the shapes differ, or rows are not finite or have no direction.
+    """
+    same_shape(before_ND, after_ND, "embeddings before and after alignment")
+    return float(np.mean(np.vecdot(directions(before_ND, "before"), directions(after_ND, "after"))))
+
+
+def cosine_correlation(
+    before_ND: np.ndarray, after_ND: np.ndarray, num_pairs: int = NUM_PAIRS, seed: int = 0
+) -> float:
+    """Psi: Pearson correlation of pairwise cosines among texts before and after alignment, of the same pairs.
+
+    Raises:
+        DataError: the shapes differ, fewer than three rows, or all cosines of a side are equal.
+    """
+    same_shape(before_ND, after_ND, "embeddings before and after alignment")
+    before_ND, after_ND = directions(before_ND, "before", 3), directions(after_ND, "after", 3)
+    pairs = row_pairs(len(before_ND), num_pairs, seed)
+    return pearson(_cosines_of(before_ND, *pairs), _cosines_of(after_ND, *pairs), "pairwise cosines")
+
+
+def residual_ratio(image_ND: np.ndarray, text_ND: np.ndarray) -> float:
+    """Mean distance within a pair after mean correction over that before: E||Delta - m|| / E||Delta||.
+
+    Row i of both sides is a pair, Delta = e_x - e_y, m = E[Delta] (AnisoAlign sec. 3).
+
+    Raises:
+        DataError: the shapes differ, rows are not finite, or every pair coincides.
+    """
+    same_shape(image_ND, text_ND, "images and their texts")
+    gap_ND = finite_rows(image_ND, "images") - finite_rows(text_ND, "texts")
+    before = np.linalg.norm(gap_ND, axis=1).mean()
+    if not before:
+        raise DataError("every text embedding equals its image's, so there is no gap to correct")
+    return float(np.linalg.norm(gap_ND - gap_ND.mean(axis=0), axis=1).mean() / before)
+
+
+def _cosines_of(unit_ND: np.ndarray, first_P: np.ndarray, second_P: np.ndarray) -> np.ndarray:
+    """Products of the rows of each pair, gathered in parts so that memory does not grow with P."""
+    size = max(_GATHERED_BYTES // (2 * unit_ND[0].nbytes), 1)
+    parts = [
+        np.vecdot(unit_ND[first_P[start : start + size]], unit_ND[second_P[start : start + size]])
+        for start in range(0, len(first_P), size)
+    ]
+    return np.clip(np.concatenate(parts), -1.0, 1.0)

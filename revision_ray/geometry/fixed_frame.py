@@ -1,0 +1,261 @@
+"""The gap in a fixed frame: Delta = beta + gamma + delta + zeta (arXiv 2602.07026 sec. 3, app. A-C).
+
+U is the principal subspace of a reference covariance, V its orthogonal complement, P_U and P_V their
+projectors, frozen from the reference time on.
+
+Shapes: N pairs or rows, D embedding dim, R dimensions of U, S = D - R dimensions of V.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+
+from revision_ray.align.frame import fixed_frame
+from revision_ray.errors import ConfigError, DataError
+from revision_ray.geometry.rows import finite_rows, same_dim, same_shape, unit_rows
+from revision_ray.geometry.spectra import covariance, leading_directions, pearson
+
+# Below this a mean gap is rounding, and no drift is measured relative to it.
+EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Orthonormal bases of U and V. `num_rows` tells how many rows of the smaller side they came from."""
+
+    u_DR: np.ndarray
+    v_DS: np.ndarray
+    energy: float
+    num_rows: int
+
+    @property
+    def rank(self) -> int:
+        return self.u_DR.shape[1]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Delta = e_x - e_y of N pairs and its four parts, all in the coordinates of the embedding, float64.
+
+    beta: principal mean bias (PMB); gamma: passive orthogonal bias (POB); delta, zeta: the residual of each
+    pair in U and in V.
+    """
+
+    gap_ND: np.ndarray
+    mean_D: np.ndarray
+    beta_D: np.ndarray
+    gamma_D: np.ndarray
+    delta_ND: np.ndarray
+    zeta_ND: np.ndarray
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How far the residual in U predicts that in V, linearly."""
+
+    spectral_norm: float
+    explained_variance: float
+    """R^2(zeta <- delta), in sample."""
+    chance_explained_variance: float
+    """R / (N - 1): what R predictors without any relation explain of N samples on average, without ridge."""
+
+
+def reference_frame(image_ND: np.ndarray, text_ND: np.ndarray, energy: float) -> Frame:
+    """The frame of Cov(e_x) + Cov(e_y): U is spanned by the fewest eigenvectors that hold the share `energy`.
+
+    The sides need not be paired. With fewer rows than dimensions V holds directions that were never seen
+    to vary; `num_rows` tells.
+
+    Raises:
+        ConfigError: as `frame_of`.
+        DataError: fewer than two rows a side, rows not of unit length, other dimensions, or no variance.
+    """
+    same_dim(image_ND, text_ND, "images and texts")
+    reference_DD = covariance(unit_rows(image_ND, "images")) + covariance(unit_rows(text_ND, "texts"))
+    return frame_of(reference_DD, energy, min(len(image_ND), len(text_ND)))
+
+
+def frame_of(reference_DD: np.ndarray, energy: float, num_rows: int) -> Frame:
+    """The frame of a reference covariance that was computed elsewhere, as from the moments of whole stores.
+
+    Raises:
+        ConfigError: `energy` is not between 0 and 1, or so large that nothing is left for V.
+        DataError: the covariance is zero.
+    """
+    if not 0 < energy < 1:
+        raise ConfigError(f"energy is {energy}; expected a share of the trace between 0 and 1")
+    if not np.trace(reference_DD) > 0:
+        raise DataError("the reference covariance is zero: these embeddings do not vary, and span no frame")
+    u_DR, v_DS = fixed_frame(reference_DD, energy)
+    if not v_DS.shape[1]:
+        raise ConfigError(
+            f"all {len(u_DR)} dimensions are needed for the share {energy}, so V is empty; lower energy"
+        )
+    return Frame(u_DR, v_DS, energy, num_rows)
+
+
+def decompose(image_ND: np.ndarray, text_ND: np.ndarray, frame: Frame) -> Decomposition:
+    """The gap of each pair (row i of both sides) and its parts in the frame.
+
+    Rows may be off the sphere, as a mean shift leaves them: the identities hold for any.
+
+    Raises:
+        DataError: the sides differ in shape, lie in another dimension than the frame, or are not finite.
+    """
+    same_shape(image_ND, text_ND, "images and their texts")
+    same_dim(image_ND, frame.u_DR.T, "embeddings and frame")
+    gap_ND = finite_rows(image_ND, "images") - finite_rows(text_ND, "texts")
+    mean_D = gap_ND.mean(axis=0)
+    residual_ND = gap_ND - mean_D
+    return Decomposition(
+        gap_ND=gap_ND,
+        mean_D=mean_D,
+        beta_D=frame.u_DR @ (frame.u_DR.T @ mean_D),
+        gamma_D=frame.v_DS @ (frame.v_DS.T @ mean_D),
+        delta_ND=(residual_ND @ frame.u_DR) @ frame.u_DR.T,
+        zeta_ND=(residual_ND @ frame.v_DS) @ frame.v_DS.T,
+    )
+
+
+def identities(parts: Decomposition) -> dict[str, float]:
+    """By how much each identity of the decomposition fails; every figure is rounding, at most 1e-10."""
+    whole_ND = parts.beta_D + parts.gamma_D + parts.delta_ND + parts.zeta_ND
+    energy = np.mean(np.sum(parts.gap_ND**2, axis=1))
+    split = parts.mean_D @ parts.mean_D + parts.delta_ND.var(axis=0).sum() + parts.zeta_ND.var(axis=0).sum()
+    return {
+        "Delta = beta + gamma + delta + zeta": float(np.abs(parts.gap_ND - whole_ND).max()),
+        "beta + gamma = m": float(np.linalg.norm(parts.beta_D + parts.gamma_D - parts.mean_D)),
+        "E delta = 0": float(np.linalg.norm(parts.delta_ND.mean(axis=0))),
+        "E zeta = 0": float(np.linalg.norm(parts.zeta_ND.mean(axis=0))),
+        "<delta, zeta> = 0": float(np.abs(np.vecdot(parts.delta_ND, parts.zeta_ND)).max()),
+        "E||Delta||^2 = ||m||^2 + tr Cov(delta) + tr Cov(zeta)": float(abs(energy - split)),
+    }
+
+
+def block_covariances(parts: Decomposition, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """Cov(delta) (R, R) in the basis of U and Cov(zeta) (S, S) in that of V, for spectra and kappa_eff."""
+    return covariance(parts.delta_ND @ frame.u_DR), covariance(parts.zeta_ND @ frame.v_DS)
+
+
+def principal_angles(a_DR: np.ndarray, b_DS: np.ndarray) -> np.ndarray:
+    """Angles in radians, ascending, between the spans of two bases: as many as the smaller has vectors."""
+    same_dim(a_DR.T, b_DS.T, "the two subspaces")
+    if not a_DR.shape[1] or not b_DS.shape[1]:
+        raise DataError("a subspace without vectors has no angles")
+    return scipy.linalg.subspace_angles(a_DR, b_DS)[::-1]
+
+
+def sin_theta(a_DR: np.ndarray, b_DS: np.ndarray) -> float:
+    """Sine of the largest principal angle: the geometric baseline of `leak_ref` (U against U_t)."""
+    return float(np.sin(principal_angles(a_DR, b_DS)[-1]))
+
+
+def leak_ref(gradient_ND: np.ndarray, frame: Frame) -> float:
+    """Share of the embedding gradients' RMS that falls in V: sqrt(E||P_V g||^2 / E||g||^2), 0 to 1.
+
+    A ratio of lengths, not of energies: for gradients within U_t it is at most sin(theta) of U and U_t,
+    its baseline. The share of the energy is its square.
+
+    Raises:
+        DataError: gradients are not finite, all zero, or of another dimension than the frame.
+    """
+    gradient_ND = finite_rows(gradient_ND, "gradients")
+    same_dim(gradient_ND, frame.u_DR.T, "gradients and frame")
+    largest = np.abs(gradient_ND).max()
+    if not largest:
+        raise DataError("every gradient is zero, so no share of them falls anywhere")
+    gradient_ND = gradient_ND / largest  # squares of small gradients underflow
+    inside, outside = (np.sum((gradient_ND @ basis) ** 2) for basis in (frame.u_DR, frame.v_DS))
+    return float(math.sqrt(outside / (inside + outside)))
+
+
+def pob_drift(gamma_D: np.ndarray, gamma_0_D: np.ndarray) -> float:
+    """||gamma(t) - gamma(t0)|| / max(||gamma(t0)||, eps)."""
+    same_shape(gamma_D, gamma_0_D, "gamma(t) and gamma(t0)")
+    return float(np.linalg.norm(gamma_D - gamma_0_D) / max(np.linalg.norm(gamma_0_D), EPSILON))
+
+
+def pob_stability(gamma_D: np.ndarray, gamma_previous_D: np.ndarray) -> float:
+    """cos(gamma(t), gamma(t-1)).
+
+    Raises:
+        DataError: one of them is zero.
+    """
+    same_shape(gamma_D, gamma_previous_D, "gamma(t) and gamma(t-1)")
+    lengths = np.linalg.norm(gamma_D), np.linalg.norm(gamma_previous_D)
+    if min(lengths) < EPSILON:
+        raise DataError("gamma is zero: the mean gap has no part in V, so its direction cannot be compared")
+    return float(np.clip(gamma_D @ gamma_previous_D / (lengths[0] * lengths[1]), -1.0, 1.0))
+
+
+def rho_eig(delta_eigenvalues_R: np.ndarray, gradient_eigenvalues_R: np.ndarray) -> float:
+    """Pearson correlation of the sorted eigenvalues of Cov(delta) and of the gradient covariance, both in U.
+
+    Raises:
+        DataError: their numbers differ, there is only one, or all of a side are equal.
+    """
+    same_shape(delta_eigenvalues_R, gradient_eigenvalues_R, "the two spectra")
+    return pearson(np.sort(delta_eigenvalues_R), np.sort(gradient_eigenvalues_R), "eigenvalues in U")
+
+
+def leading_angle_degrees(gamma: np.ndarray, zeta_covariance: np.ndarray) -> float:
+    """Angle of gamma to the line of the first eigenvector of Cov(zeta): 0 to 90 degrees.
+
+    Both in the coordinates of the embedding, (D,) and (D, D), or both in the basis of V, (S,) and (S, S).
+    Near 90 degrees is what any vector shows in many dimensions: see `angle_by_chance_degrees`.
+
+    Raises:
+        DataError: gamma is zero, zeta does not vary, or the dimensions differ.
+    """
+    same_dim(gamma, zeta_covariance, "gamma and Cov(zeta)")
+    length = np.linalg.norm(gamma)
+    if length < EPSILON:
+        raise DataError("gamma is zero: the mean gap has no part in V, so it has no direction")
+    first = leading_directions(zeta_covariance, 1)[:, 0]
+    across = np.linalg.norm(gamma - first * (first @ gamma))
+    return math.degrees(math.atan2(across, abs(float(first @ gamma))))
+
+
+def angle_by_chance_degrees(num_dims: int) -> float:
+    """arccos of the mean |cosine| between a random direction of `num_dims` dimensions and a fixed line."""
+    log_mean = scipy.special.gammaln(num_dims / 2) - scipy.special.gammaln((num_dims + 1) / 2)
+    return math.degrees(math.acos(min(math.exp(log_mean) / math.sqrt(math.pi), 1.0)))
+
+
+def coupling(delta_ND: np.ndarray, zeta_ND: np.ndarray, frame: Frame, ridge: float = 1e-3) -> Coupling:
+    """Ridge regression of the residual in V on that in U: L = Z D' (D D' + lambda I)^-1 (app. C).
+
+    D and Z hold the residuals in the bases of U and V, a column a sample. lambda = `ridge` tr(D D') / R, so
+    that a ridge means the same for any number of samples and any scale.
+
+    Raises:
+        ConfigError: `ridge` is negative.
+        DataError: not more samples than dimensions of U, other shapes, or a side that does not vary.
+    """
+    if ridge < 0:
+        raise ConfigError(f"ridge is {ridge}; expected 0 or more")
+    same_shape(delta_ND, zeta_ND, "residuals in U and in V")
+    same_dim(delta_ND, frame.u_DR.T, "residuals and frame")
+    if len(delta_ND) <= frame.rank + 1:
+        raise DataError(
+            f"{len(delta_ND)} samples fit any relation to {frame.rank} dimensions of U; take more samples "
+            "or a frame of less energy"
+        )
+    d_NR = finite_rows(delta_ND, "residuals in U") @ frame.u_DR
+    z_NS = finite_rows(zeta_ND, "residuals in V") @ frame.v_DS
+    gram_RR, cross_RS = d_NR.T @ d_NR, d_NR.T @ z_NS
+    variance = float(np.sum(z_NS**2))
+    if not variance or not np.trace(gram_RR):
+        raise DataError("the residual in U or in V is zero, so neither predicts the other")
+    penalty = ridge * np.trace(gram_RR) / frame.rank
+    # Least squares of least norm where the residual in U does not fill U and there is no ridge.
+    map_RS = np.linalg.pinv(gram_RR + penalty * np.eye(frame.rank), hermitian=True) @ cross_RS
+    explained = 2 * np.sum(map_RS * cross_RS) - np.sum(map_RS * (gram_RR @ map_RS))
+    return Coupling(
+        spectral_norm=float(np.linalg.norm(map_RS, 2)),
+        explained_variance=float(explained / variance),
+        chance_explained_variance=frame.rank / (len(delta_ND) - 1),
+    )

@@ -1,0 +1,257 @@
+"""Figures of covariance spectra (arXiv 2602.07026 sec. 6 and app. D-G; AnisoAlign, arXiv 2605.07825).
+
+Eigenvalues come in descending order, in squared units of the embedding (dimensionless for unit rows).
+
+Shapes: N rows, D embedding dim, Q leading directions.
+"""
+
+import math
+
+import numpy as np
+import scipy.linalg
+
+from revision_ray.errors import ConfigError, DataError
+from revision_ray.geometry.rows import finite_rows, same_shape
+
+# A covariance that was made by subtraction has negative eigenvalues of this share of the largest, not more.
+_NEGATIVE_BY_ROUNDING = 1e-8
+
+
+def covariance(rows_ND: np.ndarray) -> np.ndarray:
+    """Centred covariance E[(e - mu)(e - mu)'], float64 (D, D): divided by N, as `Moments.covariance`.
+
+    Raises:
+        DataError: fewer than two rows, or NaN or infinite ones.
+    """
+    rows_ND = finite_rows(rows_ND, minimum=2)
+    centred_ND = rows_ND - rows_ND.mean(axis=0)
+    return centred_ND.T @ centred_ND / len(rows_ND)
+
+
+def eigenvalues_of(covariance_DD: np.ndarray) -> np.ndarray:
+    """Eigenvalues of a covariance, descending, float64 (D,); what rounding made negative is 0.
+
+    Raises:
+        DataError: the matrix is not square, not finite, not symmetric, or has a truly negative eigenvalue.
+    """
+    values_D = scipy.linalg.eigvalsh(_covariance(covariance_DD))[::-1]
+    if values_D[-1] < -_NEGATIVE_BY_ROUNDING * max(values_D[0], 0.0):
+        raise DataError(f"the smallest eigenvalue is {values_D[-1]:.2e}: this is not a covariance")
+    return np.maximum(values_D, 0.0)
+
+
+def leading_directions(covariance_DD: np.ndarray, num_directions: int) -> np.ndarray:
+    """Eigenvectors (D, Q) of the `num_directions` largest eigenvalues, the largest first.
+
+    Raises:
+        ConfigError: `num_directions` is not between 1 and D.
+        DataError: as `eigenvalues_of`, or these eigenvalues are not all positive, which leaves the
+            directions undetermined.
+    """
+    dim = len(covariance_DD)
+    if not 1 <= num_directions <= dim:
+        raise ConfigError(f"{num_directions} leading directions of {dim}; expected 1 to {dim}")
+    values_Q, vectors_DQ = scipy.linalg.eigh(
+        _covariance(covariance_DD), subset_by_index=[dim - num_directions, dim - 1]
+    )
+    if values_Q[0] <= _rounding(values_Q[-1], dim):
+        raise DataError(
+            f"the covariance has fewer than {num_directions} directions of positive variance; take more rows "
+            "than that, or fewer directions"
+        )
+    return vectors_DQ[:, ::-1]
+
+
+def numerical_rank(eigenvalues_D: np.ndarray) -> int:
+    """How many eigenvalues are positive beyond rounding: above D eps times the largest."""
+    values_D = _spectrum(eigenvalues_D)
+    return int(np.sum(values_D > _rounding(values_D[0], len(values_D))))
+
+
+def spectrum_exponent(eigenvalues_D: np.ndarray, first: int = 10, last: int | None = None) -> float:
+    """alpha: minus the least-squares slope of log eigenvalue on log rank, ranks `first` to `last` (from 1).
+
+    `last` is min(256, D - 1) unless given. Trace normalisation adds a constant to every logarithm, so the
+    figure is the same with and without it.
+
+    Raises:
+        ConfigError: the ranks are not 1 <= first < last <= D.
+        DataError: an eigenvalue of these ranks is zero.
+    """
+    values_D = _spectrum(eigenvalues_D)
+    last = min(256, len(values_D) - 1) if last is None else last
+    if not 1 <= first < last <= len(values_D):
+        raise ConfigError(f"ranks {first} to {last} of {len(values_D)} eigenvalues; at least two are needed")
+    logarithms = _logarithms(values_D, last)[first - 1 :]
+    log_ranks = np.log(np.arange(first, last + 1))
+    log_ranks -= log_ranks.mean()
+    return -float(log_ranks @ logarithms / (log_ranks @ log_ranks))
+
+
+def condition_number(eigenvalues_D: np.ndarray, floor: float | None = None) -> float:
+    """Largest over smallest eigenvalue; infinite where the smallest is zero within rounding (D eps).
+
+    With `floor`, eigenvalues below that share of the largest are left out: the figure is then at most
+    1/floor, and has to be quoted with it.
+
+    Raises:
+        ConfigError: `floor` is not between 0 and 1.
+    """
+    values_D = _spectrum(eigenvalues_D)
+    if floor is None:
+        singular = values_D[-1] <= _rounding(values_D[0], len(values_D))
+        return math.inf if singular else float(values_D[0] / values_D[-1])
+    if not 0 < floor <= 1:
+        raise ConfigError(
+            f"floor is {floor}; expected a share of the largest eigenvalue, above 0 and up to 1"
+        )
+    return float(values_D[0] / values_D[values_D >= floor * values_D[0]][-1])
+
+
+def effective_condition_number(eigenvalues_D: np.ndarray, energy: float) -> tuple[float, int]:
+    """(kappa_eff, rank): largest over smallest of the leading eigenvalues that hold the share `energy`.
+
+    `rank` is the smallest that reaches the share of the trace. The cut-off belongs beside the figure.
+
+    Raises:
+        ConfigError: `energy` is not between 0 and 1.
+    """
+    if not 0 < energy <= 1:
+        raise ConfigError(f"energy is {energy}; expected a share of the trace, above 0 and up to 1")
+    values_D = _spectrum(eigenvalues_D)
+    # The sum rounds, so a share of exactly `energy` may come out an ulp below it; nor may zeros be reached.
+    reached = int(np.searchsorted(cumulative_energy(values_D), energy - 1e-12)) + 1
+    rank = min(reached, numerical_rank(values_D))
+    return float(values_D[0] / values_D[rank - 1]), rank
+
+
+def effective_rank(eigenvalues_D: np.ndarray) -> float:
+    """exp(entropy of the trace-normalised eigenvalues): D for a flat spectrum, 1 for a single direction."""
+    values_D = _spectrum(eigenvalues_D)
+    share_D = values_D / values_D.sum()
+    share_D = share_D[share_D > 0]
+    return float(np.exp(-np.sum(share_D * np.log(share_D))))
+
+
+def spectral_correlation(eigenvalues_x_D: np.ndarray, eigenvalues_y_D: np.ndarray) -> float:
+    """C_lambda: Pearson correlation of the log spectra of Sigma_x and Sigma_y.
+
+    Raises:
+        DataError: the spectra differ in length, hold a zero, or are flat.
+    """
+    same_shape(eigenvalues_x_D, eigenvalues_y_D, "the two spectra")
+    dim = len(eigenvalues_x_D)
+    return pearson(
+        _logarithms(_spectrum(eigenvalues_x_D), dim),
+        _logarithms(_spectrum(eigenvalues_y_D), dim),
+        "log spectra",
+    )
+
+
+def subspace_overlap(
+    covariance_x_DD: np.ndarray, covariance_y_DD: np.ndarray, num_directions: int
+) -> tuple[float, float]:
+    """(O_q, baseline): (1/q) ||U_x,q' U_y,q||_F^2 of the q leading directions of each side, and q/D.
+
+    The baseline is what two random subspaces of this size have on average. Where eigenvalues q and q + 1
+    are equal the subspace, and so the figure, is not determined.
+
+    Raises:
+        ConfigError: q is not between 1 and D.
+        DataError: the dimensions differ, or a side has fewer than q directions of positive variance.
+    """
+    same_shape(covariance_x_DD, covariance_y_DD, "the two covariances")
+    shared_QQ = leading_directions(covariance_x_DD, num_directions).T @ leading_directions(
+        covariance_y_DD, num_directions
+    )
+    return float(np.sum(shared_QQ**2) / num_directions), num_directions / len(covariance_x_DD)
+
+
+def cumulative_energy(eigenvalues_D: np.ndarray) -> np.ndarray:
+    """E(K), K = 1..D: share of the trace that the K largest eigenvalues hold, float64 (D,)."""
+    total_D = np.cumsum(_spectrum(eigenvalues_D))
+    return total_D / total_D[-1]
+
+
+def residual_anisotropy(eigenvalues_D: np.ndarray) -> float:
+    """A_r = lambda_max / (tr/D): 1 where isotropic, D where a single direction holds everything."""
+    values_D = _spectrum(eigenvalues_D)
+    return float(values_D[0] / values_D.mean())
+
+
+def effective_dimension(eigenvalues_D: np.ndarray) -> float:
+    """d_eff = tr(Sigma)^2 / tr(Sigma^2), between 1 and D; tables show d_eff / D."""
+    values_D = _spectrum(eigenvalues_D)
+    values_D = values_D / values_D[0]  # squares of small numbers underflow
+    return float(values_D.sum() ** 2 / np.sum(values_D**2))
+
+
+def covariance_gap(covariance_x_DD: np.ndarray, covariance_y_DD: np.ndarray) -> float:
+    """G_Sigma = ||Sigma_x - Sigma_y||_F / ||Sigma_x||_F, x the image side.
+
+    Raises:
+        DataError: the dimensions differ, or the image side does not vary.
+    """
+    same_shape(covariance_x_DD, covariance_y_DD, "the two covariances")
+    x_DD, y_DD = _covariance(covariance_x_DD), _covariance(covariance_y_DD)
+    size = np.linalg.norm(x_DD)
+    if not size:
+        raise DataError("the image covariance is zero: the image embeddings do not vary")
+    return float(np.linalg.norm(x_DD - y_DD) / size)
+
+
+def pearson(one: np.ndarray, other: np.ndarray, what: str) -> float:
+    """Pearson correlation of two sequences of equal length.
+
+    Raises:
+        DataError: fewer than two values, or a sequence is constant within rounding.
+    """
+    centred = []
+    for values in (np.asarray(one, np.float64), np.asarray(other, np.float64)):
+        if len(values) < 2:
+            raise DataError(f"{what}: {len(values)} values have no correlation; at least two are needed")
+        deviation = values - values.mean()
+        spread = np.linalg.norm(deviation)
+        if spread <= 1e-12 * np.linalg.norm(values):
+            raise DataError(
+                f"{what}: all values of one side are {values[0]:.4g}, so they have no correlation"
+            )
+        centred.append(deviation / spread)
+    return float(np.clip(centred[0] @ centred[1], -1.0, 1.0))
+
+
+def _rounding(largest: float, dim: int) -> float:
+    """What an eigenvalue of zero comes out as at most."""
+    return float(largest) * dim * np.finfo(np.float64).eps
+
+
+def _logarithms(values_D: np.ndarray, count: int) -> np.ndarray:
+    """log of the first `count` eigenvalues."""
+    rank = numerical_rank(values_D)
+    if rank < count:
+        raise DataError(
+            f"only {rank} of the first {count} eigenvalues are positive, and zero has no logarithm; take "
+            "more rows than dimensions, or look at fewer ranks"
+        )
+    return np.log(values_D[:count])
+
+
+def _spectrum(eigenvalues_D: np.ndarray) -> np.ndarray:
+    values_D = np.asarray(eigenvalues_D, np.float64)
+    if values_D.ndim != 1 or not len(values_D) or not np.isfinite(values_D).all() or values_D.min() < 0:
+        raise DataError("a spectrum is a sequence of finite eigenvalues, none negative; see eigenvalues_of")
+    if not values_D.max():
+        raise DataError("every eigenvalue is zero: these embeddings do not vary")
+    assert (np.diff(values_D) <= 0).all(), "eigenvalues come in descending order"
+    return values_D
+
+
+def _covariance(covariance_DD: np.ndarray) -> np.ndarray:
+    matrix_DD = np.asarray(covariance_DD, np.float64)
+    if matrix_DD.ndim != 2 or matrix_DD.shape[0] != matrix_DD.shape[1] or not len(matrix_DD):
+        raise DataError(f"a covariance is a square matrix; this has shape {matrix_DD.shape}")
+    if not np.isfinite(matrix_DD).all():
+        raise DataError("the covariance holds NaN or infinity")
+    if np.abs(matrix_DD - matrix_DD.T).max() > _NEGATIVE_BY_ROUNDING * np.abs(matrix_DD).max():
+        raise DataError("the matrix is not symmetric: this is not a covariance")
+    return matrix_DD
