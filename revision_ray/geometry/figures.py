@@ -43,7 +43,7 @@ def _at_a_glance(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Fig
 
     chance = measured["strategies"][0]["figures"]["mixing_rate"].get("by_chance")
     panels = (
-        plots.dots("Modality gap", "distance of the means", rows("modality_gap"), log=True, floor="floor",
+        plots.dots("Modality gap", "distance of the means (sphere of radius 1)", rows("modality_gap"), log=True, floor="floor",
                    alt=f"Modality gap by strategy: {_told(measured, 'modality_gap')}."),
         plots.dots("Covariance gap", "relative difference", rows("covariance_gap"),
                    alt=f"Covariance gap by strategy: {_told(measured, 'covariance_gap')}."),
@@ -56,9 +56,9 @@ def _at_a_glance(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Fig
     return Figure(
         "strategies",
         "The strategies at a glance",
-        "A good strategy stands left in the upper two panels and right in the lower two. Pale bars are 95 % "
-        "intervals. A vertical tick in the first panel is the gap that sampling alone leaves; what lies left of it "
-        "cannot be told from zero on rows that no fit has seen.",
+        "Left is better in the panels of gaps, right in those of neighbours. A tick in the first panel is the gap that "
+        "sampling alone leaves: left of it no gap can be told from zero on rows outside the fit. Pale bars are 95 % "
+        "intervals; near zero they lie right of their point, because other rows would show some gap by chance.",
         panels,
     )
 
@@ -87,6 +87,26 @@ def _scatter(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
     )
 
 
+def before_and_after(measured: Mapping[str, Any]) -> Figure | None:
+    """Two clouds without axes for the first screen: as they are, and after the fit that the page speaks of."""
+    looks = styles([(entry["label"], entry["strategy"]) for entry in measured["strategies"]])
+    fitted = [entry["label"] for entry in measured["strategies"] if entry["strategy"] != "none"]
+    named = [measured["verdict"]["trusted"], "realign", *reversed(fitted)]
+    chosen = next((label for label in named if label in fitted), None)
+    if chosen is None:
+        return None
+    clouds = measured["curves"]["scatter"]
+    raw = next(entry["label"] for entry in measured["strategies"] if entry["strategy"] == "none")
+    every = np.concatenate([np.asarray(clouds[label]) for label in ("image", raw, chosen)])
+    limits = [_limits(every[:, axis]) for axis in (0, 1)]
+    panels = []
+    for label, title in ((raw, "before"), (chosen, f"after {chosen}")):
+        both = (("images", IMAGE, clouds["image"]), ("texts", looks[label], clouds[label]))
+        alt = f"Images and texts {title}, on two principal components."
+        panels.append(plots.scatter(title, both, ("", ""), limits, alt))
+    return Figure("first", "Before and after", "Orange: images. Other colour: texts.", panels)
+
+
 def _limits(values: np.ndarray) -> tuple[float, float]:
     room = 0.06 * (values.max() - values.min())
     return float(values.min() - room), float(values.max() + room)
@@ -94,7 +114,7 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 def _cosines(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
     found = measured["curves"]
-    edges = [_filled(counts) for group in ("cosines", "across", "pairs") for counts in found[group].values()]
+    edges = [_filled(counts) for group in ("cosines", "across") for counts in found[group].values()]
     low, high = min(e[0] for e in edges), max(e[1] for e in edges)
     panels = []
     for entry in measured["strategies"]:
@@ -105,22 +125,20 @@ def _cosines(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
             ("text to another's image", Style("soft", SOFT.light, SOFT.dark, (0, (2, 1.5))),
              *_density(found["across"][label], low, high)),
         ]  # fmt: skip
-        if label in found["pairs"]:
-            own = Style("ink", "#18212b", "#e8edf2", (0, (1, 1)))
-            lines.append(("text to its own image", own, *_density(found["pairs"][label], low, high)))
         alt = (
             f"Densities of cosines with {label}: angular JS divergence within texts against within images "
             f"{shown(value_of(entry, 'angular_js'))}."
         )
         panels.append(
-            plots.curves(label, lines, ("cosine", "density"), alt, small=True, filled="within images")
+            plots.curves(label, lines, ("cosine", "density"), alt, small=True, filled="within images",
+                         mark=value_of(entry, "pair_cosine"))
         )
-    pairs = ", dotted black of a text and its own image" if found["pairs"] else ""
+    pairs = " The dotted vertical line is the mean cosine of a text and its own image." if found["pairs"] else ""
     return Figure(
         "cosines",
         "Angles between rows",
         "Orange areas: cosines of two images. Coloured curves: of two texts; an aligned text cloud has the shape of the "
-        f"area. Dashed grey: of a text and some other image{pairs}. Cosine 1 is the same direction.",
+        f"area. Dashed grey: of a text and some other image.{pairs} Cosine 1 is the same direction.",
         panels,
     )
 
@@ -153,8 +171,8 @@ def _spectra(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
         "spectra",
         "How variance spreads over directions",
         "Eigenvalues of each covariance as shares of its trace, the largest first, both axes logarithmic. A straight "
-        "line is a power law; its slope is the exponent α. Curves of Anchor, Trace and ReAlign often hide each "
-        "other, because none of them changes the shape.",
+        "line is a power law; its slope is the exponent α. Curves of Anchor, Trace and ReAlign lie on each other "
+        "where they do not change the shape.",
         (plots.curves("", lines, ("rank of the eigenvalue", "share of the trace"), alt, log=True),),
     )
 
@@ -173,8 +191,8 @@ def _parts(measured: Mapping[str, Any]) -> Figure:
         "decomposition",
         "What separates a text from its own image",
         f"Mean squared distance of a pair, split over the fixed frame: U are the {frame['rank_u']} leading directions "
-        f"(of {measured['embedding_dim']}), V the rest. Aligning means removes the blue parts; the orange parts are "
-        "differences from pair to pair, which no shift can remove.",
+        f"(of {measured['embedding_dim']}), V the rest. Bringing the means together removes the blue parts; the "
+        "orange parts differ from pair to pair, and no shift can remove them.",
         (plots.stacked("", "mean squared distance", rows, list(zip(names, PARTS, strict=True)), alt),),
     )
 

@@ -9,14 +9,13 @@ Shapes: N rows, D embedding dim, K neighbours, H histogram bins.
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 
 from revision_ray.align.affine import Affine
-from revision_ray.align.alignment import Alignment
 from revision_ray.align.moments import Moments
 from revision_ray.cluster import one_thread, user_errors
 from revision_ray.errors import ConfigError
@@ -109,6 +108,9 @@ def measure(inputs: Inputs, settings: Settings) -> dict[str, Any]:
             cells |= beside_images(text.covariance, image.covariance, values_D, image_D, text.count, q)
             with one_thread():
                 cells |= _sampled(fit.affine, text, sample, settings, curves, fit.label)
+            if fit.alignment is not None:
+                own = fit.alignment.modality_gap.after
+                cells["fit_gap"] = cell(own, n=fit.alignment.num_texts, num_images=fit.alignment.num_images)
             curves["spectra"][fit.label] = values_D.tolist()
             strategies.append({**fit.description(), "figures": cells})
             shown.advance(1, fit.label)

@@ -54,7 +54,7 @@ def pair_figures(
         "residual_ratio": _ratio(residual_ND, difference_ND, num, seed),
         "residual_anisotropy": possible(lambda: residual_anisotropy(values_D), n=n),
         "effective_dimension": possible(lambda: effective_dimension(values_D) / dim, n=n),
-        "directions_for_90": cell(float(np.searchsorted(energy_D, 0.9 - 1e-12) + 1), n=n),
+        "directions_for_90": cell(int(np.searchsorted(energy_D, 0.9 - 1e-12)) + 1, n=n),
         **_in_frame(image_ND, text_ND, frame, residual_energy, num, seed),
     }, energy_D.tolist()
 

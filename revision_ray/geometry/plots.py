@@ -92,7 +92,7 @@ def svgs(figure: Figure) -> list[str]:
 
 def _svg(name: str, panel: Panel) -> str:
     ink = Ink(placeholders=True)
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(_RC | {"axes.titlecolor": ink(INK)}):
         canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
         FigureCanvasSVG(canvas)
         _draw(canvas.add_subplot(), panel, ink)
@@ -123,7 +123,7 @@ def png(figure: Figure) -> bytes:
     columns = min(3, len(figure.panels))
     rows = -(-len(figure.panels) // columns)
     size = columns * max(p.width for p in figure.panels), rows * max(p.height for p in figure.panels)
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(_RC | {"axes.titlecolor": ink(INK)}):
         canvas = Canvas(figsize=size, layout="constrained")
         FigureCanvasAgg(canvas)
         for place, panel in enumerate(figure.panels):
@@ -136,7 +136,6 @@ def png(figure: Figure) -> bytes:
 def _draw(axes: Axes, panel: Panel, ink: Ink) -> None:
     axes.set_facecolor("none")
     panel.draw(axes, ink)
-    axes.title.set_color(ink(INK))
     axes.tick_params(which="both", color=ink(LINE), labelcolor=ink(SOFT))
     for spine in axes.spines.values():
         spine.set_color(ink(LINE))
@@ -164,10 +163,10 @@ def dots(
                           alpha=0.35, solid_capstyle="butt")  # fmt: skip
             if floor and found.get(floor) is not None:
                 axes.plot([found[floor] * factor], [place], "|", color=ink(SOFT), markersize=11, markeredgewidth=1.4)
-            axes.plot([value], [place], style.marker, color=ink(style), markersize=6)
+            axes.plot([value], [place], style.marker, color=ink(style), markersize=6, clip_on=False)
         for at, name in marks:
             axes.axvline(at * factor, color=ink(SOFT), linewidth=0.9, linestyle=(0, (2, 2)))
-            axes.text(at * factor, len(drawn) - 0.35, f" {name}", color=ink(SOFT), fontsize=7.5, va="top", ha="right")
+            axes.text(at * factor, -0.55, f"{name} ", color=ink(SOFT), fontsize=7.5, va="center", ha="right")
         axes.set_yticks(range(len(drawn)), [label for label, _, _ in drawn])
         axes.set_ylim(len(drawn) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
@@ -186,7 +185,7 @@ def dots(
 def scatter(
     title: str, clouds: Sequence[tuple[str, Style, Any]], axes_names: tuple[str, str], limits: Any, alt: str
 ) -> Panel:
-    """Points of several clouds on the same plane and scale as every other panel."""
+    """Points of several clouds on the same plane and scale as every other panel; without names, without ticks."""
 
     def draw(axes: Axes, ink: Ink) -> None:
         for name, style, points in clouds:
@@ -196,26 +195,35 @@ def scatter(
         axes.set_xlim(*limits[0])
         axes.set_ylim(*limits[1])
         axes.set_aspect("equal")
-        axes.locator_params(nbins=5)
         axes.set_title(title)
         axes.set_xlabel(axes_names[0])
         axes.set_ylabel(axes_names[1])
+        if any(axes_names):
+            axes.locator_params(nbins=5)
+        else:
+            axes.set_xticks([])
+            axes.set_yticks([])
 
     return Panel(draw, alt, width=3.2, height=2.9)
 
 
 def curves(
     title: str, lines: Sequence[tuple[str, Style, Any, Any]], axes_names: tuple[str, str], alt: str, *,
-    log: bool = False, small: bool = False, filled: str = "",
+    log: bool = False, small: bool = False, filled: str = "", mark: float | None = None,
 ) -> Panel:  # fmt: skip
-    """Lines over x; the one named `filled` is an area. Small panels have their legend above, others beside."""
+    """Lines over x; the one named `filled` is an area, `mark` a vertical line. Small panels have no legend.
+
+    Of curves that coincide the earlier ones show as the edges of wider bands.
+    """
 
     def draw(axes: Axes, ink: Ink) -> None:
-        for name, style, x, y in lines:
+        if mark is not None:
+            axes.axvline(mark, color=ink(INK), linewidth=1.2, linestyle=(0, (1, 1)))
+        for place, (name, style, x, y) in enumerate(lines):
             if name == filled:
                 axes.fill_between(x, y, color=ink(style), alpha=0.25, linewidth=0, label=name)
             else:
-                width = 2.2 if style.name == "image" else 1.5
+                width = 1.5 if small else 3.4 - 2.2 * place / max(len(lines) - 1, 1)
                 axes.plot(x, y, color=ink(style), linestyle=style.dash, label=name, linewidth=width)
         if log:
             axes.set_xscale("log")

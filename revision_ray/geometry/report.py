@@ -71,7 +71,7 @@ def run(job: ReportJob) -> str:
     drawn = figures.every_figure(document)
     for figure in drawn:
         storage.write_bytes(storage.join(output, FIGURES, f"{figure.name}.png"), plots.png(figure))
-    storage.write_bytes(storage.join(output, PAGE), page.render(document, drawn).encode())
+    storage.write_bytes(storage.join(output, PAGE), page.render(document, drawn, figures.before_and_after(document)).encode())
     storage.write_json(storage.join(output, DOCUMENT), document)
     return _said(document, output)
 

@@ -15,6 +15,8 @@ from revision_ray.geometry.paper import shown
 CLOSED_SHARE = 0.05
 # Neighbourhood overlap below which alignment changes what texts mean to each other.
 KEPT_LEAST = 0.7
+# Overlaps that differ by less are equal.
+TIE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,10 @@ def _choice(
     ]
     if not judged:
         return "", "", "geometry"
-    faithful = max(judged, key=lambda entry: value_of(entry, "neighbourhood_overlap") or 0.0)
+    most = max(value_of(entry, "neighbourhood_overlap") or 0.0 for entry in judged)
+    keeping = [e for e in judged if (value_of(e, "neighbourhood_overlap") or 0.0) >= most - TIE]
+    # The strategy of the paper, where others keep no more than it does.
+    faithful = next((e for e in keeping if e["strategy"] == "realign"), keeping[0])
     alike = min(judged, key=lambda entry: value_of(entry, "covariance_gap") or math.inf)
     kept = shown(value_of(faithful, "neighbourhood_overlap"), True)
     if alike is faithful:
@@ -201,7 +206,7 @@ def _facts(
         kept = [entry for entry in fitted if value_of(entry, "neighbourhood_overlap") is not None]
         if kept:
             low, high = (f(value_of(e, "neighbourhood_overlap") or 0.0 for e in kept) for f in (min, max))
-            span = shown(high, True) if low == high else f"{shown(low, True)} to {shown(high, True)}"
+            span = f"{100 * high:.0f} %" if high - low < TIE else f"{100 * low:.0f} to {100 * high:.0f} %"
             facts.append(
                 Fact(name="Neighbours kept", value=span, explanation="of each text's nearest texts, by strategy")
             )
