@@ -144,10 +144,8 @@ def _partial_moments(
     }
 
 
-def read_sampled(
-    group: RowGroup, sample: Sample | None, embedding_dim: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The sample's rows of a row group, (N, D), and their positions in it; all rows where there is no sample."""
+def read_sampled(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sample's rows of a row group, (N, D), and their positions in it, all without a sample."""
     block_ND = read_group(group, embedding_dim)
     if sample is None:
         return block_ND, np.arange(len(block_ND))

@@ -62,7 +62,12 @@ def mean_cell(values_N: np.ndarray, num: int, seed: int, **stated: float) -> Cel
 
 
 def gap_bounds(
-    image_ND: np.ndarray, text_ND: np.ndarray, gap_D: np.ndarray, shares: tuple[float, float], num: int, seed: int
+    image_ND: np.ndarray,
+    text_ND: np.ndarray,
+    gap_D: np.ndarray,
+    shares: tuple[float, float],
+    num: int,
+    seed: int,
 ) -> tuple[float, float] | None:
     """Percentile interval of the norm of `gap_D` = mu_x - mu_y, which was measured on more rows than these.
 

@@ -6,9 +6,11 @@ each claim. Claims about training need a training run, claims about accuracy a p
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from revision_ray.geometry.paper import METRICS, shown
+from revision_ray.geometry.metric import shown
+from revision_ray.geometry.paper import METRICS
 from revision_ray.geometry.verdict import strategy
 
 Values = Mapping[str, float]
@@ -40,7 +42,7 @@ CLAIMS = (
         paper="0.39",
     ),
     Claim(
-        text="What is left of a pair without the mean is anisotropic, not noise of equal size in all directions.",
+        text="What is left of a pair without the mean is anisotropic, not noise of equal size everywhere.",
         criterion="A_r at least 3 and d_eff/d at most 0.5",
         needs={"A_r": _of("none", "residual_anisotropy"), "d_eff/d": _of("none", "effective_dimension")},
         holds=lambda v: v["A_r"] >= 3 and v["d_eff/d"] <= 0.5,
@@ -52,12 +54,16 @@ CLAIMS = (
         criterion="effective condition numbers of at least 10",
         needs={"κ on U": _of("none", "kappa_u"), "κ on V": _of("none", "kappa_v")},
         holds=lambda v: min(v["κ on U"], v["κ on V"]) >= 10,
-        reason="Directions are split between U and V by their variance, which evens out each of them in small encoders.",
+        reason="U takes the directions of large variance, of which a small encoder has few and even ones.",
     ),
     Claim(
         text="Part of the mean gap lies outside the principal subspace.",
         criterion="‖γ‖ more than 3 sampling floors",
-        needs={"‖γ‖": _of("none", "gamma"), "‖β‖": _of("none", "beta"), "floor": _of("none", "sampling_floor")},
+        needs={
+            "‖γ‖": _of("none", "gamma"),
+            "‖β‖": _of("none", "beta"),
+            "floor": _of("none", "sampling_floor"),
+        },
         holds=lambda v: v["‖γ‖"] > 3 * v["floor"],
         reason="With few dimensions U takes nearly all of them.",
     ),
@@ -77,7 +83,7 @@ CLAIMS = (
             "by chance": _of("none", "coupling_explained", "by_chance"),
         },
         holds=lambda v: v["R²"] - v["by chance"] <= 0.1,
-        reason="The frame diagonalises the sum of both covariances, not the covariance of the pairs' differences.",
+        reason="The frame diagonalises the sum of both covariances, not that of the pairs' differences.",
     ),
     Claim(
         text="Taking out the mean leaves most of the distance between a text and its image.",
@@ -113,7 +119,7 @@ CLAIMS = (
         criterion="effective rank of images above that of texts",
         needs={"images": _of("image", "effective_rank"), "texts": _of("none", "effective_rank")},
         holds=lambda v: v["images"] > v["texts"],
-        reason="It depends on the data: rendered scenes vary in less than photographs do, captions with synonyms in more.",
+        reason="It depends on the data: rendered scenes vary in less than photographs do.",
         paper="57.5; 41.0",
     ),
     Claim(
@@ -205,11 +211,11 @@ PROBE_CLAIMS = (
 )
 
 ELSEWHERE = (
-    "While an encoder trains, gradients stay within U up to the rotation of the basis (leak_ref against sin θ), "
-    "the bias in V hardly drifts, and residual and gradient spectra correlate (ρ_eig): see the monitor of "
-    "jobs/train_encoder.py.",
-    "Statistics settle at about 10,000 rows a side, belong to a domain, and want float64; longer captions raise "
-    "the raw gap: see jobs/study.py.",
+    "While an encoder trains, gradients stay within U up to the rotation of the basis (leak_ref against "
+    "sin θ), the bias in V hardly drifts, and residual and gradient spectra correlate (ρ_eig): see the "
+    "monitor of jobs/train_encoder.py.",
+    "Statistics settle at about 10,000 rows a side, belong to a domain, and want float64; longer captions "
+    "raise the raw gap: see jobs/study.py.",
 )
 
 
@@ -257,7 +263,12 @@ def _missing(claim: Claim, run: Mapping[str, Any]) -> str:
 def _span(values: Sequence[float]) -> dict[str, Any]:
     if not values:
         return {"values": [], "mean": None}
-    return {"values": list(values), "mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+    return {
+        "values": list(values),
+        "mean": sum(values) / len(values),
+        "low": min(values),
+        "high": max(values),
+    }
 
 
 def _outcome(held: Sequence[bool], reason: str) -> dict[str, Any]:
@@ -275,8 +286,8 @@ def _outcome(held: Sequence[bool], reason: str) -> dict[str, Any]:
 def _judged_by_probe(text: str, order: Sequence[str], probes: Sequence[Any]) -> dict[str, Any]:
     found = [{row["strategy"]: row["loss"] for row in probe} for probe in probes if probe]
     complete = [losses for losses in found if set(order) <= set(losses)]
-    held = [all(a[x] > a[y] for x, y in zip(order, order[1:], strict=False)) for a in complete]
-    reason = "A head on few attributes is another task than a language model; differences between seeds are as large."
+    held = [all(a[x] > a[y] for x, y in pairwise(order)) for a in complete]
+    reason = "A head on few attributes is another task than a language model, and seeds differ, too."
     return {
         "claim": text,
         "criterion": "cross-modal probe: lower loss on real images, in this order",
@@ -295,6 +306,8 @@ def text_of(figures: Sequence[Mapping[str, Any]]) -> str:
     for figure in figures:
         value = shown(figure["mean"], figure["percent"])
         if len(figure["values"]) > 1:
-            value += f" ({shown(figure['low'], figure['percent'])} to {shown(figure['high'], figure['percent'])})"
+            value += (
+                f" ({shown(figure['low'], figure['percent'])} to {shown(figure['high'], figure['percent'])})"
+            )
         parts.append(f"{figure['name']} {value}")
     return "; ".join(parts)

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from revision_ray.geometry import plots
+from revision_ray.geometry.metric import shown
 from revision_ray.geometry.palette import IMAGE, PARTS, SOFT, Style, styles
-from revision_ray.geometry.paper import METRICS, shown
+from revision_ray.geometry.paper import METRICS
 from revision_ray.geometry.plots import Figure, Panel
 from revision_ray.geometry.verdict import value_of
 
@@ -31,7 +32,9 @@ def every_figure(measured: Mapping[str, Any]) -> list[Figure]:
 def _told(measured: Mapping[str, Any], key: str) -> str:
     """ "none 0.554, realign 0.0003": the figure of every strategy, in words."""
     metric = METRICS[key]
-    return ", ".join(f"{e['label']} {shown(value_of(e, key), metric.percent)}" for e in measured["strategies"])
+    return ", ".join(
+        f"{e['label']} {shown(value_of(e, key), metric.percent)}" for e in measured["strategies"]
+    )
 
 
 def _at_a_glance(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
@@ -43,7 +46,8 @@ def _at_a_glance(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Fig
 
     chance = measured["strategies"][0]["figures"]["mixing_rate"].get("by_chance")
     panels = (
-        plots.dots("Modality gap", "distance of the means (sphere of radius 1)", rows("modality_gap"), log=True, floor="floor",
+        plots.dots("Modality gap", "distance of the means (sphere of radius 1)", rows("modality_gap"),
+                   log=True, floor="floor",
                    alt=f"Modality gap by strategy: {_told(measured, 'modality_gap')}."),
         plots.dots("Covariance gap", "relative difference", rows("covariance_gap"),
                    alt=f"Covariance gap by strategy: {_told(measured, 'covariance_gap')}."),
@@ -56,9 +60,10 @@ def _at_a_glance(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Fig
     return Figure(
         "strategies",
         "The strategies at a glance",
-        "Left is better in the panels of gaps, right in those of neighbours. A tick in the first panel is the gap that "
-        "sampling alone leaves: left of it no gap can be told from zero on rows outside the fit. Pale bars are 95 % "
-        "intervals; near zero they lie right of their point, because other rows would show some gap by chance.",
+        "Left is better in the panels of gaps, right in those of neighbours. A tick in the first panel is "
+        "the gap that sampling alone leaves: left of it no gap can be told from zero on rows outside the "
+        "fit. Pale bars are 95 % intervals; near zero they lie right of their point, because other rows "
+        "would show some gap by chance.",
         panels,
     )
 
@@ -80,15 +85,15 @@ def _scatter(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
     return Figure(
         "scatter",
         "Images and texts, before and after",
-        "Each point is an image (orange circles) or a text (the colour of its strategy), seen along the two directions "
-        "in which both clouds together vary most before alignment; all panels have the same directions and scale. "
-        "Alignment succeeds where the clouds cover each other.",
+        "Each point is an image (orange circles) or a text (the colour of its strategy), seen along the "
+        "two directions in which both clouds together vary most before alignment; all panels have the same "
+        "directions and scale. Alignment succeeds where the clouds cover each other.",
         panels,
     )
 
 
 def before_and_after(measured: Mapping[str, Any]) -> Figure | None:
-    """Two clouds without axes for the first screen: as they are, and after the fit that the page speaks of."""
+    """Two clouds without axes for the first screen: as they are, and after the fit that is spoken of."""
     looks = styles([(entry["label"], entry["strategy"]) for entry in measured["strategies"]])
     fitted = [entry["label"] for entry in measured["strategies"] if entry["strategy"] != "none"]
     named = [measured["verdict"]["trusted"], "realign", *reversed(fitted)]
@@ -130,15 +135,25 @@ def _cosines(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
             f"{shown(value_of(entry, 'angular_js'))}."
         )
         panels.append(
-            plots.curves(label, lines, ("cosine", "density"), alt, small=True, filled="within images",
-                         mark=value_of(entry, "pair_cosine"))
+            plots.curves(
+                label,
+                lines,
+                ("cosine", "density"),
+                alt,
+                small=True,
+                filled="within images",
+                mark=value_of(entry, "pair_cosine"),
+            )
         )
-    pairs = " The dotted vertical line is the mean cosine of a text and its own image." if found["pairs"] else ""
+    pairs = (
+        " The dotted vertical line is the mean cosine of a text and its own image." if found["pairs"] else ""
+    )
     return Figure(
         "cosines",
         "Angles between rows",
-        "Orange areas: cosines of two images. Coloured curves: of two texts; an aligned text cloud has the shape of the "
-        f"area. Dashed grey: of a text and some other image.{pairs} Cosine 1 is the same direction.",
+        "Orange areas: cosines of two images. Coloured curves: of two texts; an aligned text cloud has "
+        f"the shape of the area. Dashed grey: of a text and some other image.{pairs} Cosine 1 is the same "
+        "direction.",
         panels,
     )
 
@@ -165,14 +180,16 @@ def _spectra(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
         spectrum = np.asarray(values)
         spectrum = spectrum[spectrum > spectrum[0] * 1e-12] / spectrum.sum()
         style = IMAGE if label == "image" else looks[label]
-        lines.append(("images" if label == "image" else label, style, np.arange(1, len(spectrum) + 1), spectrum))
+        lines.append(
+            ("images" if label == "image" else label, style, np.arange(1, len(spectrum) + 1), spectrum)
+        )
     alt = f"Spectra of the covariances; exponents: {_told(measured, 'spectrum_exponent')}."
     return Figure(
         "spectra",
         "How variance spreads over directions",
-        "Eigenvalues of each covariance as shares of its trace, the largest first, both axes logarithmic. A straight "
-        "line is a power law; its slope is the exponent α. Curves of Anchor, Trace and ReAlign lie on each other "
-        "where they do not change the shape.",
+        "Eigenvalues of each covariance as shares of its trace, the largest first, both axes logarithmic. "
+        "A straight line is a power law; its slope is the exponent α. Curves of Anchor, Trace and ReAlign "
+        "lie on each other where they do not change the shape.",
         (plots.curves("", lines, ("rank of the eigenvalue", "share of the trace"), alt, log=True),),
     )
 
@@ -190,9 +207,9 @@ def _parts(measured: Mapping[str, Any]) -> Figure:
     return Figure(
         "decomposition",
         "What separates a text from its own image",
-        f"Mean squared distance of a pair, split over the fixed frame: U are the {frame['rank_u']} leading directions "
-        f"(of {measured['embedding_dim']}), V the rest. Bringing the means together removes the blue parts; the "
-        "orange parts differ from pair to pair, and no shift can remove them.",
+        f"Mean squared distance of a pair, split over the fixed frame: U are the {frame['rank_u']} leading "
+        f"directions (of {measured['embedding_dim']}), V the rest. Bringing the means together removes the "
+        "blue parts; the orange parts differ from pair to pair, and no shift can remove them.",
         (plots.stacked("", "mean squared distance", rows, list(zip(names, PARTS, strict=True)), alt),),
     )
 
@@ -200,17 +217,19 @@ def _parts(measured: Mapping[str, Any]) -> Figure:
 def _residual_energy(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
     found = measured["curves"]["residual_energy"]
     lines = [
-        (label, looks[label], np.arange(1, len(energy) + 1), np.asarray(energy)) for label, energy in found.items()
+        (label, looks[label], np.arange(1, len(energy) + 1), np.asarray(energy))
+        for label, energy in found.items()
     ]
     dim = measured["embedding_dim"]
     isotropic = Style("soft", SOFT.light, SOFT.dark, (0, (1, 1.5)))
     lines.append(("isotropic", isotropic, np.array([1, dim]), np.array([1 / dim, 1.0])))
-    alt = f"Cumulative residual energy; directions that hold 90 %: {_told(measured, 'directions_for_90')} of {dim}."
+    alt = f"Residual energy; directions that hold 90 %: {_told(measured, 'directions_for_90')} of {dim}."
     return Figure(
         "residual-energy",
         "How many directions the residual needs",
-        "E(K): share of the residual's energy in its K leading directions. Noise of equal size in all directions "
-        "would follow the dotted line; the further a curve lies above it, the fewer directions matter.",
+        "E(K): share of the residual's energy in its K leading directions. Noise of equal size in all "
+        "directions would follow the dotted line; the further a curve lies above it, the fewer directions "
+        "matter.",
         (plots.curves("", lines, ("directions K", "share of energy E(K)"), alt),),
     )
 
@@ -224,14 +243,15 @@ def _drift(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
         curve = measured["curves"]["drift"][label]
         alt = (
             f"Phantom drift of {label}, predicted against measured, a point a dimension: cosine "
-            f"{shown(value_of(entry, 'drift_cosine'))}, relative error {shown(value_of(entry, 'drift_error'))}."
+            f"{shown(value_of(entry, 'drift_cosine'))}, relative error "
+            f"{shown(value_of(entry, 'drift_error'))}."
         )
         names = ("second order", "measured")
         panels.append(plots.agreement(label, looks[label], curve["predicted"], curve["measured"], names, alt))
     return Figure(
         "drift",
         "Phantom drift",
-        "A point is one dimension of the shift of the mean that scaling rows back to length 1 causes. On the diagonal "
-        "the second-order formula is exact.",
+        "A point is one dimension of the shift of the mean that scaling rows back to length 1 causes. On "
+        "the diagonal the second-order formula is exact.",
         panels,
     )

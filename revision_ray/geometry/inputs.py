@@ -38,7 +38,7 @@ class Sources:
     heldout_images: str | list[str] | None = None
     """The same for images; give both or neither."""
     probe: str | None = None
-    """JSON of a cross-modal probe (jobs/study.py study=probe) on these data; where given, the verdict rests on it."""
+    """probe.json of the cross-modal probe of jobs/study.py on these data. The verdict then rests on it."""
 
     def __post_init__(self) -> None:
         if (self.heldout_texts is None) != (self.heldout_images is None):
@@ -47,8 +47,8 @@ class Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One column of the report. `num_seen`: shards of the measured texts and images that the fit was made from;
-    None where nothing was fitted."""
+    """One column of the report. `num_seen`: shards of the measured texts and images that the fit was made
+    from; None where nothing was fitted."""
 
     label: str
     strategy: str
@@ -72,7 +72,9 @@ class Fit:
             found["fit"] = {
                 "uri": self.uri,
                 "content_hash": self.alignment.content_hash,
-                "settings": {n: v for n, v in asdict(self.alignment.strategy).items() if n in (*used, "seed")},
+                "settings": {
+                    n: v for n, v in asdict(self.alignment.strategy).items() if n in (*used, "seed")
+                },
                 "num_texts": self.alignment.num_texts,
                 "num_images": self.alignment.num_images,
                 "domain": self.alignment.domain,
@@ -117,7 +119,7 @@ def open_inputs(sources: Sources, output: str, max_rejected_fraction: float) -> 
 
     Raises:
         DataError: a store is missing, damaged or of the other modality.
-        AlignmentError: a fit is missing or damaged, or stores and fits are of different encoders or dimensions.
+        AlignmentError: a fit is missing or damaged, or stores and fits are of other encoders or dimensions.
     """
     reference = open_stores(_listed(sources.texts), "text"), open_stores(_listed(sources.images), "image")
     measured = reference
@@ -167,8 +169,8 @@ def _check_same(heldout: Store, reference: Store) -> None:
     if heldout.embedding_dim != reference.embedding_dim or not same:
         raise AlignmentError(
             f"{heldout.uris[0]} was made by {heldout.encoder} ({heldout.embedding_dim} dimensions), "
-            f"{reference.uris[0]} by {reference.encoder} ({reference.embedding_dim}); held-out rows must come "
-            "from the same encoder"
+            f"{reference.uris[0]} by {reference.encoder} ({reference.embedding_dim}); held-out rows must "
+            "come from the same encoder"
         )
 
 
@@ -177,10 +179,12 @@ def _opened(uri: str, texts: Store, images: Store) -> Fit:
     check_store(texts, alignment, allow_other_encoder=False)
     if images.encoder.fingerprint != alignment.image_encoder.fingerprint:
         raise AlignmentError(
-            f"{images.uris[0]}: was made by {images.encoder}, the images of {uri} by {alignment.image_encoder}; "
-            "embed with the encoder of the fit, or fit again"
+            f"{images.uris[0]}: was made by {images.encoder}, the images of {uri} by "
+            f"{alignment.image_encoder}; embed with the encoder of the fit, or fit again"
         )
-    seen = [len(m.shard_hashes & s.shard_hashes) for m, s in zip(load_moments(uri), (texts, images), strict=True)]
+    seen = [
+        len(m.shard_hashes & s.shard_hashes) for m, s in zip(load_moments(uri), (texts, images), strict=True)
+    ]
     strategy = alignment.strategy.strategy
     return Fit(
         label=strategy,
@@ -196,7 +200,8 @@ def _labelled(fits: list[Fit]) -> tuple[Fit, ...]:
     """The same fits; those of one strategy are told apart by the name of their directory, else by number."""
     many = Counter(fit.strategy for fit in fits)
     named = [
-        f"{fit.strategy} ({storage.name_of(fit.uri)})" if many[fit.strategy] > 1 else fit.strategy for fit in fits
+        f"{fit.strategy} ({storage.name_of(fit.uri)})" if many[fit.strategy] > 1 else fit.strategy
+        for fit in fits
     ]
     labels = [
         label if named.count(label) == 1 else f"{label} #{named[: at + 1].count(label)}"

@@ -196,7 +196,13 @@ def _sampled(
     cosines_P = angles.pair_cosines(after_ND, settings.num_cosines, seed)
     counts_H = angles.cosine_histogram(cosines_P)
     cells["angular_js"] = divergence_cell(
-        counts_H, sample.image_counts_H, num, seed, n=len(after_ND), num_cosines=len(cosines_P), bins=len(counts_H)
+        counts_H,
+        sample.image_counts_H,
+        num,
+        seed,
+        n=len(after_ND),
+        num_cosines=len(cosines_P),
+        bins=len(counts_H),
     )
     cells |= _neighbour_figures(image_ND, after_ND, sample.text_nearest_NK, settings)
     cells["displacement_cosine"] = mean_cell(np.vecdot(before_ND, _unit(after_ND)), num, seed)
@@ -241,7 +247,9 @@ def _histogram_across(image_ND: np.ndarray, text_ND: np.ndarray, num: int) -> li
     """Of cosines between texts and images that do not belong together: row i beside row i + 1, i + 2, ..."""
     n = min(len(image_ND), len(text_ND))
     shifts = range(1, min(n, 1 + math.ceil(num / n)))
-    counts = [angles.cosine_histogram(np.vecdot(image_ND[:n], np.roll(text_ND[:n], s, axis=0))) for s in shifts]
+    counts = [
+        angles.cosine_histogram(np.vecdot(image_ND[:n], np.roll(text_ND[:n], s, axis=0))) for s in shifts
+    ]
     return np.sum(counts, axis=0).tolist()
 
 

@@ -9,7 +9,16 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from revision_ray.geometry import claims, palette, plots
-from revision_ray.geometry.paper import ANISO_PAPER, IMAGE, REALIGN_PAPER, SECTIONS, STUDIES, Metric, quoted, shown
+from revision_ray.geometry.paper import (
+    ANISO_PAPER,
+    IMAGE,
+    REALIGN_PAPER,
+    SECTIONS,
+    STUDIES,
+    Metric,
+    quoted,
+    shown,
+)
 from revision_ray.geometry.plots import Figure
 
 TEMPLATE = "page.html"
@@ -17,7 +26,9 @@ TEMPLATE = "page.html"
 
 def render(document: Mapping[str, Any], figures: Sequence[Figure], first: Figure | None) -> str:
     """The page that shows this report; `first` is the small figure of its first screen."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
     template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
     strategies = document["strategies"]
     looks = palette.styles([(entry["label"], entry["strategy"]) for entry in strategies])
@@ -29,8 +40,12 @@ def render(document: Mapping[str, Any], figures: Sequence[Figure], first: Figure
             {"label": entry["label"], "colour": looks[entry["label"]].name, "held_out": entry["held_out"]}
             for entry in strategies
         ],
-        tables=[_table(document, section.title, section.explanation, section.metrics) for section in SECTIONS],
-        first=None if first is None else {"figure": first, "svgs": [Markup(svg) for svg in plots.svgs(first)]},
+        tables=[
+            _table(document, section.title, section.explanation, section.metrics) for section in SECTIONS
+        ],
+        first=None
+        if first is None
+        else {"figure": first, "svgs": [Markup(svg) for svg in plots.svgs(first)]},
         figures=[
             {"figure": figure, "svgs": [Markup(svg) for svg in plots.svgs(figure)]} for figure in figures
         ],
@@ -43,7 +58,9 @@ def render(document: Mapping[str, Any], figures: Sequence[Figure], first: Figure
     )
 
 
-def _table(document: Mapping[str, Any], title: str, explanation: str, metrics: Sequence[Metric]) -> dict[str, Any]:
+def _table(
+    document: Mapping[str, Any], title: str, explanation: str, metrics: Sequence[Metric]
+) -> dict[str, Any]:
     columns = [(IMAGE, document["image"]["figures"])]
     columns += [(entry["strategy"], entry["figures"]) for entry in document["strategies"]]
     rows = [
@@ -72,9 +89,9 @@ def _cell(metric: Metric, name: str, figures: Mapping[str, Any]) -> dict[str, st
     if found is None:
         return texts
     if found["value"] is None:
-        infinite = found.get("note") == "infinite"
-        return {**texts, "value": "∞" if infinite else "", "missing": "" if infinite else _short(found.get("note", "")),
-                "more": found.get("note", "")}  # fmt: skip
+        note = found.get("note", "")
+        said = {"value": "∞"} if note == "infinite" else {"missing": _short(note)}
+        return {**texts, **said, "more": note}
     texts["value"] = shown(found["value"], metric.percent)
     if "low" in found:
         low, high = (shown(found[end], metric.percent).removesuffix(" %") for end in ("low", "high"))
@@ -99,7 +116,9 @@ def _conditions(found: Mapping[str, Any], percent: bool) -> str:
 
 def _stated(metric: Metric, columns: Sequence[Mapping[str, Any]]) -> str:
     """Those conditions that all columns share."""
-    cells = [figures[metric.key] for figures in columns if figures.get(metric.key, {}).get("value") is not None]
+    cells = [
+        figures[metric.key] for figures in columns if figures.get(metric.key, {}).get("value") is not None
+    ]
     if not cells:
         return ""
     shared = {k: v for k, v in cells[0].items() if all(cell.get(k) == v for cell in cells)}

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from revision_ray.geometry.cells import NEEDS_PAIRS, Cell, cell, mean_cell, possible
 from revision_ray.errors import DataError
+from revision_ray.geometry.cells import NEEDS_PAIRS, Cell, cell, mean_cell, possible
 from revision_ray.geometry.fixed_frame import (
     Frame,
     angle_by_chance_degrees,
@@ -95,7 +95,9 @@ def _in_frame(
     try:
         linked = coupling(parts.delta_ND, parts.zeta_ND, frame, RIDGE)
     except DataError as error:
-        return found | {key: cell(None, n=n, note=str(error)) for key in ("coupling_norm", "coupling_explained")}
+        return found | {
+            key: cell(None, n=n, note=str(error)) for key in ("coupling_norm", "coupling_explained")
+        }
     found["coupling_norm"] = cell(linked.spectral_norm, n=n, ridge=RIDGE)
     found["coupling_explained"] = cell(
         linked.explained_variance, n=n, ridge=RIDGE, by_chance=linked.chance_explained_variance

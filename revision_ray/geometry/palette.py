@@ -1,4 +1,4 @@
-"""Colours, dashes and markers: one for each strategy, the same in every figure, told apart by colour-blind eyes.
+"""Colours, dashes and markers: one for each strategy, the same everywhere, told apart by colour-blind eyes.
 
 Nothing depends on colour alone: curves differ in dashes, points in markers, rows have names.
 """
@@ -46,7 +46,7 @@ _SPARE_MARKERS = ("h", "d", "p", "8")
 
 
 def styles(strategies: Sequence[tuple[str, str]]) -> dict[str, Style]:
-    """Label to style for (label, strategy); further fits of a strategy keep its colour, not its dash and marker."""
+    """Label to style for (label, strategy); further fits of a strategy keep its colour alone."""
     found: dict[str, Style] = {}
     seen: dict[str, int] = {}
     for label, strategy in strategies:

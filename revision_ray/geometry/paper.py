@@ -1,40 +1,14 @@
 """Every figure of the report: what it is, how to read it, and what the papers found.
 
-Figures of arXiv 2602.07026 (sec. 6, app. D-G) at d = 1280, and of arXiv 2605.07825 (sec. 3, app. B.2) where said.
+Figures of arXiv 2602.07026 (sec. 6, app. D-G) at d = 1280, and of arXiv 2605.07825 (sec. 3, app. B.2) where
+said.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from revision_ray.geometry.metric import Metric, Section
 
 IMAGE = "image"
 REALIGN_PAPER, ANISO_PAPER = "arXiv 2602.07026", "arXiv 2605.07825"
 _OF_ANISO = f"The paper's figure is from {ANISO_PAPER}."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One row of the report's tables. `paper`: the papers' figure by strategy, or by "image"."""
-
-    key: str
-    title: str
-    definition: str
-    better: str = ""  # low, high, or empty where neither is better
-    percent: bool = False
-    paired: bool = False
-    paper: Mapping[str, float] = field(default_factory=dict)
-    paper_note: str = ""
-    symbol: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Rows that answer one question."""
-
-    title: str
-    explanation: str
-    metrics: tuple[Metric, ...]
-
 
 SECTIONS = (
     Section(
@@ -49,13 +23,13 @@ SECTIONS = (
                 "length 1, so 2 is the most there can be.",
                 better="low",
                 paper={"none": 0.3918, "c3": 0.0023, "realign": 2.64e-4},
-                paper_note="The paper's are of Bunny captions; raw 0.4276 on DenseFusion, about 0.51 for long captions; "
-                "ReAlign 1.39×10⁻⁴ at 100 k rows.",
+                paper_note="The paper's are of Bunny captions; raw 0.4276 on DenseFusion, about 0.51 for "
+                "long captions; ReAlign 1.39×10⁻⁴ at 100 k rows.",
             ),
             Metric(
                 key="fit_gap",
                 title="Gap on the fit's own rows",
-                definition="The same on the rows that it was fitted to, as the fit says: free of sampling, and flattering.",
+                definition="The same on the rows that were fitted, as the fit says: it flatters.",
                 better="low",
             ),
             Metric(
@@ -249,7 +223,8 @@ SECTIONS = (
     Section(
         title="The gap in a fixed frame: Δ = β + γ + δ + ζ",
         explanation="U is spanned by the leading directions of both covariances together, V is the rest. "
-        "The mean difference has a part in each (β in U, γ in V), and so has what is left of every pair (δ, ζ).",
+        "The mean difference has a part in each (β in U, γ in V), and so has what is left of every pair "
+        "(δ, ζ).",
         metrics=(
             Metric(
                 key="beta",
@@ -288,8 +263,7 @@ SECTIONS = (
                 key="kappa_u",
                 title="Effective condition number of δ",
                 symbol="κ_eff on U",
-                definition="Largest over smallest eigenvalue of Cov δ, over those that hold the stated share of its "
-                "trace.",
+                definition="Largest over smallest eigenvalue of Cov δ, of those that hold the stated share.",
                 paired=True,
             ),
             Metric(
@@ -302,7 +276,7 @@ SECTIONS = (
             Metric(
                 key="gamma_angle",
                 title="Angle of γ to the leading direction in V",
-                definition="Degrees, 0 to 90; near 90 means that the bias lies where the residual hardly varies.",
+                definition="Degrees, 0 to 90; near 90 the bias lies where the residual hardly varies.",
                 paired=True,
                 paper={"none": 90.0},
                 paper_note="The paper says “near 90 degrees”.",
@@ -323,16 +297,15 @@ SECTIONS = (
             Metric(
                 key="identity_error",
                 title="Largest error of the identities",
-                definition="β + γ = m; δ and ζ have mean zero and are orthogonal for every pair; energies add up. "
-                "A check of the arithmetic.",
+                definition="β + γ = m; δ and ζ have mean zero and are orthogonal; energies add up. A check.",
                 paired=True,
             ),
         ),
     ),
     Section(
         title="Phantom drift",
-        explanation="Scaling rows back to length 1 moves their mean although nobody asked for it. The second-order "
-        "formula (paper, sec. 3.4) says how far and where to; the centroid step undoes it.",
+        explanation="Scaling rows back to length 1 moves their mean although nobody asked for it. The "
+        "second-order formula (paper, sec. 3.4) says how far and where to; the centroid step undoes it.",
         metrics=(
             Metric(
                 key="drift_measured",
@@ -369,37 +342,3 @@ STUDIES = (
     ("Domain transfer", "held-out gap by statistics' and evaluation's domain", "in-domain much lower"),
     ("Caption length", "rank, trace, raw gap by length", "long captions raise the raw gap by about 30 %"),
 )
-
-
-def shown(value: float | None, percent: bool = False) -> str:
-    """A figure for a person: three significant digits, powers of ten where zeros would have to be counted."""
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if math.isinf(value):
-        return "∞"
-    if percent:
-        return f"{100 * value:.1f} %" if abs(value) >= 0.0995 else f"{100 * value:.2f} %"
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 1e-3 or size >= 1e5:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}×10{_superscript(int(exponent))}"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    digits = max(0, 2 - math.floor(math.log10(size)))
-    return f"{value:.{min(digits, 4)}f}"
-
-
-def quoted(value: float, percent: bool = False) -> str:
-    """A figure of the papers with the digits that they give."""
-    if percent:
-        return f"{100 * value:g} %"
-    mantissa, e, exponent = f"{value:g}".partition("e")
-    return f"{mantissa}×10{_superscript(int(exponent))}" if e else mantissa
-
-
-def _superscript(exponent: int) -> str:
-    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

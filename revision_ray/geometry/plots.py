@@ -1,7 +1,7 @@
 """The report's figures. Each is drawn once for the page, as SVG whose colours the page sets, and once as PNG.
 
-A figure is a row of panels. On the page every panel is an SVG of its own, so that a narrow screen stacks them;
-its text stays text. Drawing is the same for both: only the colours differ.
+A figure is a row of panels. On the page every panel is an SVG of its own, so that a narrow screen stacks
+them; its text stays text. Drawing is the same for both: only the colours differ.
 
 Shapes: H histogram bins.
 """
@@ -47,7 +47,7 @@ _RC = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: what draws it, and its size in inches. `alt`: what it shows, for those who cannot see it."""
+    """One pair of axes: what draws it, and its size in inches. `alt`: what it shows, in words."""
 
     draw: Draw
     alt: str
@@ -74,7 +74,9 @@ class Ink:
 
     def __init__(self, placeholders: bool) -> None:
         names = [style.name for style in palette.EVERY]
-        self.placeholders = {name: f"#fe01{place:02x}" for place, name in enumerate(names)} if placeholders else {}
+        self.placeholders = (
+            {name: f"#fe01{place:02x}" for place, name in enumerate(names)} if placeholders else {}
+        )
 
     def __call__(self, style: Style) -> str:
         return self.placeholders.get(style.name, style.light)
@@ -109,7 +111,12 @@ def _svg(name: str, panel: Panel) -> str:
     # Of the root only its box matters: the page sets the size.
     box = re.search(r'viewBox="([^"]*)"', svg)
     assert box, "matplotlib gives its SVG a viewBox"
-    svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box[1]}" role="img" aria-label="{_attribute(panel.alt)}">', svg, count=1)
+    svg = re.sub(
+        r"<svg[^>]*>",
+        f'<svg viewBox="{box[1]}" role="img" aria-label="{_attribute(panel.alt)}">',
+        svg,
+        count=1,
+    )
     return ink.to_page(svg)
 
 
@@ -159,10 +166,12 @@ def dots(
             value = found["value"] * factor
             axes.axhline(place, color=ink(LINE), linewidth=0.6, zorder=0)
             if "low" in found:
-                axes.plot([found["low"] * factor, found["high"] * factor], [place] * 2, color=ink(style), linewidth=3,
-                          alpha=0.35, solid_capstyle="butt")  # fmt: skip
+                ends = [found["low"] * factor, found["high"] * factor]
+                axes.plot(ends, [place] * 2, color=ink(style), linewidth=3, alpha=0.35, solid_capstyle="butt")
             if floor and found.get(floor) is not None:
-                axes.plot([found[floor] * factor], [place], "|", color=ink(SOFT), markersize=11, markeredgewidth=1.4)
+                axes.plot(
+                    [found[floor] * factor], [place], "|", color=ink(SOFT), markersize=11, markeredgewidth=1.4
+                )
             axes.plot([value], [place], style.marker, color=ink(style), markersize=6, clip_on=False)
         for at, name in marks:
             axes.axvline(at * factor, color=ink(SOFT), linewidth=0.9, linestyle=(0, (2, 2)))
@@ -185,7 +194,7 @@ def dots(
 def scatter(
     title: str, clouds: Sequence[tuple[str, Style, Any]], axes_names: tuple[str, str], limits: Any, alt: str
 ) -> Panel:
-    """Points of several clouds on the same plane and scale as every other panel; without names, without ticks."""
+    """Points of several clouds on the plane and scale of every other panel; no ticks without names."""
 
     def draw(axes: Axes, ink: Ink) -> None:
         for name, style, points in clouds:
@@ -240,7 +249,11 @@ def curves(
 
 
 def stacked(
-    title: str, axis: str, rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tuple[str, Style]], alt: str
+    title: str,
+    axis: str,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    parts: Sequence[tuple[str, Style]],
+    alt: str,
 ) -> Panel:
     """A bar a strategy, its parts side by side."""
 

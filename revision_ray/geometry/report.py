@@ -15,7 +15,7 @@ from revision_ray.errors import DataError
 from revision_ray.geometry import claims, figures, page, plots
 from revision_ray.geometry.inputs import Inputs, Sources, open_inputs
 from revision_ray.geometry.measure import Settings, measure
-from revision_ray.geometry.paper import shown
+from revision_ray.geometry.metric import shown
 from revision_ray.geometry.verdict import Verdict, value_of, verdict
 
 FORMAT_VERSION = 1
@@ -25,16 +25,16 @@ _PACKAGES = ("numpy", "scipy", "pyarrow", "ray", "matplotlib")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportJob(Sources, Settings):
-    """What an encoder's modality gap looks like, whether fits close it, and which strategy to trust: a page that
-    works offline, with all numbers as JSON and all figures as PNG."""
+    """What an encoder's modality gap looks like, whether fits close it, and which strategy to trust: a page
+    that works offline, with all numbers as JSON and all figures as PNG."""
 
     output: str = MISSING
     """Directory of the report."""
     title: str = ""
     """Of the page; by default the encoder's name."""
     replicates: list[Sources] = field(default_factory=list)
-    """The same recipe under other seeds: {texts, images, alignments, ...} each. The paper's claims are judged on all
-    of them."""
+    """The same recipe under other seeds: {texts, images, alignments, ...} each. The paper's claims are judged
+    on all of them."""
 
     def __post_init__(self) -> None:
         Sources.__post_init__(self)
@@ -59,7 +59,9 @@ def run(job: ReportJob) -> str:
     output = storage.absolute(job.output)
     settings = job.settings()
     opened = [open_inputs(sources, output, settings.max_rejected_fraction) for sources in job.sources()]
-    probes = [_read_probe(sources.probe, inputs) for sources, inputs in zip(job.sources(), opened, strict=True)]
+    probes = [
+        _read_probe(sources.probe, inputs) for sources, inputs in zip(job.sources(), opened, strict=True)
+    ]
     asked = _asked(job, settings, opened, probes)
     standing = _standing(output, asked)
     if standing is not None:
@@ -71,7 +73,9 @@ def run(job: ReportJob) -> str:
     drawn = figures.every_figure(document)
     for figure in drawn:
         storage.write_bytes(storage.join(output, FIGURES, f"{figure.name}.png"), plots.png(figure))
-    storage.write_bytes(storage.join(output, PAGE), page.render(document, drawn, figures.before_and_after(document)).encode())
+    storage.write_bytes(
+        storage.join(output, PAGE), page.render(document, drawn, figures.before_and_after(document)).encode()
+    )
     storage.write_json(storage.join(output, DOCUMENT), document)
     return _said(document, output)
 
@@ -120,28 +124,32 @@ def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> lis
     for side in ("texts", "images"):
         if on[f"num_{side}"] <= dim:
             found.append(
-                f"Only {on[f'num_{side}']:,} {side} in {dim} dimensions: their covariance cannot have full rank, so "
-                "condition number, spectral correlation and covariance gap say more about the sample than about the "
-                f"encoder. Measure on several times {dim} rows."
+                f"Only {on[f'num_{side}']:,} {side} in {dim} dimensions: their covariance cannot have full "
+                "rank, so condition number, spectral correlation and covariance gap say more about the "
+                f"sample than about the encoder. Measure on several times {dim} rows."
             )
         elif on[f"num_{side}"] < 10_000:
             found.append(f"{on[f'num_{side}']:,} {side} were measured; statistics settle at about 10,000.")
         if share := on["share_off_unit"]["text" if side == "texts" else "image"]:
-            found.append(f"{shown(share, True)} of the {side} were not of length one; all rows are scaled to it first.")
+            found.append(
+                f"{shown(share, True)} of the {side} were not of length one; all rows are scaled to it first."
+            )
     if on["pairs"] is None:
         found.append(
-            "No text and image share an id, so there are no pairs: what needs them is marked. Embed the same image-"
-            "caption pairs (WebDataset tars, or Parquet, with one id) once as images and once as texts with "
-            "jobs/embed.py, and give both stores as heldout_images and heldout_texts."
+            "No text and image share an id, so there are no pairs: what needs them is marked. Embed the "
+            "same image-caption pairs (WebDataset tars, or Parquet, with one id) once as images and once "
+            "as texts with jobs/embed.py, and give both stores as heldout_images and heldout_texts."
         )
     seen = [entry["label"] for entry in run["strategies"] if not entry["held_out"]]
     if seen:
         found.append(
-            f"Rows measured here took part in the fit of {', '.join(seen)}: centroid gaps come out too small. Give "
-            "heldout_texts and heldout_images for an honest figure."
+            f"Rows measured here took part in the fit of {', '.join(seen)}: centroid gaps come out too "
+            "small. Give heldout_texts and heldout_images for an honest figure."
         )
     if on["num_dropped"]:
-        found.append(f"{on['num_dropped']:,} sampled rows without a direction (NaN, infinite or zero) are left out.")
+        found.append(
+            f"{on['num_dropped']:,} sampled rows without a direction (NaN, infinite or zero) are left out."
+        )
     if probe and not probe["same_texts"]:
         found.append("The probe was made with other texts than those of this report.")
     return found
@@ -238,4 +246,3 @@ def _said(document: Mapping[str, Any], output: str) -> str:
         lines.append(f"{entry['label']:<{width}}{gap:>12.5f}{floor:>12.5f}")
     lines += ["", *document["verdict"]["paragraphs"], "", f"report: {storage.join(output, PAGE)}"]
     return "\n".join(lines)
-

@@ -150,7 +150,9 @@ def _drawn(
 def _hashed(store: Store, share: float, seed: int) -> np.ndarray:
     """(H,) hashes and places of the ids whose hash falls into the share, sorted by hash, each once."""
     shares = _shares(store.row_groups)
-    parts = ray.get([_hashes.remote(s, at * _ROW_GROUPS_PER_TASK, share, seed) for at, s in enumerate(shares)])
+    parts = ray.get(
+        [_hashes.remote(s, at * _ROW_GROUPS_PER_TASK, share, seed) for at, s in enumerate(shares)]
+    )
     rows = np.sort(np.concatenate(parts), order=["hash", "group", "row"])
     first = np.ones(len(rows), bool)
     first[1:] = rows["hash"][1:] != rows["hash"][:-1]

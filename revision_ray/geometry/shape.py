@@ -26,7 +26,9 @@ def cloud_figures(covariance_DD: np.ndarray, n: int) -> tuple[dict[str, Cell], n
     condition = possible(lambda: condition_number(values_D), n=n)
     if n <= len(values_D):
         # Rounding alone decides the smallest eigenvalues of a covariance that cannot have full rank.
-        condition = cell(None, n=n, note=f"{n} rows in {len(values_D)} dimensions leave directions without variance")
+        condition = cell(
+            None, n=n, note=f"{n} rows in {len(values_D)} dimensions leave directions without variance"
+        )
     return {
         "trace": cell(float(np.trace(covariance_DD)), n=n),
         "spectrum_exponent": possible(lambda: spectrum_exponent(values_D), n=n),
@@ -56,7 +58,9 @@ def before_normalisation(affine: Affine, unit_ND: np.ndarray, ids: list[str]) ->
     return moved_ND + affine.offset
 
 
-def drift_figures(affine: Affine, unit_ND: np.ndarray, ids: list[str]) -> tuple[dict[str, Cell], dict[str, list]]:
+def drift_figures(
+    affine: Affine, unit_ND: np.ndarray, ids: list[str]
+) -> tuple[dict[str, Cell], dict[str, list]]:
     """Phantom Drift (paper, sec. 3.4) of the map on these rows: measured, predicted, and both vectors."""
     names = ("drift_measured", "drift_predicted", "drift_cosine", "drift_error")
     if not affine.unit_output:

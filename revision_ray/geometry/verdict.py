@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from revision_ray.geometry.paper import shown
+from revision_ray.geometry.metric import shown
 
 # A fit has closed the gap when what is left is no more than this share of the raw gap, or than chance leaves.
 CLOSED_SHARE = 0.05
@@ -30,7 +30,7 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a reader who has not seen the paper should know. `trusted` is a label, or empty where undecided."""
+    """What a reader who has not seen the paper should know. `trusted`: a label, empty where undecided."""
 
     headline: str
     facts: tuple[Fact, ...]
@@ -53,7 +53,7 @@ def strategy(measured: Mapping[str, Any], name: str) -> Mapping[str, Any] | None
 
 
 def verdict(measured: Mapping[str, Any], probe: Sequence[Mapping[str, Any]] | None) -> Verdict:
-    """From one encoder's figures and, where there is one, its probe: rows of label, log-likelihood, accuracy."""
+    """From one encoder's figures and, where there is one, its probe: rows of label, loss, accuracy."""
     raw = strategy(measured, "none")
     assert raw is not None, "none is always measured"
     fitted = [entry for entry in measured["strategies"] if entry["strategy"] != "none"]
@@ -62,15 +62,17 @@ def verdict(measured: Mapping[str, Any], probe: Sequence[Mapping[str, Any]] | No
     gap, spread = value_of(raw, "modality_gap") or 0.0, math.sqrt(value_of(raw, "trace") or 0.0)
     times = gap / spread if spread else math.inf
     headline = (
-        f"This encoder keeps texts and images {shown(gap)} apart: {times:.1f} times as far as a text typically "
-        "lies from the average text."
+        f"This encoder keeps texts and images {shown(gap)} apart: {times:.1f} times as far as a text "
+        "typically lies from the average text."
     )
     if gap <= 2 * (value_of(raw, "sampling_floor") or 0.0):
         headline = f"These samples show no gap that could be told from zero ({shown(gap)})."
     return Verdict(
         headline=headline,
         facts=_facts(measured, raw, fitted, times, trusted),
-        paragraphs=tuple(filter(None, (_fits(raw, fitted, closed), _left(measured, closed or fitted), choice))),
+        paragraphs=tuple(
+            filter(None, (_fits(raw, fitted, closed), _left(measured, closed or fitted), choice))
+        ),
         trusted=trusted,
         rests_on=rests_on,
     )
@@ -95,8 +97,8 @@ def _fits(raw: Any, fitted: Sequence[Any], closed: Sequence[Any]) -> str:
         return "No fit was given, so this report describes the gap only. Make one with jobs/fit.py."
     seen = [entry for entry in fitted if not entry["held_out"]]
     where = (
-        " These rows took part in the fit, so the figure flatters it: name heldout_texts and heldout_images for "
-        "rows that did not."
+        " These rows took part in the fit, so the figure flatters it: name heldout_texts and "
+        "heldout_images for rows that did not."
         if seen
         else " None of the measured rows took part in a fit."
     )
@@ -109,7 +111,8 @@ def _fits(raw: Any, fitted: Sequence[Any], closed: Sequence[Any]) -> str:
         )
     open_ = [entry for entry in fitted if entry not in closed]
     rest = f" {_names(open_)} {'does' if len(open_) == 1 else 'do'} not." if open_ else ""
-    return f"The centroids meet after {_names(closed)}: what is left is within chance or 5 % of the gap.{rest}{where}"
+    met = f"The centroids meet after {_names(closed)}: what is left is within chance or 5 % of the gap."
+    return f"{met}{rest}{where}"
 
 
 def _left(measured: Mapping[str, Any], entries: Sequence[Any]) -> str:
@@ -122,13 +125,13 @@ def _left(measured: Mapping[str, Any], entries: Sequence[Any]) -> str:
     rate = value_of(best, "mixing_rate") or 0.0
     if rate >= 0.8 * chance:
         return (
-            f"Texts and images then mix: after {best['label']} {shown(rate, True)} of a row's neighbours are of the "
-            f"other kind ({shown(chance, True)} for one and the same cloud)."
+            f"Texts and images then mix: after {best['label']} {shown(rate, True)} of a row's neighbours "
+            f"are of the other kind ({shown(chance, True)} for one and the same cloud)."
         )
     return (
-        "Meeting centroids are not the same as one cloud. Even in the best case "
-        f"({best['label']}) only {shown(rate, True)} of a row's nearest neighbours are of the other kind, where "
-        f"one and the same cloud would give {shown(chance, True)}: differences of shape remain."
+        f"Meeting centroids are not the same as one cloud. Even in the best case ({best['label']}) only "
+        f"{shown(rate, True)} of a row's nearest neighbours are of the other kind, where one and the same "
+        f"cloud would give {shown(chance, True)}: differences of shape remain."
     )
 
 
@@ -141,7 +144,8 @@ def _choice(
     judged = [
         entry
         for entry in closed
-        if value_of(entry, "covariance_gap") is not None and value_of(entry, "neighbourhood_overlap") is not None
+        if value_of(entry, "covariance_gap") is not None
+        and value_of(entry, "neighbourhood_overlap") is not None
     ]
     if not judged:
         return "", "", "geometry"
@@ -154,20 +158,20 @@ def _choice(
     if alike is faithful:
         return (
             alike["label"],
-            f"Of these, {alike['label']} both keeps the texts' neighbourhoods best ({kept}) and comes nearest to the "
-            "images' shape. Geometry alone does not prove that it trains the better model; a cross-modal probe "
-            "(jobs/study.py) would.",
+            f"Of these, {alike['label']} both keeps the texts' neighbourhoods best ({kept}) and comes "
+            "nearest to the images' shape. Geometry alone does not prove that it trains the better model; "
+            "a cross-modal probe (jobs/study.py) would.",
             "geometry",
         )
     damage = value_of(alike, "neighbourhood_overlap") or 0.0
     caution = ", at a cost in meaning that speaks against it" if damage < KEPT_LEAST else ""
     return (
         "",
-        f"Two wishes pull apart: {faithful['label']} keeps the texts' neighbourhoods best ({kept}, covariance gap "
-        f"{shown(value_of(faithful, 'covariance_gap'))}), {alike['label']} comes nearest to the images' shape "
-        f"(covariance gap {shown(value_of(alike, 'covariance_gap'))}, neighbourhoods kept {shown(damage, True)})"
-        f"{caution}. Geometry cannot weigh one against the other: run the cross-modal probe (jobs/study.py) and "
-        "give its result as probe=.",
+        f"Two wishes pull apart: {faithful['label']} keeps the texts' neighbourhoods best ({kept}, "
+        f"covariance gap {shown(value_of(faithful, 'covariance_gap'))}), {alike['label']} comes nearest to "
+        f"the images' shape (covariance gap {shown(value_of(alike, 'covariance_gap'))}, neighbourhoods "
+        f"kept {shown(damage, True)}){caution}. Geometry cannot weigh one against the other: run the "
+        "cross-modal probe (jobs/study.py) and give its result as probe=.",
         "geometry",
     )
 
@@ -201,14 +205,22 @@ def _facts(
         told = "chance alone leaves" if left <= 2 * floor else "more than the"
         tail = "" if left <= 2 * floor else " that chance leaves"
         facts.append(
-            Fact(name=f"Left after {best['label']}", value=shown(left), explanation=f"{told} {shown(floor)}{tail}")
+            Fact(
+                name=f"Left after {best['label']}",
+                value=shown(left),
+                explanation=f"{told} {shown(floor)}{tail}",
+            )
         )
         kept = [entry for entry in fitted if value_of(entry, "neighbourhood_overlap") is not None]
         if kept:
             low, high = (f(value_of(e, "neighbourhood_overlap") or 0.0 for e in kept) for f in (min, max))
             span = f"{100 * high:.0f} %" if high - low < TIE else f"{100 * low:.0f} to {100 * high:.0f} %"
             facts.append(
-                Fact(name="Neighbours kept", value=span, explanation="of each text's nearest texts, by strategy")
+                Fact(
+                    name="Neighbours kept",
+                    value=span,
+                    explanation="of each text's nearest texts, by strategy",
+                )
             )
     facts.append(
         Fact(
