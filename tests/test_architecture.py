@@ -32,7 +32,8 @@ RAY_FREE = (
     "geometry/angles.py", "geometry/neighbours.py", "geometry/fixed_frame.py", "geometry/phantom_drift.py",
     "geometry/bootstrap.py", "geometry/cells.py", "geometry/shape.py", "geometry/paired.py",
     "geometry/projection.py", "geometry/metric.py", "geometry/paper.py", "geometry/verdict.py",
-    "geometry/claims.py", "geometry/palette.py", "geometry/plots.py", "geometry/figures.py", "geometry/page.py",
+    "geometry/claims.py", "geometry/palette.py", "geometry/plots.py", "geometry/figures.py",
+    "geometry/page.py",
 )  # fmt: skip
 # ... but for the files that distribute the work of their folder.
 DISTRIBUTED = {

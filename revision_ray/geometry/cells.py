@@ -26,9 +26,9 @@ def cell(
     n: int | None = None,
     bounds: tuple[float, float] | None = None,
     note: str = "",
-    **stated: float,
+    **stated: Any,
 ) -> Cell:
-    """The figure as report.json holds it. `n`: rows it was measured on; `stated`: k, q, rank and the like.
+    """The figure as report.json holds it. `n`: rows it was measured on; `stated`: numbers such as k.
 
     JSON has no infinity: an infinite value is None with a note.
     """
@@ -44,7 +44,7 @@ def cell(
     return found
 
 
-def possible(measure: Callable[[], float], *, n: int | None = None, **stated: float) -> Cell:
+def possible(measure: Callable[[], float], *, n: int | None = None, **stated: Any) -> Cell:
     """The figure that `measure` gives, or why these rows do not allow it."""
     try:
         return cell(float(measure()), n=n, **stated)
@@ -52,7 +52,7 @@ def possible(measure: Callable[[], float], *, n: int | None = None, **stated: fl
         return cell(None, n=n, note=str(error), **stated)
 
 
-def mean_cell(values_N: np.ndarray, num: int, seed: int, **stated: float) -> Cell:
+def mean_cell(values_N: np.ndarray, num: int, seed: int, **stated: Any) -> Cell:
     """The mean over rows with its bootstrap interval (`num` resamples; none where 0)."""
     n = len(values_N)
     if not num:
@@ -86,7 +86,7 @@ def gap_bounds(
     return float(low), float(high)
 
 
-def divergence_cell(p_H: np.ndarray, q_H: np.ndarray, num: int, seed: int, **stated: float) -> Cell:
+def divergence_cell(p_H: np.ndarray, q_H: np.ndarray, num: int, seed: int, **stated: Any) -> Cell:
     """JS divergence of two histograms of cosines; its interval from resampled cosines.
 
     Cosines that share a row are not independent, so the interval is a little too narrow.

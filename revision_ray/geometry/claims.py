@@ -230,7 +230,8 @@ def judge(runs: Sequence[Mapping[str, Any]], probes: Sequence[Any]) -> list[dict
 
 def _judged(claim: Claim, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = [{name: _look_up(run, *place) for name, place in claim.needs.items()} for run in runs]
-    complete = [values for values in found if None not in values.values()]
+    whole = [{name: value for name, value in values.items() if value is not None} for values in found]
+    complete = [values for values in whole if len(values) == len(claim.needs)]
     figures = [
         {"name": name, **_span([values[name] for values in complete]), "percent": METRICS[place[1]].percent}
         for name, place in claim.needs.items()

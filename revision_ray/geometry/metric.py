@@ -55,8 +55,10 @@ def quoted(value: float, percent: bool = False) -> str:
     """A figure of the papers with the digits that they give."""
     if percent:
         return f"{100 * value:g} %"
-    mantissa, e, exponent = f"{value:g}".partition("e")
-    return f"{mantissa}×10{_superscript(int(exponent))}" if e else mantissa
+    if abs(value) >= 1e-3:
+        return f"{value:,.10g}"
+    mantissa, exponent = f"{value:.10e}".split("e")
+    return f"{float(mantissa):g}×10{_superscript(int(exponent))}"
 
 
 def _superscript(exponent: int) -> str:

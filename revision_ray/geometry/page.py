@@ -9,16 +9,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from revision_ray.geometry import claims, palette, plots
-from revision_ray.geometry.paper import (
-    ANISO_PAPER,
-    IMAGE,
-    REALIGN_PAPER,
-    SECTIONS,
-    STUDIES,
-    Metric,
-    quoted,
-    shown,
-)
+from revision_ray.geometry.metric import Metric, quoted, shown
+from revision_ray.geometry.paper import ANISO_PAPER, IMAGE, REALIGN_PAPER, SECTIONS, STUDIES
 from revision_ray.geometry.plots import Figure
 
 TEMPLATE = "page.html"
@@ -29,7 +21,7 @@ def render(document: Mapping[str, Any], figures: Sequence[Figure], first: Figure
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
+    template = environment.from_string(files("revision_ray.geometry").joinpath(TEMPLATE).read_text("utf-8"))
     strategies = document["strategies"]
     looks = palette.styles([(entry["label"], entry["strategy"]) for entry in strategies])
     return template.render(

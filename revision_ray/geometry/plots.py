@@ -94,7 +94,7 @@ def svgs(figure: Figure) -> list[str]:
 
 def _svg(name: str, panel: Panel) -> str:
     ink = Ink(placeholders=True)
-    with mpl.rc_context(_RC | {"axes.titlecolor": ink(INK)}):
+    with mpl.rc_context(_settings(ink)):
         canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
         FigureCanvasSVG(canvas)
         _draw(canvas.add_subplot(), panel, ink)
@@ -120,6 +120,11 @@ def _svg(name: str, panel: Panel) -> str:
     return ink.to_page(svg)
 
 
+def _settings(ink: Ink) -> Any:
+    """Matplotlib's settings, by names that its stubs list one by one."""
+    return {**_RC, "axes.titlecolor": ink(INK)}
+
+
 def _attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -130,7 +135,7 @@ def png(figure: Figure) -> bytes:
     columns = min(3, len(figure.panels))
     rows = -(-len(figure.panels) // columns)
     size = columns * max(p.width for p in figure.panels), rows * max(p.height for p in figure.panels)
-    with mpl.rc_context(_RC | {"axes.titlecolor": ink(INK)}):
+    with mpl.rc_context(_settings(ink)):
         canvas = Canvas(figsize=size, layout="constrained")
         FigureCanvasAgg(canvas)
         for place, panel in enumerate(figure.panels):
