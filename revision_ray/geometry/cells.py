@@ -32,11 +32,10 @@ def cell(
 
     JSON has no infinity: an infinite value is None with a note.
     """
-    found: Cell = {"value": value, **stated}
+    found: Cell = {"value": value} if n is None else {"value": value, "n": n}
+    found |= stated
     if value is not None and not math.isfinite(value):
         found |= {"value": None, "note": "infinite" if math.isinf(value) else "undefined"}
-    if n is not None:
-        found["n"] = n
     if bounds is not None:
         found |= {"low": bounds[0], "high": bounds[1]}
     if note:

@@ -159,7 +159,8 @@ def _cosines(measured: Mapping[str, Any], looks: Mapping[str, Style]) -> Figure:
 
 
 def _filled(counts: Sequence[int]) -> tuple[int, int]:
-    places = np.flatnonzero(counts)
+    """First and last bin that hold more than stray cosines."""
+    places = np.flatnonzero(np.asarray(counts) > 2e-4 * sum(counts))
     return int(places[0]), int(places[-1])
 
 

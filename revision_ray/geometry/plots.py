@@ -18,8 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from revision_ray.geometry import palette
+from revision_ray.geometry.metric import quoted
 from revision_ray.geometry.palette import INK, LINE, SOFT, Style
 
 Draw = Callable[[Axes, "Ink"], None]
@@ -158,6 +160,14 @@ def _draw(axes: Axes, panel: Panel, ink: Ink) -> None:
         text.set_color(ink(INK))
 
 
+def _plain_ticks(axis: Any) -> None:
+    """Names at powers of ten, also at 2 and 5 times those where the axis spans less than a hundred."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: quoted(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def dots(
     title: str, axis: str, rows: Sequence[tuple[str, Style, Mapping[str, Any]]], *, log: bool = False,
     percent: bool = False, floor: str = "", marks: Sequence[tuple[float, str]] = (), alt: str = "",
@@ -187,9 +197,11 @@ def dots(
         axes.spines["left"].set_visible(False)
         if log:
             axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
         else:
-            axes.set_xlim(left=0)
-            axes.margins(x=0.08)
+            most = max([found.get("high", found["value"]) * factor for _, _, found in drawn], default=1.0)
+            most = max([most or 1.0, *(at * factor for at, _ in marks)])
+            axes.set_xlim(-0.04 * most, 1.08 * most)
         axes.set_title(title)
         axes.set_xlabel(axis)
 
@@ -204,8 +216,9 @@ def scatter(
     def draw(axes: Axes, ink: Ink) -> None:
         for name, style, points in clouds:
             xy = np.asarray(points)
+            edge = 0.7 if style.marker == "x" else 0.0  # a cross is nothing but edge
             axes.plot(xy[:, 0], xy[:, 1], style.marker, color=ink(style), markersize=2.6, alpha=0.55,
-                      markeredgewidth=0, label=name)  # fmt: skip
+                      markeredgewidth=edge, label=name)  # fmt: skip
         axes.set_xlim(*limits[0])
         axes.set_ylim(*limits[1])
         axes.set_aspect("equal")
@@ -218,7 +231,7 @@ def scatter(
             axes.set_xticks([])
             axes.set_yticks([])
 
-    return Panel(draw, alt, width=3.2, height=2.9)
+    return Panel(draw, alt, *((3.2, 2.9) if any(axes_names) else (2.1, 1.95)))
 
 
 def curves(
@@ -242,6 +255,8 @@ def curves(
         if log:
             axes.set_xscale("log")
             axes.set_yscale("log")
+            _plain_ticks(axes.xaxis)
+            _plain_ticks(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
         axes.set_xlabel(axes_names[0])
@@ -284,7 +299,8 @@ def agreement(title: str, style: Style, x: Any, y: Any, axes_names: tuple[str, s
     def draw(axes: Axes, ink: Ink) -> None:
         most = 1.08 * float(np.max(np.abs([x, y])))
         axes.plot([-most, most], [-most, most], color=ink(SOFT), linewidth=0.9, linestyle=(0, (2, 2)))
-        axes.plot(x, y, style.marker, color=ink(style), markersize=3, alpha=0.7, markeredgewidth=0)
+        edge = 0.7 if style.marker == "x" else 0.0
+        axes.plot(x, y, style.marker, color=ink(style), markersize=3, alpha=0.7, markeredgewidth=edge)
         axes.set_xlim(-most, most)
         axes.set_ylim(-most, most)
         axes.set_aspect("equal")

@@ -125,15 +125,18 @@ def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> lis
         if on[f"num_{side}"] <= dim:
             found.append(
                 f"Only {on[f'num_{side}']:,} {side} in {dim} dimensions: their covariance cannot have full "
-                "rank, so condition number, spectral correlation and covariance gap say more about the "
-                f"sample than about the encoder. Measure on several times {dim} rows."
+                "rank, so condition number, spectral correlation and covariance gap say more about the sample than "
+                f"about the encoder. Measure on several times {dim} rows."
             )
-        elif on[f"num_{side}"] < 10_000:
-            found.append(f"{on[f'num_{side}']:,} {side} were measured; statistics settle at about 10,000.")
         if share := on["share_off_unit"]["text" if side == "texts" else "image"]:
             found.append(
                 f"{shown(share, True)} of the {side} were not of length one; all rows are scaled to it first."
             )
+    if dim < min(on["num_texts"], on["num_images"]) < 10_000:
+        found.append(
+            f"{on['num_texts']:,} texts and {on['num_images']:,} images were measured; statistics settle "
+            "at about 10,000."
+        )
     if on["pairs"] is None:
         found.append(
             "No text and image share an id, so there are no pairs: what needs them is marked. Embed the "

@@ -140,7 +140,7 @@ def _choice(
 ) -> tuple[str, str, str]:
     """(label to trust or empty, why, what that rests on)."""
     if probe:
-        return _by_probe(probe)
+        return _by_probe(probe, [raw["label"], *(entry["label"] for entry in fitted)])
     judged = [
         entry
         for entry in closed
@@ -176,17 +176,21 @@ def _choice(
     )
 
 
-def _by_probe(probe: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+def _by_probe(probe: Sequence[Mapping[str, Any]], measured: Sequence[str]) -> tuple[str, str, str]:
     best = min(probe, key=lambda row: row["loss"])
     near = [row for row in probe if row is not best and row["loss_low"] <= best["loss_high"]]
     told = (
         f"A head trained on aligned texts and tested on real images does best with {best['label']}: "
         f"loss {shown(best['loss'])}, accuracy {shown(best['accuracy'], True)}"
     )
-    if near:
-        others = _names(near)
-        return best["label"], f"{told}. {others} cannot be told from it with these seeds.", "probe"
-    return best["label"], f"{told}; no other strategy comes within its spread.", "probe"
+    told += (
+        f". {_names(near)} cannot be told from it with these seeds."
+        if near
+        else "; no other strategy comes within its interval."
+    )
+    if best["label"] not in measured:
+        told += " The probe fitted it by itself; it is not among the fits of this report."
+    return best["label"], told, "probe"
 
 
 def _facts(
