@@ -27,14 +27,7 @@ LAYERS = [
 ]
 
 # Mathematics, models, formats: they import no Ray, and nothing that does ...
-RAY_FREE = (
-    "align/", "encode/", "data/", "model/", "miniature/", "geometry/rows.py", "geometry/spectra.py",
-    "geometry/angles.py", "geometry/neighbours.py", "geometry/fixed_frame.py", "geometry/phantom_drift.py",
-    "geometry/bootstrap.py", "geometry/dynamics.py", "geometry/dynamics_figure.py",
-    "geometry/registry.py", "geometry/fit_file.py", "geometry/fit_tables.py",
-    "geometry/probe.py", "geometry/studies/labels.py", "geometry/studies/plots.py",
-    "geometry/studies/results.py",
-)  # fmt: skip
+RAY_FREE = ("align/", "encode/", "data/", "model/", "miniature/", "geometry/")
 # ... but for the files that distribute the work of their folder.
 DISTRIBUTED = {
     "align/apply.py",
@@ -45,6 +38,22 @@ DISTRIBUTED = {
     "data/import_reference.py",
     "encode/embed.py",
     "encode/pipeline.py",
+    "geometry/fits.py",
+    "geometry/inputs.py",
+    "geometry/measure.py",
+    "geometry/nearest.py",
+    "geometry/report.py",
+    "geometry/sample.py",
+    "geometry/studies/c3_sigma.py",
+    "geometry/studies/caption_length.py",
+    "geometry/studies/centroid_steps.py",
+    "geometry/studies/cross_modal_probe.py",
+    "geometry/studies/domain_transfer.py",
+    "geometry/studies/inputs.py",
+    "geometry/studies/labelled_rows.py",
+    "geometry/studies/precision.py",
+    "geometry/studies/sample_efficiency.py",
+    "geometry/study.py",
     "miniature/render.py",
 }
 

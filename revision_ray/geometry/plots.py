@@ -1,0 +1,312 @@
+"""The report's figures. Each is drawn once for the page, as SVG whose colours the page sets, and once as PNG.
+
+A figure is a row of panels. On the page every panel is an SVG of its own, so that a narrow screen stacks
+them; its text stays text. Drawing is the same for both: only the colours differ.
+
+Shapes: H histogram bins.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from revision_ray.geometry import palette
+from revision_ray.geometry.metric import quoted
+from revision_ray.geometry.palette import INK, LINE, SOFT, Style
+
+Draw = Callable[[Axes, "Ink"], None]
+
+_DPI = 160
+_RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "revision_ray",
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "path.simplify": False,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: what draws it, and its size in inches. `alt`: what it shows, in words."""
+
+    draw: Draw
+    alt: str
+    width: float = 3.4
+    height: float = 2.9
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`reading`: how to read it, one or two sentences."""
+
+    name: str
+    title: str
+    reading: str
+    panels: Sequence[Panel]
+
+    @property
+    def wide(self) -> bool:
+        return max(panel.width for panel in self.panels) > 5
+
+
+class Ink:
+    """Colours by style: those of light ground, or placeholders that become the page's custom properties."""
+
+    def __init__(self, placeholders: bool) -> None:
+        names = [style.name for style in palette.EVERY]
+        self.placeholders = (
+            {name: f"#fe01{place:02x}" for place, name in enumerate(names)} if placeholders else {}
+        )
+
+    def __call__(self, style: Style) -> str:
+        return self.placeholders.get(style.name, style.light)
+
+    def to_page(self, svg: str) -> str:
+        for name, colour in self.placeholders.items():
+            svg = svg.replace(colour, f"var(--c-{name})")
+        return svg
+
+
+def svgs(figure: Figure) -> list[str]:
+    """Each panel as an inline SVG element without ids that another could have, metadata, or references."""
+    return [_svg(f"{figure.name}-{place}", panel) for place, panel in enumerate(figure.panels)]
+
+
+def _svg(name: str, panel: Panel) -> str:
+    ink = Ink(placeholders=True)
+    with mpl.rc_context(_settings(ink)):
+        canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
+        FigureCanvasSVG(canvas)
+        _draw(canvas.add_subplot(), panel, ink)
+        sink = io.StringIO()
+        canvas.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = sink.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:)?href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font: bold ([\d.]+)px [^;\"]*", r"font-weight: 600; font-size: \1px", svg)
+    # Of the root only its box matters: the page sets the size.
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    assert box, "matplotlib gives its SVG a viewBox"
+    svg = re.sub(
+        r"<svg[^>]*>",
+        f'<svg viewBox="{box[1]}" role="img" aria-label="{_attribute(panel.alt)}">',
+        svg,
+        count=1,
+    )
+    return ink.to_page(svg)
+
+
+def _settings(ink: Ink) -> Any:
+    """Matplotlib's settings, by names that its stubs list one by one."""
+    return {**_RC, "axes.titlecolor": ink(INK)}
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def png(figure: Figure) -> bytes:
+    """All panels in one picture, on white, at most three beside each other."""
+    ink = Ink(placeholders=False)
+    columns = min(3, len(figure.panels))
+    rows = -(-len(figure.panels) // columns)
+    size = columns * max(p.width for p in figure.panels), rows * max(p.height for p in figure.panels)
+    with mpl.rc_context(_settings(ink)):
+        canvas = Canvas(figsize=size, layout="constrained")
+        FigureCanvasAgg(canvas)
+        for place, panel in enumerate(figure.panels):
+            _draw(canvas.add_subplot(rows, columns, place + 1), panel, ink)
+        sink = io.BytesIO()
+        canvas.savefig(sink, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+    return sink.getvalue()
+
+
+def _draw(axes: Axes, panel: Panel, ink: Ink) -> None:
+    axes.set_facecolor("none")
+    panel.draw(axes, ink)
+    axes.tick_params(which="both", color=ink(LINE), labelcolor=ink(SOFT))
+    for spine in axes.spines.values():
+        spine.set_color(ink(LINE))
+    axes.xaxis.label.set_color(ink(SOFT))
+    axes.yaxis.label.set_color(ink(SOFT))
+    legend = axes.get_legend()
+    for text in legend.get_texts() if legend else ():
+        text.set_color(ink(INK))
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Names at powers of ten, also at 2 and 5 times those where the axis spans less than a hundred."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: quoted(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def dots(
+    title: str, axis: str, rows: Sequence[tuple[str, Style, Mapping[str, Any]]], *, log: bool = False,
+    percent: bool = False, floor: str = "", marks: Sequence[tuple[float, str]] = (), alt: str = "",
+) -> Panel:  # fmt: skip
+    """A point a strategy with its interval; `floor` names a figure that is drawn as a tick in each row."""
+    factor = 100 if percent else 1
+
+    def draw(axes: Axes, ink: Ink) -> None:
+        drawn = [(label, style, figures) for label, style, figures in rows if figures["value"] is not None]
+        for place, (_, style, found) in enumerate(drawn):
+            value = found["value"] * factor
+            axes.axhline(place, color=ink(LINE), linewidth=0.6, zorder=0)
+            if "low" in found:
+                ends = [found["low"] * factor, found["high"] * factor]
+                axes.plot(ends, [place] * 2, color=ink(style), linewidth=3, alpha=0.35, solid_capstyle="butt")
+            if floor and found.get(floor) is not None:
+                axes.plot(
+                    [found[floor] * factor], [place], "|", color=ink(SOFT), markersize=11, markeredgewidth=1.4
+                )
+            axes.plot([value], [place], style.marker, color=ink(style), markersize=6, clip_on=False)
+        for at, name in marks:
+            axes.axvline(at * factor, color=ink(SOFT), linewidth=0.9, linestyle=(0, (2, 2)))
+            axes.text(at * factor, -0.55, f"{name} ", color=ink(SOFT), fontsize=7.5, va="center", ha="right")
+        axes.set_yticks(range(len(drawn)), [label for label, _, _ in drawn])
+        axes.set_ylim(len(drawn) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        if log:
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
+        else:
+            most = max([found.get("high", found["value"]) * factor for _, _, found in drawn], default=1.0)
+            most = max([most or 1.0, *(at * factor for at, _ in marks)])
+            axes.set_xlim(-0.04 * most, 1.08 * most)
+        axes.set_title(title)
+        axes.set_xlabel(axis)
+
+    return Panel(draw, alt, width=3.4, height=0.95 + 0.26 * max(len(rows), 3))
+
+
+def scatter(
+    title: str, clouds: Sequence[tuple[str, Style, Any]], axes_names: tuple[str, str], limits: Any, alt: str
+) -> Panel:
+    """Points of several clouds on the plane and scale of every other panel; no ticks without names."""
+
+    def draw(axes: Axes, ink: Ink) -> None:
+        for name, style, points in clouds:
+            xy = np.asarray(points)
+            edge = 0.7 if style.marker == "x" else 0.0  # a cross is nothing but edge
+            axes.plot(xy[:, 0], xy[:, 1], style.marker, color=ink(style), markersize=2.6, alpha=0.55,
+                      markeredgewidth=edge, label=name)  # fmt: skip
+        axes.set_xlim(*limits[0])
+        axes.set_ylim(*limits[1])
+        axes.set_aspect("equal")
+        axes.set_title(title)
+        axes.set_xlabel(axes_names[0])
+        axes.set_ylabel(axes_names[1])
+        if any(axes_names):
+            axes.locator_params(nbins=5)
+        else:
+            axes.set_xticks([])
+            axes.set_yticks([])
+
+    return Panel(draw, alt, *((3.2, 2.9) if any(axes_names) else (2.1, 1.95)))
+
+
+def curves(
+    title: str, lines: Sequence[tuple[str, Style, Any, Any]], axes_names: tuple[str, str], alt: str, *,
+    log: bool = False, small: bool = False, filled: str = "", mark: float | None = None,
+) -> Panel:  # fmt: skip
+    """Lines over x; the one named `filled` is an area, `mark` a vertical line. Small panels have no legend.
+
+    Of curves that coincide the earlier ones show as the edges of wider bands.
+    """
+
+    def draw(axes: Axes, ink: Ink) -> None:
+        if mark is not None:
+            axes.axvline(mark, color=ink(INK), linewidth=1.2, linestyle=(0, (1, 1)))
+        for place, (name, style, x, y) in enumerate(lines):
+            if name == filled:
+                axes.fill_between(x, y, color=ink(style), alpha=0.25, linewidth=0, label=name)
+            else:
+                width = 1.5 if small else 3.4 - 2.2 * place / max(len(lines) - 1, 1)
+                axes.plot(x, y, color=ink(style), linestyle=style.dash, label=name, linewidth=width)
+        if log:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            _plain_ticks(axes.xaxis)
+            _plain_ticks(axes.yaxis)
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel(axes_names[0])
+        axes.set_ylabel(axes_names[1])
+        axes.set_title(title)
+        if not small:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.2)
+
+    return Panel(draw, alt, *((3.2, 2.5) if small else (6.8, 3.6)))
+
+
+def stacked(
+    title: str,
+    axis: str,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    parts: Sequence[tuple[str, Style]],
+    alt: str,
+) -> Panel:
+    """A bar a strategy, its parts side by side."""
+
+    def draw(axes: Axes, ink: Ink) -> None:
+        for number, (name, style) in enumerate(parts):
+            left = [sum(values[:number]) for _, values in rows]
+            axes.barh(range(len(rows)), [values[number] for _, values in rows], left=left, color=ink(style),
+                      label=name, height=0.62)  # fmt: skip
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(axis)
+        axes.set_title(title)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+    return Panel(draw, alt, width=6.8, height=1.0 + 0.32 * max(len(rows), 4))
+
+
+def agreement(title: str, style: Style, x: Any, y: Any, axes_names: tuple[str, str], alt: str) -> Panel:
+    """Points that lie on the diagonal where prediction and measurement agree."""
+
+    def draw(axes: Axes, ink: Ink) -> None:
+        most = 1.08 * float(np.max(np.abs([x, y])))
+        axes.plot([-most, most], [-most, most], color=ink(SOFT), linewidth=0.9, linestyle=(0, (2, 2)))
+        edge = 0.7 if style.marker == "x" else 0.0
+        axes.plot(x, y, style.marker, color=ink(style), markersize=3, alpha=0.7, markeredgewidth=edge)
+        axes.set_xlim(-most, most)
+        axes.set_ylim(-most, most)
+        axes.set_aspect("equal")
+        axes.locator_params(nbins=5)
+        axes.set_xlabel(axes_names[0])
+        axes.set_ylabel(axes_names[1])
+        axes.set_title(title)
+
+    return Panel(draw, alt, width=3.4, height=3.2)
