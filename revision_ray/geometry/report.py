@@ -125,7 +125,7 @@ def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> lis
         if on[f"num_{side}"] <= dim:
             found.append(
                 f"Only {on[f'num_{side}']:,} {side} in {dim} dimensions: their covariance cannot have full "
-                "rank, so condition number, spectral correlation and covariance gap say more about the sample "
+                "rank, so condition number, spectral correlation and covariance gap tell of the sample more "
                 f"than about the encoder. Measure on several times {dim} rows."
             )
         if share := on["share_off_unit"]["text" if side == "texts" else "image"]:
