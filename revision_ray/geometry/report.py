@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from revision_ray import __version__, config, storage
+import revision_ray
+from revision_ray import config, storage
 from revision_ray.cluster import connect
 from revision_ray.config import MISSING
 from revision_ray.data.rejected import REJECTED
@@ -97,7 +98,10 @@ def _document(
             "asked": asked,
             "title": job.title or encoder or "an unknown encoder",
             "settings": asdict(settings),
-            "versions": {"revision_ray": __version__, **{name: version(name) for name in _PACKAGES}},
+            "versions": {
+                "revision_ray": revision_ray.__version__,
+                **{name: version(name) for name in _PACKAGES},
+            },
             **first,
             "verdict": judged.document(),
             "limitations": _limitations(first, probe),
@@ -125,8 +129,8 @@ def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> lis
         if on[f"num_{side}"] <= dim:
             found.append(
                 f"Only {on[f'num_{side}']:,} {side} in {dim} dimensions: their covariance cannot have full "
-                "rank, so condition number, spectral correlation and covariance gap say more about the sample than "
-                f"about the encoder. Measure on several times {dim} rows."
+                "rank, so condition number, spectral correlation and covariance gap say more about the sample "
+                f"than about the encoder. Measure on several times {dim} rows."
             )
         if share := on["share_off_unit"]["text" if side == "texts" else "image"]:
             found.append(
