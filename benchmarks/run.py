@@ -26,6 +26,6 @@ def figures(name: str) -> dict:
 
 if __name__ == "__main__":
     print("| benchmark | figure | |\n| --- | --- | --- |")
-    for name in ("fit", "align", "encode", "train", "serve"):
+    for name in ("fit", "second_moments", "align", "encode", "train", "serve"):
         for label, value in figures(name).items():
             print(f"| {name} | {label} | {value} |", flush=True)

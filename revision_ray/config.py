@@ -19,9 +19,20 @@ from yaml import MarkedYAMLError
 from revision_ray import storage
 from revision_ray.errors import ConfigError, RevisionError
 
-__all__ = ["MISSING", "from_mapping", "help_text", "keys", "load", "run_job", "save_resolved", "to_yaml"]
+__all__ = [
+    "MISSING",
+    "from_mapping",
+    "help_text",
+    "keys",
+    "load",
+    "run_job",
+    "save_resolved",
+    "spelled_out",
+    "to_yaml",
+]
 
 Schema = TypeVar("Schema")
+Verbs = Mapping[str, Sequence[str]]  # of a command line, with the keys of the words that follow each
 
 
 def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
@@ -169,27 +180,47 @@ def _field_docstrings(schema: type) -> dict[str, str]:
     return found
 
 
-def help_text(schema: type, program: str) -> str:
+def help_text(schema: type, program: str, verbs: Verbs | None = None) -> str:
     """Every key of `schema` with its type, default and explanation."""
     about = inspect.cleandoc(schema.__doc__ or "").strip()
-    lines = [f"usage: python {program} [CONFIG.yaml] key=value ...", "", about, "", "keys:"]
+    led = " | ".join(" ".join([verb, *map(str.upper, names)]) for verb, names in (verbs or {}).items())
+    lead = f"[{led}] " if led else ""
+    lines = [f"usage: python {program} {lead}[CONFIG.yaml] key=value ...", "", about, "", "keys:"]
     for key, type_text, default, explanation in keys(schema):
         lines.append(f"  {key}: {type_text} = {default}")
         lines += textwrap.wrap(explanation, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
+def spelled_out(argv: Sequence[str], verbs: Verbs) -> list[str]:
+    """`argv` with a leading verb and the words that follow it as key=value: show X is action=show name=X."""
+    if not argv or argv[0] not in verbs:
+        return list(argv)
+    given, rest = [f"action={argv[0]}"], list(argv[1:])
+    for key in verbs[argv[0]]:
+        if not rest or "=" in rest[0] or rest[0].startswith("-") or rest[0].endswith((".yaml", ".yml")):
+            break
+        given.append(
+            f"{key}={json.dumps(rest.pop(0))}"
+        )  # quoted: a word is text, also where it looks like YAML
+    return given + rest
+
+
 def run_job(
-    schema: type[Schema], job: Callable[[Schema], str], flags: Mapping[str, str] | None = None
+    schema: type[Schema],
+    job: Callable[[Schema], str],
+    flags: Mapping[str, str] | None = None,
+    verbs: Verbs | None = None,
 ) -> None:
     """Parse the command line into `schema`, run `job`, say the result; exit 2 on an error of the user's.
 
     `job` returns one line that says where the result is. `flags` are options that stand for a key=value.
+    `verbs` are words that may lead, each for action=VERB, with the keys that may follow without their names.
     Errors of ours keep their traceback and exit 1.
     """
-    argv = [(flags or {}).get(argument, argument) for argument in sys.argv[1:]]
+    argv = [(flags or {}).get(argument, argument) for argument in spelled_out(sys.argv[1:], verbs or {})]
     if any(argument in ("-h", "--help") for argument in argv):
-        sys.stdout.write(help_text(schema, os.path.relpath(sys.argv[0])) + "\n")
+        sys.stdout.write(help_text(schema, os.path.relpath(sys.argv[0]), verbs) + "\n")
         return
     logging.basicConfig(
         level=logging.INFO,

@@ -33,6 +33,7 @@ RAY_FREE = (
     "geometry/bootstrap.py", "geometry/dynamics.py", "geometry/dynamics_figure.py",
     "geometry/probe.py", "geometry/studies/labels.py", "geometry/studies/plots.py",
     "geometry/studies/results.py",
+    "geometry/registry.py", "geometry/fit_file.py", "geometry/fit_tables.py",
 )  # fmt: skip
 # ... but for the files that distribute the work of their folder.
 DISTRIBUTED = {

@@ -215,6 +215,44 @@ def test_a_mistake_of_ours_exits_one_with_its_traceback(run):
     assert "ZeroDivisionError" in result.stderr
 
 
+VERBS = {"list": (), "copy": ("rows", "output")}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], []),
+        (["rows=1"], ["rows=1"]),
+        (["list"], ["action=list"]),
+        (["list", "a.yaml", "rows=1"], ["action=list", "a.yaml", "rows=1"]),
+        (["copy", "1e3", "to/it", "a.yaml"], ["action=copy", 'rows="1e3"', 'output="to/it"', "a.yaml"]),
+        (["copy", "5", "output=x"], ["action=copy", 'rows="5"', "output=x"]),
+        (["copy", "--help"], ["action=copy", "--help"]),
+        (["a.yaml", "copy"], ["a.yaml", "copy"]),  # a verb leads, or it is none
+        (["list", "stray"], ["action=list", "stray"]),
+    ],
+)
+def test_a_verb_and_the_words_after_it_stand_for_keys(argv, expected):
+    assert config.spelled_out(argv, VERBS) == expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyJob:
+    action: str = "list"
+    rows: str = ""
+    output: str = ""
+
+
+def test_a_word_that_looks_like_something_else_stays_text():
+    argv = config.spelled_out(["copy", "1e3", 'a: "b", [c]'], VERBS)
+    assert load(CopyJob, argv) == CopyJob(action="copy", rows="1e3", output='a: "b", [c]')
+
+
+def test_help_names_the_verbs():
+    usage = config.help_text(Base, "jobs/x.py", VERBS).splitlines()[0]
+    assert usage == "usage: python jobs/x.py [list | copy ROWS OUTPUT] [CONFIG.yaml] key=value ..."
+
+
 def test_help_needs_no_value(run):
     result = run("--help")
     assert (result.returncode, result.stderr) == (0, "")

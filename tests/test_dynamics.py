@@ -317,6 +317,7 @@ PLAIN = {
 """A residual network: its batch normalisation would show a probe that changes running averages."""
 
 
+@pytest.mark.slow
 def test_training_does_not_notice_the_monitor(cluster, world, tmp_path):
     """Losses and weights equal to the bit; the record is whole, replaces an old one, goes to TensorBoard."""
     (tmp_path / "plain.json").write_text(json.dumps(PLAIN))

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from revision_ray.align import moments
 from revision_ray.align.affine import Affine
-from revision_ray.align.moments import NUM_BUCKETS, ExactSum, Moments, gap_standard_error, merged, of_block
+from revision_ray.align.exact_sum import ExactSum
+from revision_ray.align.moments import (
+    NUM_BUCKETS,
+    Moments,
+    RowSums,
+    gap_standard_error,
+    jackknife_standard_error,
+    merged,
+    of_block,
+)
 from revision_ray.cluster import one_thread
 from revision_ray.errors import AlignmentError
 
@@ -113,6 +122,48 @@ def test_moments_ignore_partition_and_order(random):
     cuts = sorted(random.sample(range(1, 9), random.randint(0, 4)))
     groups = [parts[a:b] for a, b in zip([0, *cuts], [*cuts, 9], strict=True)]
     assert same_bits(merged((merged(group, 6, second=True) for group in groups), 6, second=True), whole)
+
+
+def test_blocks_that_take_turns_with_the_memory_give_the_bits_of_blocks_apart():
+    """Long and short blocks, of more rows than a product takes, of none that has a direction, of one row."""
+    blocks = [cloud(size, 9, "text", seed=size) for size in (5000, 70, 2048, 1, 2049, 64)]
+    blocks[0][[3, 2047, 2048, 4999]] = 0
+    blocks.insert(3, np.zeros((70, 9), np.float16))
+    for affine in (None, Affine(offset=np.full(9, 0.1), scale=0.9)):
+        with one_thread():
+            sums = RowSums(9, affine, second=True)
+            invalid = [sums.add(block, offset=number) for number, block in enumerate(blocks)]
+            parts = [
+                of_block(block, affine=affine, second=True, offset=number)
+                for number, block in enumerate(blocks)
+            ]
+        assert invalid == [left_out for _, left_out in parts]
+        assert [len(left_out) for left_out in invalid] == [4, 0, 0, 70, 0, 0, 0]
+        found = sums.moments()
+        assert same_bits(found, merged((part for part, _ in parts), 9, second=True))
+        assert found.second is not None
+        for part in (found.second.high, found.second.low):
+            assert (part == part.T).all()
+
+
+def test_a_symmetric_matrix_is_added_by_its_lower_half():
+    values_DD = np.random.default_rng(0).standard_normal((50, 50))  # not a multiple of a tile
+    values_DD += values_DD.T
+    half, whole = ExactSum.zeros((50, 50)), ExactSum.zeros((50, 50))
+    for _ in range(2):
+        half.add_lower(values_DD)
+        whole.add(values_DD)
+    half.mirror_lower()
+    assert (half.high == whole.high).all()
+    assert (half.low == whole.low).all()
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).standard_normal((40, 3))
+    means = (values.sum(0) - values) / 39
+    expected = values.std(axis=0, ddof=1) / math.sqrt(40)
+    np.testing.assert_allclose(jackknife_standard_error(means), expected, rtol=1e-12)
+    assert np.isnan(jackknife_standard_error(means[:1])).all()
 
 
 def test_float32_accumulation_is_worse_by_orders_of_magnitude():

@@ -124,6 +124,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_workers_measure_what_one_measures(world, tmp_path):
     """51 rows do not divide; batch normalisation differs between the workers until the probe."""
     run_probes(monitor_of(world, tmp_path / "one", Towers()))

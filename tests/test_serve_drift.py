@@ -12,6 +12,7 @@ from embedding_stores import ENCODER
 
 from revision_ray.align.affine import Affine
 from revision_ray.align.alignment import Alignment, Gap, Inputs, save_alignment
+from revision_ray.align.domain import MIN_ROWS, sampling_floor
 from revision_ray.align.moments import NUM_BUCKETS, Moments, of_block
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.data.shards import EncoderIdentity
@@ -20,12 +21,10 @@ from revision_ray.serve import drift
 from revision_ray.serve.drift import (
     ALIKE,
     DRIFTED,
-    MIN_IMAGES,
     NO_FIT,
     TOO_FEW,
     Drift,
     Monitor,
-    sampling_floor,
 )
 
 DIM = 24
@@ -104,7 +103,9 @@ def test_the_floor_is_the_root_mean_square_distance():
     generator = np.random.default_rng(4)
     draws = generator.integers(len(population_ND), size=(400, 100))
     squares = np.sum((population_ND[draws].mean(1) - own.image_centroid) ** 2, axis=1)
-    assert math.sqrt(squares.mean()) == pytest.approx(sampling_floor(own, 100), rel=0.1)
+    assert math.sqrt(squares.mean()) == pytest.approx(
+        sampling_floor(own.image_trace, own.num_images, 100), rel=0.1
+    )
 
 
 @pytest.mark.parametrize("num_images", [60, 1000, 15_000])
@@ -123,7 +124,7 @@ def test_images_from_elsewhere_have_drifted(num_images):
 
 
 def test_few_images_are_not_judged():
-    report = served(images(MIN_IMAGES - 1, seed=6, shift=5.0)).report()
+    report = served(images(MIN_ROWS - 1, seed=6, shift=5.0)).report()
     assert report["verdict"] == TOO_FEW
     assert report["centroid_distance"] > 0
     assert report["nearest"] is None

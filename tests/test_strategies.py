@@ -8,8 +8,9 @@ import scipy.linalg
 from embedding_stores import cloud, unit
 
 from revision_ray.align.affine import Affine
+from revision_ray.align.exact_sum import ExactSum
 from revision_ray.align.frame import fixed_frame, inverse_root, of_symmetric, shrunk
-from revision_ray.align.moments import ExactSum, Moments, of_block
+from revision_ray.align.moments import Moments, of_block
 from revision_ray.align.rows import noise_rows
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
 from revision_ray.errors import AlignmentError, ConfigError

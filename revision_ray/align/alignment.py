@@ -16,10 +16,11 @@ from revision_ray.align.affine import Affine
 from revision_ray.align.moments import Moments
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.data.shards import EncoderIdentity
-from revision_ray.errors import AlignmentError, DataError
+from revision_ray.errors import AlignmentError, ConfigError, DataError
 
 FORMAT_VERSION = 1
 DOCUMENT, TENSORS = "alignment.json", "alignment.safetensors"
+CONFIG = "config.yaml"
 TEXT_MOMENTS, IMAGE_MOMENTS = "moments/text.safetensors", "moments/image.safetensors"
 
 
@@ -188,16 +189,32 @@ def load_alignment(uri: str) -> Alignment:
     except DataError as error:
         raise AlignmentError(f"{uri}: no fit there ({error}); make one with jobs/fit.py") from error
     try:
-        alignment = _of_document(document, safetensors.numpy.load(content))
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        tensors = safetensors.numpy.load(content)
+    except safetensors.SafetensorError as error:
+        raise _damaged(uri, error) from error
+    return parse_alignment(document, tensors, uri)
+
+
+def parse_alignment(document: dict[str, Any], tensors: dict[str, np.ndarray], where: str) -> Alignment:
+    """The alignment of which `document()` and `tensors()` are these; `where` names them in errors.
+
+    Raises:
+        AlignmentError: something is missing, of the wrong kind, or was changed.
+    """
+    try:
+        alignment = _of_document(document, tensors)
+        unchanged = alignment.content_hash == document["content_hash"]
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise _damaged(where, error) from error
+    if not unchanged:
         raise AlignmentError(
-            f"{uri}: the fit is damaged ({error!r}); make it again with jobs/fit.py"
-        ) from error
-    if alignment.content_hash != document["content_hash"]:
-        raise AlignmentError(
-            f"{uri}: {TENSORS} does not match {DOCUMENT}; make the fit again with jobs/fit.py"
+            f"{where}: {TENSORS} does not match {DOCUMENT}; make the fit again with jobs/fit.py"
         )
     return alignment
+
+
+def _damaged(where: str, error: Exception) -> AlignmentError:
+    return AlignmentError(f"{where}: the fit is damaged ({error!r}); make it again with jobs/fit.py")
 
 
 def _read_document(uri: str) -> dict[str, Any]:

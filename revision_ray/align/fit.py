@@ -12,7 +12,15 @@ import numpy as np
 from revision_ray import config, storage
 from revision_ray.align import alignment as artifact
 from revision_ray.align.affine import Affine
-from revision_ray.align.alignment import Alignment, Gap, Inputs, load_alignment, load_moments, save_alignment
+from revision_ray.align.alignment import (
+    CONFIG,
+    Alignment,
+    Gap,
+    Inputs,
+    load_alignment,
+    load_moments,
+    save_alignment,
+)
 from revision_ray.align.map_reduce import Sample, draw_sample, store_moments
 from revision_ray.align.moments import Moments, gap_standard_error
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
@@ -25,7 +33,6 @@ from revision_ray.errors import AlignmentError, ConfigError
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 ROWS_TO_SETTLE = 10_000  # statistics are flat beyond this many rows a side (paper, app. E.1)
 
 

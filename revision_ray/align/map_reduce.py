@@ -155,10 +155,10 @@ def _sum_groups(
     embedding_dim: int,
 ) -> tuple[Moments, list[Rejected], int]:
     """Moments, rows without a direction, and the number of rows read."""
-    total = Moments.zeros(embedding_dim, second)
     rejected: list[Rejected] = []
     num_rows = 0
     with one_thread():
+        sums = moments.RowSums(embedding_dim, affine, second)
         for group in groups:
             if sample is not None and not sample.size(group):
                 continue
@@ -167,17 +167,11 @@ def _sum_groups(
             ids = None
             if affine is not None and affine.needs_ids:
                 ids = _ids(group, positions_N)
-            part, invalid = moments.of_block(
-                block_ND,
-                affine=affine,
-                ids=ids,
-                second=second,
-                offset=moments.bucket_offset(group.shard_hash, group.index),
-            )
-            total.merge(part)
+            offset = moments.bucket_offset(group.shard_hash, group.index)
+            invalid = sums.add(block_ND, ids, offset)
             if invalid:
                 rejected += reasons(group, positions_N[invalid], embedding_dim)
-    return total, rejected, num_rows
+    return sums.moments(), rejected, num_rows
 
 
 def read_sampled(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,71 +1,28 @@
 """Sums over unit rows that merge exactly: in any order, any grouping, any number of workers.
 
-Each row group is summed in float64; the sums of row groups are then added in fixed point, which is
-associative, so no order has to be kept to get the same bits. The rounding of a row group's sum to the
-fixed-point grid (2^-52) is below what float64 itself rounds when it makes that sum.
+Each row group is summed in float64; the sums of row groups are then added in fixed point (`exact_sum`), so no
+order has to be kept to get the same bits.
 
 Shapes: N rows, D embedding dim, C rows of a chunk, B buckets, J fixed vectors of a map.
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import safetensors.numpy
 
 from revision_ray.align.affine import Affine
-from revision_ray.align.rows import chunks
+from revision_ray.align.exact_sum import ExactSum
+from revision_ray.align.rows import CHUNK_ROWS, aligned, chunks
 from revision_ray.errors import AlignmentError
 
 # Disjoint parts of the rows whose spread gives standard errors (delete-a-group jackknife).
 NUM_BUCKETS = 16
-_FRACTION_BITS = 52
-# Chunks that enter one matrix product of the second moments together.
-_CHUNKS_PER_PRODUCT = 16
-
-
-@dataclass
-class ExactSum:
-    """A sum of float64 arrays in fixed point: value = high + low * 2^-52, 0 <= low < 2^52.
-
-    Addition is associative and commutative to the bit. Range: 2^63, at a resolution of 2.2e-16.
-    """
-
-    high: np.ndarray  # int64
-    low: np.ndarray  # int64
-
-    @staticmethod
-    def zeros(shape: tuple[int, ...]) -> "ExactSum":
-        return ExactSum(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
-
-    def add(self, values: np.ndarray, index: int | slice = slice(None)) -> None:
-        """`values` (float64, finite) are part of the sum, at `index` of its first axis."""
-        whole = np.trunc(values)  # what is left of the value is then exact, and rounded once
-        self._add(
-            whole.astype(np.int64), np.rint((values - whole) * 2.0**_FRACTION_BITS).astype(np.int64), index
-        )
-
-    def merge(self, other: "ExactSum") -> None:
-        """What `other` holds is part of this sum."""
-        self._add(other.high, other.low, slice(None))
-
-    def _add(self, high: np.ndarray, low: np.ndarray, index: int | slice) -> None:
-        total = self.low[index] + low
-        self.high[index] += high + (total >> _FRACTION_BITS)
-        self.low[index] = total & ((1 << _FRACTION_BITS) - 1)
-
-    def value(self) -> np.ndarray:
-        """The sum, rounded to float64."""
-        return self.high.astype(np.float64) + self.low.astype(np.float64) * 2.0**-_FRACTION_BITS
-
-    def total(self) -> "ExactSum":
-        """The sum over the first axis, exactly."""
-        result = ExactSum.zeros(self.high.shape[1:])
-        for high, low in zip(self.high, self.low, strict=True):
-            result._add(high, low, slice(None))
-        return result
+# Rows that enter one matrix product of the second moments together: a row group of the embedding store.
+_ROWS_PER_PRODUCT = 2048
 
 
 @dataclass
@@ -126,10 +83,15 @@ class Moments:
     def without_bucket(self, bucket: int) -> tuple[int, np.ndarray]:
         """(count, centroid) of all rows but one bucket's, for the jackknife."""
         count = self.count - int(self.counts[bucket])
-        rest = (
-            self.sums.total().value() - self.sums.high[bucket] - self.sums.low[bucket] * 2.0**-_FRACTION_BITS
-        )
-        return count, rest / count
+        return count, (self.sums.total().value() - self.sums.value(bucket)) / count
+
+    def leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """(counts (G,), centroids (G, D)) of all rows but one bucket's, for each of the G buckets that hold
+        rows; G = 0 where one holds them all."""
+        filled = np.flatnonzero(self.counts) if np.count_nonzero(self.counts) > 1 else []
+        rest = [self.without_bucket(int(bucket)) for bucket in filled]
+        counts_G = np.array([count for count, _ in rest], np.int64)
+        return counts_G, np.array([centroid for _, centroid in rest]).reshape(len(rest), self.embedding_dim)
 
     def merge(self, other: "Moments") -> None:
         """The rows of `other` are counted here too. Merging is exact: order and grouping change no bit.
@@ -154,12 +116,31 @@ class Moments:
             self.second.merge(other.second)
         self.shard_hashes |= other.shard_hashes
 
-    def to_bytes(self) -> bytes:
-        """As a safetensors document; `from_bytes` gives it back to the bit."""
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All of it but the shard hashes, int64, by name; `of_tensors` gives it back to the bit."""
         tensors = {"counts": self.counts, "sum_high": self.sums.high, "sum_low": self.sums.low}
         if self.second is not None:
             tensors |= {"second_high": self.second.high, "second_low": self.second.low}
-        return safetensors.numpy.save(tensors, {"shard_hashes": json.dumps(sorted(self.shard_hashes))})
+        return tensors
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, np.ndarray], shard_hashes: Iterable[str]) -> "Moments":
+        """The moments that `tensors` was made of.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        has_second = "second_high" in tensors
+        return Moments(
+            tensors["counts"],
+            ExactSum(tensors["sum_high"], tensors["sum_low"]),
+            ExactSum(tensors["second_high"], tensors["second_low"]) if has_second else None,
+            frozenset(shard_hashes),
+        )
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors document; `from_bytes` gives it back to the bit."""
+        return safetensors.numpy.save(self.tensors(), {"shard_hashes": json.dumps(sorted(self.shard_hashes))})
 
     @staticmethod
     def from_bytes(content: bytes) -> "Moments":
@@ -171,12 +152,7 @@ class Moments:
         try:
             tensors = safetensors.numpy.load(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            return Moments(
-                tensors["counts"],
-                ExactSum(tensors["sum_high"], tensors["sum_low"]),
-                ExactSum(tensors["second_high"], tensors["second_low"]) if "second_high" in tensors else None,
-                frozenset(json.loads(header["__metadata__"]["shard_hashes"])),
-            )
+            return Moments.of_tensors(tensors, json.loads(header["__metadata__"]["shard_hashes"]))
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise AlignmentError(f"these are not saved moments: {error}") from error
 
@@ -190,6 +166,77 @@ def bucket_offset(shard_hash: str, row_group: int) -> int:
     return (int(shard_hash[:8], 16) + row_group) % NUM_BUCKETS
 
 
+class RowSums:
+    """Rows on their way into moments, block by block: the sums, and the memory that blocks take turns to use.
+
+    Each block is summed in float64 on one thread, in fixed chunks in file order, and that sum is added
+    exactly: the same blocks give the same bits, in any order. Callers hold BLAS to one thread.
+    """
+
+    def __init__(self, embedding_dim: int, affine: Affine | None = None, second: bool = False) -> None:
+        self._affine = affine
+        self._fixed_JD = affine.fixed_vectors() if affine else np.empty((0, embedding_dim))
+        self._gram_JJ = self._fixed_JD @ self._fixed_JD.T
+        self._total = Moments.zeros(embedding_dim, second)
+        # Second moments of a block: rows wait here for a product of many, which is several times as fast.
+        size = (_ROWS_PER_PRODUCT, embedding_dim) if second else (0, 0)
+        self._waiting_ND, self._num_waiting = aligned(size, np.float64), 0
+        self._second_DD, self._product_DD = (np.empty((size[1],) * 2) for _ in range(2))
+        self._num_products = 0
+
+    def add(self, block_ND: np.ndarray, ids: Sequence[str] | None = None, offset: int = 0) -> list[int]:
+        """The block's rows, scaled to unit length and then mapped, are counted, but for those without a
+        direction, whose positions are returned. `offset`: the bucket that its first chunk goes to."""
+        sums_BD = np.zeros((NUM_BUCKETS, block_ND.shape[1]))
+        counts, fixed_JD = self._total.counts, self._fixed_JD
+        invalid: list[int] = []
+        for number, chunk in enumerate(chunks(block_ND, invalid)):
+            bucket = (offset + number) % NUM_BUCKETS
+            if self._affine:
+                rows_CD, a_C, b_CJ = self._affine.coefficients(chunk, ids, fixed_JD, self._gram_JJ)
+            else:
+                rows_CD, a_C, b_CJ = chunk.rows_CD, chunk.inverse_norm_C, np.empty((len(chunk.rows_CD), 0))
+            sums_BD[bucket] += a_C @ rows_CD + b_CJ.sum(0) @ fixed_JD
+            counts[bucket] += len(rows_CD)
+            if self._total.second is not None:
+                self._wait(rows_CD, a_C, b_CJ)
+        self._total.sums.add(sums_BD)
+        if self._total.second is not None:
+            self._multiply()
+            if self._num_products:
+                self._total.second.add_lower(self._second_DD)
+            self._num_products = 0
+        return invalid
+
+    def _wait(self, rows_CD: np.ndarray, a_C: np.ndarray, b_CJ: np.ndarray) -> None:
+        out_CD = self._waiting_ND[self._num_waiting : self._num_waiting + len(rows_CD)]
+        np.multiply(a_C[:, None], rows_CD, out=out_CD)
+        if b_CJ.shape[1]:
+            out_CD += b_CJ @ self._fixed_JD
+        self._num_waiting += len(rows_CD)
+        if self._num_waiting > _ROWS_PER_PRODUCT - CHUNK_ROWS:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """The waiting rows are in the second moments of this block."""
+        if not self._num_waiting:
+            return
+        rows_ND = self._waiting_ND[: self._num_waiting]
+        # NumPy sees the transpose and halves the work (syrk).
+        first = not self._num_products
+        product_DD = np.matmul(rows_ND.T, rows_ND, out=self._second_DD if first else self._product_DD)
+        if not first:
+            self._second_DD += product_DD
+        self._num_products += 1
+        self._num_waiting = 0
+
+    def moments(self) -> Moments:
+        """Of all rows that were added; they belong to the caller, nothing can be added any more."""
+        if self._total.second is not None:
+            self._total.second.mirror_lower()
+        return self._total
+
+
 def of_block(
     block_ND: np.ndarray,
     *,
@@ -199,42 +246,10 @@ def of_block(
     offset: int = 0,
 ) -> tuple[Moments, list[int]]:
     """Moments of the rows of a block, scaled to unit length and then mapped by `affine`, if one is given; and
-    the positions of the rows without a direction, which are left out.
-
-    One thread, fixed chunks, file order: the same block always gives the same bits. Callers hold BLAS to
-    one thread.
-    """
-    moments = Moments.zeros(block_ND.shape[1], second)
-    sums_BD = np.zeros((NUM_BUCKETS, block_ND.shape[1]))
-    second_DD = np.zeros((block_ND.shape[1],) * 2) if second else None
-    waiting: list[np.ndarray] = []
-    invalid: list[int] = []
-    fixed_JD = affine.fixed_vectors() if affine else np.empty((0, block_ND.shape[1]))
-    gram_JJ = fixed_JD @ fixed_JD.T
-    for number, chunk in enumerate(chunks(block_ND, invalid)):
-        bucket = (offset + number) % NUM_BUCKETS
-        if affine:
-            rows_CD, a_C, b_CJ = affine.coefficients(chunk, ids, fixed_JD, gram_JJ)
-        else:
-            rows_CD, a_C, b_CJ = chunk.rows_CD, chunk.inverse_norm_C, np.empty((len(chunk.rows_CD), 0))
-        sums_BD[bucket] += a_C @ rows_CD + b_CJ.sum(0) @ fixed_JD
-        moments.counts[bucket] += len(rows_CD)
-        if second_DD is not None:
-            waiting.append(a_C[:, None] * rows_CD + b_CJ @ fixed_JD)
-            if len(waiting) == _CHUNKS_PER_PRODUCT:
-                _add_products(second_DD, waiting)
-    moments.sums.add(sums_BD)
-    if second_DD is not None and moments.second is not None:
-        _add_products(second_DD, waiting)
-        moments.second.add(second_DD)
-    return moments, invalid
-
-
-def _add_products(second_DD: np.ndarray, waiting: list[np.ndarray]) -> None:
-    if waiting:
-        rows_ND = np.concatenate(waiting)
-        second_DD += rows_ND.T @ rows_ND  # NumPy sees the transpose and halves the work (syrk)
-        waiting.clear()
+    the positions of the rows without a direction, which are left out. See `RowSums`."""
+    sums = RowSums(block_ND.shape[1], affine, second)
+    invalid = sums.add(block_ND, ids, offset)
+    return sums.moments(), invalid
 
 
 def merged(parts: Iterable[Moments], embedding_dim: int, second: bool = False) -> Moments:
@@ -245,16 +260,21 @@ def merged(parts: Iterable[Moments], embedding_dim: int, second: bool = False) -
     return total
 
 
+def jackknife_standard_error(estimates: np.ndarray) -> np.ndarray:
+    """Delete-a-group jackknife over the first axis, whose entries each lack one group's rows; NaN with fewer
+    than two of them."""
+    if len(estimates) < 2:
+        return np.full(estimates.shape[1:], math.nan)
+    squares = np.sum((estimates - estimates.mean(0)) ** 2, axis=0)
+    return np.sqrt((len(estimates) - 1) / len(estimates) * squares)
+
+
 def gap_standard_error(text: Moments, image: Moments) -> float:
     """Standard error of ||mu_x - mu_y||: delete-a-group jackknife over the buckets of each side; NaN where a
     side has too few rows to form two."""
-    variance = 0.0
+    errors = []
     for moving, still in ((text, image), (image, text)):
-        filled = [bucket for bucket in range(NUM_BUCKETS) if moving.counts[bucket]]
-        if len(filled) < 2:
-            return math.nan
-        gaps = np.array(
-            [np.linalg.norm(moving.without_bucket(bucket)[1] - still.centroid) for bucket in filled]
-        )
-        variance += (len(filled) - 1) / len(filled) * float(np.sum((gaps - gaps.mean()) ** 2))
-    return math.sqrt(variance)
+        _, centroids_GD = moving.leave_one_out()
+        gaps_G = np.linalg.norm(centroids_GD - still.centroid, axis=1)
+        errors.append(float(jackknife_standard_error(gaps_G)))
+    return math.hypot(*errors)

@@ -41,8 +41,8 @@ def chunks(block_ND: np.ndarray, invalid: list[int]) -> Iterator[Chunk]:
     """
     dim = block_ND.shape[1]
     half = block_ND.dtype == np.float16
-    bits = _aligned((CHUNK_ROWS, dim), np.int32)
-    double = _aligned((CHUNK_ROWS, dim), np.float64)
+    bits = aligned((CHUNK_ROWS, dim), np.int32)
+    double = aligned((CHUNK_ROWS, dim), np.float64)
     smallest = SMALLEST_NORM * (_HALF_SCALE if half else 1.0)
     for start in range(0, len(block_ND), CHUNK_ROWS):
         part_CD = block_ND[start : start + CHUNK_ROWS]
@@ -74,7 +74,7 @@ def _widen(half_CD: np.ndarray, bits_CD: np.ndarray, double_CD: np.ndarray) -> N
     np.copyto(double_CD, bits_CD.view(np.float32))
 
 
-def _aligned(shape: tuple[int, int], dtype: type) -> np.ndarray:
+def aligned(shape: tuple[int, int], dtype: type) -> np.ndarray:
     """An empty array that starts on a cache line, where wide loads are twice as fast."""
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
     memory = np.empty(size + _CACHE_LINE, np.uint8)

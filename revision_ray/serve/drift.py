@@ -3,11 +3,9 @@
 A model trained on aligned texts reads image embeddings where the fit put the texts: around the fit's image
 centroid. Images from elsewhere lie elsewhere, and what the model says about them is worth less.
 
-Served images go into the moments that fits are made of. With mu, T the centroid and trace of the fit's
-images (N of them) and m the centroid of n served ones, were these drawn from the same distribution:
-E||m - mu_true||^2 = T / n and E||mu - mu_true||^2 = T / N, and both errors are independent, so the root mean
-square of ||m - mu|| is the *sampling floor* sqrt(T (1/n + 1/N)). For unit rows T = 1 - ||mu||^2: a trace that
-changed has moved the centroid too, so the distance alone decides.
+Served images go into the moments that fits are made of; the distance between their centroid and the fit's is
+held against its *sampling floor* (`align.domain`). For unit rows T = 1 - ||mu||^2: a trace that changed has
+moved the centroid too, so the distance alone decides.
 
 Shapes: N rows, D embedding dim.
 """
@@ -21,18 +19,13 @@ from typing import Any
 import numpy as np
 
 from revision_ray.align.alignment import Alignment, load_alignment
-from revision_ray.align.moments import NUM_BUCKETS, Moments, merged, of_block
+from revision_ray.align.domain import FLOORS, MIN_ROWS, sampling_floor
+from revision_ray.align.moments import NUM_BUCKETS, Moments, jackknife_standard_error, merged, of_block
 from revision_ray.errors import AlignmentError
 from revision_ray.serve.metrics import instruments
 
 TOO_FEW, ALIKE, DRIFTED, NO_FIT = "too few images", "like the fit's images", "drifted", "no fit"
 
-# With fewer, a shift of two fifths of the spread sqrt(T) could be chance.
-MIN_IMAGES = 50
-# The error of a mean of that many rows is nearly Gaussian, so its squared length over the squared floor is a
-# weighted sum of chi-squares with mean 1. Of all weights a single one has the heaviest tail (Szekely and
-# Bakirov, 2003): independent images pass three floors by chance in less than 0.3 % of cases, on any spectrum.
-FLOORS = 3.0
 # With enough images any mixture differs from the fit's by more than chance. Below this share of the spread
 # sqrt(T) it is called alike all the same: a judgement (modality gaps are half a spread and more).
 TOLERANCE = 0.05
@@ -112,14 +105,14 @@ class Drift:
         if moments is None or fit is None:
             return report
         distance = float(np.linalg.norm(moments.centroid - fit.image_centroid))
-        floor = sampling_floor(fit, moments.count)
+        floor = sampling_floor(fit.image_trace, fit.num_images, moments.count)
         report |= {
             "centroid_distance": distance,
             "sampling_floor": floor,
             "standard_error": _standard_error(moments, fit.image_centroid),
             "trace_ratio": moments.trace / fit.image_trace if fit.image_trace else None,
         }
-        if moments.count >= MIN_IMAGES:
+        if moments.count >= MIN_ROWS:
             bound = max(FLOORS * floor, TOLERANCE * math.sqrt(max(fit.image_trace, 0.0)))
             report["verdict"] = DRIFTED if distance > bound else ALIKE
             report["nearest"] = self._nearest(moments.centroid, distance, floor)
@@ -142,25 +135,12 @@ class Drift:
         }
 
 
-def sampling_floor(fit: Alignment, num_images: int) -> float:
-    """Root mean square distance between the centroid of `num_images` of the fit's own distribution and the
-    fit's image centroid."""
-    # The trace of a sample is N / (N - 1) too small on average.
-    trace = fit.image_trace * fit.num_images / max(fit.num_images - 1, 1)
-    return math.sqrt(max(trace, 0.0) * (1 / num_images + 1 / fit.num_images))
-
-
 def _standard_error(moments: Moments, centroid: np.ndarray) -> float | None:
-    """Of the distance between the moments' centroid and `centroid`, which is taken as it is: delete-a-group
-    jackknife over the buckets; None with less than two of them."""
-    filled = np.flatnonzero(moments.counts)
-    if len(filled) < 2:
-        return None
-    distances = np.array(
-        [np.linalg.norm(moments.without_bucket(int(bucket))[1] - centroid) for bucket in filled]
-    )
-    spread = float(np.sum((distances - distances.mean()) ** 2))
-    return math.sqrt((len(filled) - 1) / len(filled) * spread)
+    """Of the distance between the moments' centroid and `centroid`, which is taken as it is; None where the
+    images arrived in fewer than two buckets."""
+    _, rest_GD = moments.leave_one_out()
+    error = float(jackknife_standard_error(np.linalg.norm(rest_GD - centroid, axis=1)))
+    return None if math.isnan(error) else error
 
 
 def _check_comparable(fit: Alignment, other: Alignment) -> None:
