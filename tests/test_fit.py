@@ -410,7 +410,7 @@ def test_a_sample_is_uniform(tmp_path):
         assert sample is not None
         for group in store.row_groups:
             if (group.shard_hash, group.index) in sample.rows:
-                _, positions_N = map_reduce.read_sample(group, sample, 4)
+                _, positions_N = map_reduce.read_sampled(group, sample, 4)
                 drawn[seed, place[group] + positions_N] = 1
     assert (drawn.sum(1) == 75).all()
     share = drawn.mean(0)

@@ -13,7 +13,7 @@ from embedding_stores import cloud, unit, write_store
 
 from revision_ray import config
 from revision_ray.align.affine import Affine
-from revision_ray.align.map_reduce import Sample, draw_sample, moments_here, read_sample, store_moments
+from revision_ray.align.map_reduce import Sample, draw_sample, moments_here, read_sampled, store_moments
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.data.store import Store, open_stores
 from revision_ray.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ DIM = 12
 def rows_of(store: Store, sample: Sample | None) -> np.ndarray:
     """float64 unit rows of a sample, by another way than the moments take."""
     read = [
-        read_sample(g, sample, store.embedding_dim) for g in store.row_groups if not sample or sample.size(g)
+        read_sampled(g, sample, store.embedding_dim) for g in store.row_groups if not sample or sample.size(g)
     ]
     return unit(np.concatenate([block_ND for block_ND, _ in read]))
 

@@ -162,7 +162,7 @@ def _sum_groups(
         for group in groups:
             if sample is not None and not sample.size(group):
                 continue
-            block_ND, positions_N = read_sample(group, sample, embedding_dim)
+            block_ND, positions_N = read_sampled(group, sample, embedding_dim)
             num_rows += len(block_ND)
             ids = None
             if affine is not None and affine.needs_ids:
@@ -174,7 +174,7 @@ def _sum_groups(
     return sums.moments(), rejected, num_rows
 
 
-def read_sample(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def read_sampled(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(embeddings (N, D) as stored, positions (N,)) of the row group's rows that are in the sample."""
     block_ND = read_group(group, embedding_dim)
     if sample is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from revision_ray.align.map_reduce import Sample, draw_sample, read_sample
+from revision_ray.align.map_reduce import Sample, draw_sample, read_sampled
 from revision_ray.align.rows import SMALLEST_NORM
 from revision_ray.cluster import connect, user_errors
 from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids
@@ -140,7 +140,7 @@ def _drawn(
 ) -> tuple[list[str], np.ndarray]:
     ids, blocks = [], []
     for group in groups:
-        block_ND, positions_N = read_sample(group, sample, embedding_dim)
+        block_ND, positions_N = read_sampled(group, sample, embedding_dim)
         found = read_group_ids(group)
         ids += [found[position] for position in positions_N.tolist()]
         blocks.append(np.array(block_ND))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from revision_ray.align import moments
-from revision_ray.align.map_reduce import Sample, draw_sample, read_sample
+from revision_ray.align.map_reduce import Sample, draw_sample, read_sampled
 from revision_ray.align.moments import Moments, gap_standard_error
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.cluster import connect
@@ -212,7 +212,7 @@ def _sum_by_length(
 ) -> list[_Part]:
     totals = _empty(edges, dim)
     for group in groups:
-        block_ND, positions_N = read_sample(group, sample, dim)
+        block_ND, positions_N = read_sampled(group, sample, dim)
         words_N = _words(group)[positions_N]
         truncated_N = _truncated(group, positions_N)
         bin_N = np.searchsorted(np.asarray(edges), words_N, side="right")

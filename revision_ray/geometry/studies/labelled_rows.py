@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from revision_ray.align.map_reduce import Sample, read_sample
+from revision_ray.align.map_reduce import Sample, read_sampled
 from revision_ray.align.rows import chunks
 from revision_ray.cluster import connect, user_errors
 from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids
@@ -93,7 +93,7 @@ def sample_rows(store: Store, sample: Sample | None) -> tuple[list[str], np.ndar
     for group in store.row_groups:
         if sample is not None and not sample.size(group):
             continue
-        block_ND, positions_N = read_sample(group, sample, store.embedding_dim)
+        block_ND, positions_N = read_sampled(group, sample, store.embedding_dim)
         unit_ND, valid_N = unit_rows(block_ND)
         named = read_group_ids(group)
         ids += [named[at] for at in positions_N[valid_N].tolist()]
