@@ -12,6 +12,7 @@ import pytest
 from embedding_stores import cloud, unit, write_store
 
 from revision_ray import config
+from revision_ray.align import moments
 from revision_ray.align.affine import Affine
 from revision_ray.align.map_reduce import Sample, draw_sample, moments_here, read_sampled, store_moments
 from revision_ray.align.strategies import StrategyConfig
@@ -103,6 +104,16 @@ def test_the_held_out_rows_are_a_quarter_at_most(pair):
     stores = inputs.hold_out(*pair, 200, seed=0)
     assert (inputs.num_rows(stores.heldout_texts), inputs.num_rows(stores.heldout_images)) == (200, 175)
     assert stores.num_rest == 525
+
+
+def test_rows_that_hardly_vary_have_a_spectrum_without_rounding():
+    """Rows that differ in one direction by 1e-5: the other eigenvalues are exactly zero, not -1e-16."""
+    rows_ND = np.zeros((200, DIM))
+    rows_ND[:, 0], rows_ND[:, 1] = 1.0, 1e-5 * (np.arange(200) % 2)
+    rows_ND = rows_ND @ np.linalg.qr(np.random.default_rng(0).standard_normal((DIM, DIM)))[0]
+    values = inputs.spectrum(moments.of_block(rows_ND, second=True)[0])
+    assert values[0] == pytest.approx(0.25e-10, rel=1e-3)
+    assert (values[1:] == 0).all()
 
 
 # --- precision --------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from revision_ray.geometry.studies.inputs import (
     moments_of,
     num_rows,
     remote,
+    spectrum,
 )
 from revision_ray.geometry.studies.labelled_rows import sample_rows
 
@@ -64,7 +65,7 @@ def run(
     found = gathered([measure(stores, affine, few, settings.k) for affine in maps])
     curves = {
         "gap": [gap(text, image) for text, _ in found],
-        "alpha": [_alpha(text.covariance) for text, _ in found],
+        "alpha": [spectra.spectrum_exponent(spectrum(text)) for text, _ in found],
         "mixing_rate": [mixing for _, mixing in found],
     }
     sizes = [num_rows(sample) for sample in few]
@@ -72,7 +73,7 @@ def run(
         "lengths": settings.lengths,
         "sigmas": sigmas,
         **curves,
-        "image_alpha": _alpha(image.covariance),
+        "image_alpha": spectra.spectrum_exponent(spectrum(image)),
         "mixing_rate_by_chance": neighbours.mixing_rate_by_chance(sizes[1], sizes[0]),
         "k": settings.k,
         "num_heldout_texts": num_rows(stores.heldout_texts),
@@ -100,10 +101,6 @@ def _figures(stores: Stores, affine: Affine, few: tuple[Sample, Sample], k: int)
     ids, rows_ND = sample_rows(stores.texts, few[0])
     _, image_ND = sample_rows(stores.images, few[1])
     return text, neighbours.mixing_rate(image_ND, affine.apply(rows_ND, ids)[0], k)
-
-
-def _alpha(covariance_DD: Any) -> float:
-    return spectra.spectrum_exponent(spectra.eigenvalues_of(covariance_DD))
 
 
 def _probed(

@@ -26,7 +26,7 @@ from revision_ray.data.store import RowGroup, Store
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.geometry import probe, spectra
 from revision_ray.geometry.studies.cross_modal_probe import Probe, fitted_maps, probe_rows, tested
-from revision_ray.geometry.studies.inputs import derived_seed, gap, gathered, moments_of, remote
+from revision_ray.geometry.studies.inputs import derived_seed, gap, gathered, moments_of, remote, spectrum
 from revision_ray.geometry.studies.labels import Labels
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _figures(name: str, part: _Part, image: Moments) -> dict[str, Any]:
         "name": name,
         "num_texts": count,
         "mean_words": part.num_words / count,
-        "effective_rank": spectra.effective_rank(spectra.eigenvalues_of(part.moments.covariance)),
+        "effective_rank": spectra.effective_rank(spectrum(part.moments)),
         "trace": part.moments.trace,
         "raw_gap": gap(part.moments, image),
         "raw_gap_standard_error": error if math.isfinite(error) else None,

@@ -166,6 +166,16 @@ def gap(text: Moments, image: Moments) -> float:
     return float(np.linalg.norm(text.centroid - image.centroid))
 
 
+def spectrum(moments: Moments) -> np.ndarray:
+    """Eigenvalues (D,) of the covariance, descending; those that the sums of unit rows do not resolve are 0.
+
+    E[ee'] has entries of up to 1, so its difference from mu mu' is known to D times the resolution of 1,
+    however little the rows vary.
+    """
+    values_D = np.linalg.eigvalsh(moments.covariance)[::-1]
+    return np.where(values_D > len(values_D) * np.finfo(np.float64).eps, values_D, 0.0)
+
+
 def sampling_floor(text: Moments, image: Moments) -> float:
     """Root mean square distance that sampling alone leaves between the centroids of these rows, were the two
     populations' centroids equal: sqrt(T_x / N_x + T_y / N_y)."""
