@@ -129,12 +129,12 @@ def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> lis
         if on[f"num_{side}"] <= dim:
             found.append(
                 f"Only {on[f'num_{side}']:,} {side} in {dim} dimensions: their covariance cannot have full "
-                "rank, so condition number, spectral correlation and covariance gap say more about the sample "
-                f"than about the encoder. Measure on several times {dim} rows."
+                "rank, so condition number, spectral correlation and covariance gap say more of the sample "
+                f"than of the encoder. Measure on several times {dim} rows."
             )
         if share := on["share_off_unit"]["text" if side == "texts" else "image"]:
             found.append(
-                f"{shown(share, True)} of the {side} were not of length one; all rows are scaled to it first."
+                f"{shown(share, True)} of the {side} were not of length one; all rows are scaled to it."
             )
     if dim < min(on["num_texts"], on["num_images"]) < 10_000:
         found.append(
@@ -155,7 +155,7 @@ def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> lis
         )
     if on["num_dropped"]:
         found.append(
-            f"{on['num_dropped']:,} sampled rows without a direction (NaN, infinite or zero) are left out."
+            f"{on['num_dropped']:,} sampled rows without a direction (NaN, infinite, zero) are left out."
         )
     if probe and not probe["same_texts"]:
         found.append("The probe was made with other texts than those of this report.")
