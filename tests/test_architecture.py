@@ -1,10 +1,12 @@
 """The shape of the repository: imports point downward, the README's tree is the disk, every YAML is a run."""
 
 import ast
+import functools
 import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,12 @@ def imports_of(source: str, path: str) -> list[str]:
     return names
 
 
+@functools.cache
+def imports_in(path: str) -> tuple[str, ...]:
+    """The same of a file of the repository."""
+    return tuple(imports_of((ROOT / path).read_text(), path))
+
+
 def part_of(path: str) -> str:
     """The folder of the house that a module belongs to: `align`, `jobs`, or a single file's own name."""
     pieces = path.removesuffix(".py").split("/")
@@ -93,7 +101,7 @@ def layer_of(part: str) -> int:
     return heights[0]
 
 
-def upward(path: str, names: list[str]) -> list[str]:
+def upward(path: str, names: Sequence[str]) -> list[str]:
     """The imports among `names` that a module at `path` must not have."""
     part = part_of(path)
     if part == "__init__":
@@ -110,13 +118,13 @@ def upward(path: str, names: list[str]) -> list[str]:
     return wrong
 
 
-def packages(names: list[str]) -> set[str]:
+def packages(names: Iterable[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("path", MODULES)
 def test_imports_point_downward(path):
-    assert upward(path, imports_of((ROOT / path).read_text(), path)) == []
+    assert upward(path, imports_in(path)) == []
 
 
 def test_the_check_of_directions_sees_wrong_ones():
@@ -140,7 +148,7 @@ def with_all_it_imports(path: str) -> set[str]:
         if path in seen:
             continue
         seen.add(path)
-        for name in imports_of((ROOT / path).read_text(), path):
+        for name in imports_in(path):
             module = name.replace(".", "/")
             candidates = {f"{module}.py", f"{module.rpartition('/')[0]}.py", f"{module}/__init__.py"}
             todo += candidates & set(MODULES)
@@ -149,7 +157,7 @@ def with_all_it_imports(path: str) -> set[str]:
 
 def ray_reached_from(path: str) -> list[str]:
     reached = with_all_it_imports(path)
-    return [at for at in reached if "ray" in packages(imports_of((ROOT / at).read_text(), at))]
+    return [at for at in reached if "ray" in packages(imports_in(at))]
 
 
 @pytest.mark.parametrize("path", MODULES)
@@ -178,7 +186,7 @@ def test_the_check_for_ray_sees_through_modules():
     ],
 )
 def test_one_file_alone_may_import(package, allowed):
-    importers = {path for path in MODULES if package in packages(imports_of((ROOT / path).read_text(), path))}
+    importers = {path for path in MODULES if package in packages(imports_in(path))}
     assert importers <= allowed
 
 
@@ -191,7 +199,7 @@ def test_one_file_alone_unpickles(path):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle"
     }
-    from_import = {name for name in imports_of(ast.unparse(tree), path) if name.startswith("pickle.")}
+    from_import = {name for name in imports_in(path) if name.startswith("pickle.")}
     if path != "revision_ray/data/reference_pickles.py":
         assert used | {name.removeprefix("pickle.") for name in from_import} <= {"UnpicklingError"}
 

@@ -148,6 +148,7 @@ def test_an_image_folder_that_grew_adds_shards_of_the_new_files_only(cluster, en
     assert len(rows_of(tmp_path / "store")) == 41
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_is_refused(cluster, encoder, tmp_path):
     source = write_texts(tmp_path / "texts.jsonl", 100)
     embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))
@@ -278,6 +279,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_what_was_written_is_kept(cluster, encoder, tmp_path, small_disk):
     source = write_texts(tmp_path / "texts.jsonl", 6000)
     with pytest.raises(DataError, match="no space left"):

@@ -658,6 +658,7 @@ def test_results_are_the_answers_counted(evaluated):
     assert f"{100 * found['conditions']['blind']['accuracy']:.1f}" in line
 
 
+@pytest.mark.slow
 def test_images_are_encoded_as_the_encoder_encodes_them(evaluated, model, world, encoder, tmp_path):
     """With the store of the same encoder, joined by id, the model says the same."""
     output, _ = evaluated

@@ -101,7 +101,7 @@ def _conditions(found: Mapping[str, Any], percent: bool) -> str:
         if key == "by_chance":
             parts.append(f"by chance {shown(value, percent)}")
         else:
-            name = {"num_images": "images", "num_cosines": "cosines"}.get(key, key)
+            name = {"num_images": "images", "num_cosines": "cosines", "of": "dimensions"}.get(key, key)
             parts.append(f"{name} = {shown(value)}")
     return ", ".join(parts)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+import revision_ray
 from revision_ray import config, storage
 from revision_ray.cluster import connect
 from revision_ray.config import MISSING
@@ -20,7 +21,7 @@ from revision_ray.geometry.verdict import Verdict, value_of, verdict
 
 FORMAT_VERSION = 1
 DOCUMENT, PAGE, CONFIG, FIGURES = "report.json", "report.html", "config.yaml", "figures"
-_PACKAGES = ("revision_ray", "numpy", "scipy", "pyarrow", "ray", "matplotlib")
+_PACKAGES = ("numpy", "scipy", "pyarrow", "ray", "matplotlib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,10 @@ def _document(
             "asked": asked,
             "title": job.title or encoder or "an unknown encoder",
             "settings": asdict(settings),
-            "versions": {name: version(name) for name in _PACKAGES},
+            "versions": {
+                "revision_ray": revision_ray.__version__,
+                **{name: version(name) for name in _PACKAGES},
+            },
             **first,
             "verdict": judged.document(),
             "limitations": _limitations(first, probe),
@@ -125,12 +129,12 @@ def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> lis
         if on[f"num_{side}"] <= dim:
             found.append(
                 f"Only {on[f'num_{side}']:,} {side} in {dim} dimensions: their covariance cannot have full "
-                "rank, so condition number, spectral correlation and covariance gap tell of the sample more "
-                f"than about the encoder. Measure on several times {dim} rows."
+                "rank, so condition number, spectral correlation and covariance gap say more of the sample "
+                f"than of the encoder. Measure on several times {dim} rows."
             )
         if share := on["share_off_unit"]["text" if side == "texts" else "image"]:
             found.append(
-                f"{shown(share, True)} of the {side} were not of length one; all rows are scaled to it first."
+                f"{shown(share, True)} of the {side} were not of length one; all rows are scaled to it."
             )
     if dim < min(on["num_texts"], on["num_images"]) < 10_000:
         found.append(
@@ -151,7 +155,7 @@ def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> lis
         )
     if on["num_dropped"]:
         found.append(
-            f"{on['num_dropped']:,} sampled rows without a direction (NaN, infinite or zero) are left out."
+            f"{on['num_dropped']:,} sampled rows without a direction (NaN, infinite, zero) are left out."
         )
     if probe and not probe["same_texts"]:
         found.append("The probe was made with other texts than those of this report.")
