@@ -253,6 +253,15 @@ def test_length_bins_hold_the_texts_of_that_length(cluster, tmp_path):
         assert row["truncated"] == 0.0
 
 
+def test_texts_that_the_encoder_does_not_tell_apart_are_named(cluster, tmp_path):
+    rows_ND = np.repeat(cloud(1, DIM, "text"), 60, axis=0)
+    texts = ["word " * (3 + row % 2) for row in range(60)]
+    text = open_stores([write_store(tmp_path / "texts", rows_ND, texts=texts)], "text")
+    image = open_stores([write_store(tmp_path / "images", cloud(60, DIM, "image"), "image")], "image")
+    with pytest.raises(DataError, match="all 30 texts of 3 words have one and the same embedding"):
+        caption_length.run(text, image, {}, CaptionLength(), None, seed=0)
+
+
 def test_bins_by_quantiles_are_about_equally_full_and_never_empty():
     counts = dict.fromkeys(range(1, 101), 10)
     assert caption_length._quantile_edges(counts, 4) == [26, 51, 76]

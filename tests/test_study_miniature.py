@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_encoder import write_encoder
+import tiny_encoder
 
 from revision_ray.demo import studies
 from revision_ray.demo.studies import Miniature, MiniatureStudyJob
@@ -75,10 +75,14 @@ def test_a_missing_world_and_inputs_given_twice_are_refused(cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path):
+def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path, monkeypatch):
     """The whole way with an untrained encoder of 12 tokens, which cuts long captions off."""
-    render(small(tmp_path / "world"))
-    encoder = EncoderConfig(model=write_encoder(tmp_path / "encoder"))
+    here = small(tmp_path / "world")
+    render(here)
+    long = replace(here, caption_length="long")
+    captions = " ".join(dataset.captions(long, index, 1)[0] for index in range(99))
+    monkeypatch.setattr(tiny_encoder, "WORDS", sorted(set(captions.split())))
+    encoder = EncoderConfig(model=tiny_encoder.write_encoder(tmp_path / "encoder"))
     for side in ("texts", "images"):
         source = {side: str(tmp_path / "world" / side)}
         embed.run(embed.EmbedJob(**source, output=str(tmp_path / side), encoder=encoder, dtype="float32"))

@@ -148,6 +148,11 @@ def _range(part: _Part) -> str:
 
 def _figures(name: str, part: _Part, image: Moments) -> dict[str, Any]:
     count = part.moments.count
+    if not spectrum(part.moments).any():
+        raise DataError(
+            f"caption_length: all {count} texts of {name} have one and the same embedding; the encoder does "
+            "not tell them apart, or cuts them off before they differ"
+        )
     error = gap_standard_error(part.moments, image)
     return {
         "name": name,
