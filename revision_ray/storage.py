@@ -237,9 +237,7 @@ def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
 
 def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = os.path.join(
-        os.path.dirname(path), f"{TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}"
-    )
+    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

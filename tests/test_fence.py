@@ -162,17 +162,21 @@ def test_a_claim_stays_young_while_its_writer_lives(tmp_path, monkeypatch):
     raise AssertionError("no beat in ten seconds")
 
 
-def test_of_many_at_once_never_two_hold_it(tmp_path):
+def check_that_never_two_hold(output: str, num_processes: int) -> None:
     """Processes that ask at the same moment: their times of holding do not overlap, and one at least held."""
-    at = str(time.time() + 3)
-    command = [sys.executable, "-c", CONTENDER, str(tmp_path / "out"), at]
-    contenders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
-    said = [contender.communicate(timeout=120)[0] for contender in contenders]
-    assert [contender.returncode for contender in contenders] == [0] * 6
-    held = sorted(tuple(map(float, line.split())) for line in said if line)
+    command = [sys.executable, "-c", CONTENDER, output, str(time.time() + 3)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    contenders = [subprocess.Popen(command, **pipes) for _ in range(num_processes)]
+    said = [contender.communicate(timeout=120) for contender in contenders]
+    assert [contender.returncode for contender in contenders] == [0] * num_processes, said
+    held = sorted(tuple(map(float, line.split())) for line, _ in said if line)
     assert held
     for (_, end), (start, _) in zip(held, held[1:], strict=False):
         assert end <= start
+
+
+def test_of_many_at_once_never_two_hold_it(tmp_path):
+    check_that_never_two_hold(str(tmp_path / "out"), 6)
 
 
 # --- object storage ---------------------------------------------------------------------------------------
@@ -194,12 +198,4 @@ def test_on_s3_a_second_writer_is_refused_and_a_killed_one_followed(bucket):
 
 
 def test_on_s3_of_many_at_once_never_two_hold_it(bucket):
-    at = str(time.time() + 3)
-    command = [sys.executable, "-c", CONTENDER, bucket("runs/many"), at]
-    contenders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    said = [contender.communicate(timeout=120)[0] for contender in contenders]
-    assert [contender.returncode for contender in contenders] == [0] * 4
-    held = sorted(tuple(map(float, line.split())) for line in said if line)
-    assert held
-    for (_, end), (start, _) in zip(held, held[1:], strict=False):
-        assert end <= start
+    check_that_never_two_hold(bucket("runs/many"), 4)

@@ -1,0 +1,319 @@
+"""How much each stage of a chain has to do: rows and tokens, from manifests, listings and settings. No Ray."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from revision_ray import storage
+from revision_ray.data import sources
+from revision_ray.data.parquet_rows import footer
+from revision_ray.pipeline.chain import Stage
+from revision_ray.pipeline.cost import FORWARD, THROUGH, WEIGHTS, Estimates, Rate, Work
+from revision_ray.pipeline.ledger import Ledger
+
+
+@dataclass
+class Forecast:
+    """Looks ahead along a chain: what a stage reads may not be there yet, so the stage that makes it is asked."""
+
+    stages: Sequence[Stage]
+    makers: dict[str, tuple[str, ...]]
+    estimates: Estimates
+    standing: frozenset[str]
+    """Stages that will not run, so that their outputs are as counted."""
+    measured: Ledger | None = None
+    _works: dict[str, Work] = field(default_factory=dict)
+
+    def work(self, stage: Stage) -> Work:
+        if stage.name not in self._works:
+            self._works[stage.name] = _WORKS.get(stage.kind.name, _unknown)(self, stage)
+        return self._works[stage.name]
+
+    def rate(self, stage: Stage) -> Rate:
+        """Configured, else measured, throughput of one GPU at this stage."""
+        configured, measured = self.estimates, measured_rate(self.measured, stage)
+
+        def given(rates: dict[str, float]) -> float | None:
+            return rates.get(stage.name, rates.get(stage.kind.name))
+
+        return Rate(
+            tokens_per_second=_first(given(configured.tokens_per_gpu_second), measured.tokens_per_second),
+            rows_per_second=_first(given(configured.rows_per_gpu_second), measured.rows_per_second),
+            tokens_per_row=measured.tokens_per_row,
+        )
+
+    def maker(self, stage: Stage, uri: str) -> Stage | None:
+        """The earlier stage that makes what lies at `uri`."""
+        uri = storage.absolute(uri)
+        for other in self.stages:
+            if other.name in self.makers[stage.name] and (uri + "/").startswith(other.output + "/"):
+                return other
+        return None
+
+    def given_rows(self, stage: Stage) -> int | None:
+        return self.estimates.rows.get(stage.name)
+
+
+def measured_rate(book: Ledger | None, stage: Stage) -> Rate:
+    """What one GPU did at this stage, or at another one of the same job, when it ran in one go."""
+    records = book.records if book else {}
+    same = [records[stage.name]] if stage.name in records else []
+    same += [record for name, record in records.items() if name != stage.name]
+    for record in same:
+        if record.job == stage.kind.name and record.state == "finished" and record.rows and record.unbroken:
+            tokens, gpu_seconds = record.tokens, record.seconds * record.gpus
+            return Rate(
+                tokens_per_second=tokens / gpu_seconds if tokens and gpu_seconds else None,
+                rows_per_second=record.rows / gpu_seconds if gpu_seconds else None,
+                tokens_per_row=tokens / record.rows if tokens else None,
+            )
+    return Rate()
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def _store_rows(forecast: Forecast, stage: Stage, uris: str | Sequence[str] | None) -> int | None:
+    """Rows of embedding stores: of those that an earlier stage will make, as many as that one reads."""
+    named = [uris] if isinstance(uris, str) else uris or []
+    return _sum([_one_store(forecast, stage, uri) for uri in named])
+
+
+def _one_store(forecast: Forecast, stage: Stage, uri: str) -> int | None:
+    maker = forecast.maker(stage, uri)
+    if maker and maker.name not in forecast.standing:
+        return forecast.work(maker).rows
+    manifest = storage.join(uri, "manifest.json")
+    if storage.exists(manifest):
+        return storage.read_json(manifest).get("num_rows")
+    files = [found for found, _ in storage.list_files(uri, "*.parquet")]
+    return sum(sum(footer(found).rows) for found in files) if files else None
+
+
+def _source_rows(forecast: Forecast, stage: Stage, uris: str | Sequence[str], images: bool) -> int | None:
+    """Rows of sources as far as their listing tells: image files and Parquet; of others, nobody knows."""
+    named = [uris] if isinstance(uris, str) else list(uris)
+    found = []
+    for uri in named:
+        maker = forecast.maker(stage, uri)
+        if maker and maker.name not in forecast.standing:
+            found.append(_planned_rows(maker, uri))
+        elif maker and (planned := _planned_rows(maker, uri)) is not None:
+            found.append(planned)
+        else:
+            found.append(_listed_rows(uri, images))
+    return _first(_sum(found), forecast.given_rows(stage))
+
+
+def _planned_rows(maker: Stage, uri: str) -> int | None:
+    """Rows that a stage that writes sources will have written at `uri`."""
+    if maker.kind.name == "conversations":
+        return maker.job.num_samples
+    if maker.kind.name == "render":
+        split = storage.relative_path(storage.absolute(uri) + "/", maker.output).split("/")[0]
+        return getattr(maker.job, f"num_{split}", None)
+    return None
+
+
+def _listed_rows(uri: str, images: bool) -> int | None:
+    splits = sources.image_splits([uri]) if images else sources.text_splits([uri])
+    counted: list[int | None] = []
+    for split in splits:
+        if split.files:
+            counted.append(len(split.files))
+        elif split.kind.endswith("_parquet"):
+            counted.append(sum(footer(split.uri).rows[split.start : split.stop]))
+        else:
+            counted.append(None)
+    return _sum(counted)
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+# --- stages -----------------------------------------------------------------------------------------------
+
+
+def _unknown(forecast: Forecast, stage: Stage) -> Work:
+    return Work(rows=forecast.given_rows(stage))
+
+
+def _render(_: Forecast, stage: Stage) -> Work:
+    return Work(
+        rows=sum(getattr(stage.job, f"num_{split}") for split in ("pairs", "heldout", "images", "texts"))
+    )
+
+
+def _train_encoder(_: Forecast, stage: Stage) -> Work:
+    return Work(rows=stage.job.num_steps * stage.job.global_batch_size, uses_gpu=True)
+
+
+def _train_language_model(_: Forecast, stage: Stage) -> Work:
+    rows = stage.job.num_steps * stage.job.rows_per_batch
+    return Work(rows=rows, tokens=rows * stage.job.row_length, uses_gpu=True)
+
+
+def _conversations(_: Forecast, stage: Stage) -> Work:
+    return Work(rows=stage.job.num_samples)
+
+
+def _embed(forecast: Forecast, stage: Stage) -> Work:
+    job, manifest = stage.job, storage.join(stage.output, "manifest.json")
+    if stage.name in forecast.standing and storage.exists(manifest):
+        rows = storage.read_json(manifest).get("num_rows")
+    else:
+        rows = _source_rows(
+            forecast, stage, job.images if job.texts is None else job.texts, job.texts is None
+        )
+    return Work(rows=rows, uses_gpu=True, texts=rows if job.texts is not None else 0)
+
+
+def _fit(forecast: Forecast, stage: Stage) -> Work:
+    sides = [_store_rows(forecast, stage, uris) for uris in (stage.job.texts, stage.job.images)]
+    most = stage.job.max_rows
+    return Work(rows=_sum([min(rows, most) if rows and most else rows for rows in sides]))
+
+
+def _align(forecast: Forecast, stage: Stage) -> Work:
+    return Work(rows=_store_rows(forecast, stage, stage.job.texts))
+
+
+def _pretrain(forecast: Forecast, stage: Stage) -> Work:
+    job = stage.job
+    rows = forecast.given_rows(stage) if job.images else _store_rows(forecast, stage, job.data)
+    written = forecast.estimates.data.tokens_out if forecast.estimates.data else None
+    text = _first(forecast.estimates.tokens_per_text, written)
+    flops = FORWARD + THROUGH
+    return _training(forecast, stage, rows, text, flops)
+
+
+def _finetune(forecast: Forecast, stage: Stage) -> Work:
+    text = forecast.estimates.tokens_per_conversation
+    flops = FORWARD + THROUGH + (0 if stage.job.lora else WEIGHTS)
+    return _training(forecast, stage, _conversation_rows(forecast, stage), text, flops)
+
+
+def _conversation_rows(forecast: Forecast, stage: Stage) -> int | None:
+    """Rows of an epoch; repeat counts times the rows of each part."""
+    found: list[int | None] = []
+    for entry in stage.job.data:
+        uri, repeat = split_repeat(entry)
+        maker = forecast.maker(stage, uri)
+        parquet = uri.partition("?")[0].endswith(".parquet")
+        rows = _planned_rows(maker, uri) if maker else _listed_rows(uri, False) if parquet else None
+        found.append(None if rows is None else round(rows * repeat))
+    return _first(_sum(found), forecast.given_rows(stage))
+
+
+def split_repeat(entry: str) -> tuple[str, float]:
+    """URI and how often an epoch sees it, of URI or URI*REPEAT."""
+    uri, star, repeat = entry.rpartition("*")
+    plain = star and repeat.replace(".", "", 1).isdigit()
+    return (uri, float(repeat)) if plain else (entry, 1.0)
+
+
+def _training(
+    forecast: Forecast, stage: Stage, rows: int | None, text_tokens: float | None, flops: int
+) -> Work:
+    job = stage.job
+    samples = None if rows is None else seen_samples(rows, job.optimisation)
+    visual = _visual_tokens(forecast, stage)
+    reckoned = None if text_tokens is None or visual is None else min(visual + text_tokens, job.max_length)
+    each = _first(reckoned, forecast.rate(stage).tokens_per_row)
+    size = _parameters(forecast, stage)
+    per_token = flops + (FORWARD if job.gradient_checkpointing else 0)
+    return Work(
+        rows=samples,
+        tokens=None if samples is None or each is None else samples * each,
+        uses_gpu=True,
+        flops_per_token=None if size is None else per_token * size,
+    )
+
+
+def seen_samples(rows: int, optimisation: Any) -> int:
+    """Samples that a run sees: of whole epochs all rows, of a broken one whole batches."""
+    size = optimisation.global_batch_size
+    per_epoch = math.ceil(rows / size)
+    steps = math.ceil(per_epoch * optimisation.num_epochs)
+    if optimisation.max_steps is not None:
+        steps = min(steps, optimisation.max_steps)
+    epochs, rest = divmod(steps, max(per_epoch, 1))
+    return epochs * rows + min(rest * size, rows)
+
+
+def _visual_tokens(forecast: Forecast, stage: Stage) -> int | None:
+    """Of one image, as stage 1 set them."""
+    if stage.kind.name == "pretrain":
+        return stage.job.architecture.num_visual_tokens
+    maker = forecast.maker(stage, stage.job.model)
+    if maker and maker.kind.name in ("pretrain", "finetune"):
+        return _visual_tokens(forecast, maker)
+    uri = storage.join(stage.job.model, "config.json")
+    return storage.read_json(uri).get("num_visual_tokens") if storage.exists(uri) else None
+
+
+def _parameters(forecast: Forecast, stage: Stage) -> float | None:
+    """Of the language model that a stage trains."""
+    if stage.name in forecast.estimates.parameters:
+        return forecast.estimates.parameters[stage.name]
+    maker = forecast.maker(stage, stage.job.model)
+    if maker and maker.kind.name in ("pretrain", "finetune"):
+        return _parameters(forecast, maker)
+    return counted_parameters(stage.job.model)
+
+
+def counted_parameters(folder: str) -> float | None:
+    """Of the language model in a folder of safetensors, from the files' headers; None where there is none."""
+    files = [uri for uri, _ in storage.list_files(folder, "*.safetensors")]
+    shapes: dict[str, list[int]] = {}
+    for uri in files:
+        with storage.open_input(uri) as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    inner = {name: shape for name, shape in shapes.items() if "language_model" in name}
+    counts = [math.prod(shape) for shape in (inner or shapes).values()]
+    return float(sum(counts)) if counts else None
+
+
+def _evaluate(forecast: Forecast, stage: Stage) -> Work:
+    job = stage.job
+    asked = [_questions(forecast, stage, name) for name in job.benchmarks]
+    rows = _first(_sum(asked), forecast.given_rows(stage))
+    return Work(rows=None if rows is None else rows * (1 + len(job.controls)), uses_gpu=True)
+
+
+def _questions(forecast: Forecast, stage: Stage, name: str) -> int | None:
+    """Questions of a benchmark, before those are left out that are none."""
+    from revision_ray.evaluate.rows import units
+
+    uri, most = stage.job.data[name], stage.job.max_items
+    if forecast.maker(stage, uri) and not storage.exists(uri):
+        return None
+    rows = 0
+    for unit in units(name, uri):
+        rows += unit.stop - unit.start if unit.row_group < 0 else footer(unit.uri).rows[unit.row_group]
+    return min(rows, most) if most else rows
+
+
+_WORKS: dict[str, Callable[[Forecast, Stage], Work]] = {
+    "render": _render,
+    "train_encoder": _train_encoder,
+    "train_language_model": _train_language_model,
+    "conversations": _conversations,
+    "embed": _embed,
+    "fit": _fit,
+    "align": _align,
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "export": lambda forecast, stage: Work(rows=0),
+}
