@@ -1,11 +1,11 @@
 """One writer to an output: a second job is refused while the first one lives, on any storage.
 
-Every writer lays a claim, a small file of its own, into OUTPUT/.tmp-fence/, then lists that folder: it has the
-output if no other claim is alive there. Of two writers at the same time at least one lists after both have
-written, so never do both go on; storage has to list what was written before, as local disks, S3 and GCS do, and
-nothing else (pyarrow's filesystems offer no conditional creation). A holder's claim is written again every few
-seconds. It is dead when it is much older than a claim written now, by the storage's own clock, or when its
-process is gone, which only a process on the same machine can tell.
+Every writer lays a claim, a small file of its own, into OUTPUT/.tmp-fence/, then lists that folder: it has
+the output if no other claim is alive there. Of two writers at the same time at least one lists after both
+have written, so never do both go on. All that this asks of a storage is that it lists what was written before, as
+local disks, S3 and GCS do (conditional creation is not to be had through pyarrow's filesystems). A holder
+writes its claim again every few seconds. A claim is dead when it is much older than one written now, by the
+storage's own clock, or when its process is gone, which only a process on the same machine can tell.
 """
 
 import logging
@@ -101,9 +101,9 @@ def _refusal(output: str, holder: Claim) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.since))
     host = holder.host.split("/")[0]
     return (
-        f"{output}: another job writes there (process {holder.pid} on {host}, since {since}); wait for it, or "
-        f"stop it and run this command again, which goes on where it was (a job that died on another machine "
-        f"holds its output for {SECONDS_TO_LIVE:.0f} s)"
+        f"{output}: another job writes there (process {holder.pid} on {host}, since {since}); wait for it, "
+        f"or stop it and run this command again, which goes on where it was (a job that died on another "
+        f"machine holds its output for {SECONDS_TO_LIVE:.0f} s)"
     )
 
 

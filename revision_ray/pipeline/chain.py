@@ -1,4 +1,4 @@
-"""A chain of stages: what each one reads and writes, which depend on which, which of them are chosen. No Ray."""
+"""A chain of stages: what each reads and writes, which depend on which, which of them are chosen. No Ray."""
 
 import difflib
 import json
@@ -113,8 +113,8 @@ def chosen(stages: Sequence[Stage], choice: Choice) -> list[Stage]:
     """The stages that `choice` names, in the order of the chain.
 
     Raises:
-        ConfigError: a name that no stage has (the nearest one is named); or a stage that is not chosen has not
-            made yet what a chosen one reads.
+        ConfigError: a name that no stage has (the nearest one is named); or a stage that is not chosen has
+            not made yet what a chosen one reads.
     """
     if choice.first and choice.only:
         raise ConfigError("--from and --only: give one of the two")

@@ -28,7 +28,7 @@ class Contents:
     """URI -> [size, modification time in ns, SHA-256]."""
 
     def of(self, uri: str) -> str:
-        """16 or more digits that are equal for equal content; empty where nothing stands, or it is unfinished.
+        """Hex digits, equal for equal content; none where nothing stands, or what stands is unfinished.
 
         Raises:
             DataError: a document that should say what stands there is damaged.

@@ -1,7 +1,7 @@
 """What a chain will cost, reckoned from rows and tokens: GPU hours, and dollars for them and for the data.
 
-Nothing is guessed: a figure that neither the data, the configuration nor a measurement gives is None, and so is
-every sum that it is part of.
+Nothing is guessed: a figure that neither the data, the configuration nor a measurement gives is None, and so
+is every sum that it is part of.
 """
 
 from dataclasses import dataclass, field
@@ -97,7 +97,7 @@ def check_positive(prefix: str, settings: dict[str, object]) -> None:
     for name, value in settings.items():
         for key, number in value.items() if isinstance(value, dict) else {"": value}.items():
             low = number if isinstance(number, int | float) else 1
-            divides = "per_gpu" in name and "dollars" not in name or name == "utilisation"
+            divides = ("per_gpu" in name and "dollars" not in name) or name == "utilisation"
             if low < 0 or (divides and low <= 0):
                 where = f"{prefix}{name}.{key}".rstrip(".")
                 raise ConfigError(f"{where}={number}; expected {'more than 0' if divides else '0 or more'}")

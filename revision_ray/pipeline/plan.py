@@ -116,8 +116,8 @@ def _notes(lines: Sequence[Line], estimates: Estimates) -> list[str]:
         paired, ours = estimates.data.paired_dollars(texts), estimates.data.dollars(texts)
         if paired and ours is not None:
             notes.append(
-                f"The data as {texts:,.0f} image-text pairs: ${paired:,.2f}; texts alone cost {ours / paired:.2f} "
-                "of that (arXiv 2602.07026, app. H.4)."
+                f"The data as {texts:,.0f} image-text pairs: ${paired:,.2f}; texts alone cost "
+                f"{ours / paired:.2f} of that (arXiv 2602.07026, app. H.4)."
             )
     notes.append(
         "Whole stages: of one that goes on, less is left. Time of nodes without GPUs is not in the dollars."

@@ -1,4 +1,4 @@
-"""How much each stage of a chain has to do: rows and tokens, from manifests, listings and settings. No Ray."""
+"""How much a stage of a chain has to do: rows and tokens, from manifests, listings and settings. No Ray."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from revision_ray.pipeline.ledger import Ledger
 
 @dataclass
 class Forecast:
-    """Looks ahead along a chain: what a stage reads may not be there yet, so the stage that makes it is asked."""
+    """Looks ahead along a chain: of what is not there yet, the stage that will make it is asked."""
 
     stages: Sequence[Stage]
     makers: dict[str, tuple[str, ...]]
