@@ -1,4 +1,4 @@
-"""Run a chain of stages from one YAML, from where it was left; see configs/pipeline.yaml, configs/demo.yaml."""
+"""Run a chain of stages from one YAML, from where it was left; see configs/pipeline.yaml, demo.yaml."""
 
 from revision_ray.config import run_job
 from revision_ray.pipeline.job import PipelineJob, run

@@ -2,10 +2,10 @@
 
 Every writer lays a claim, a small file of its own, into OUTPUT/.tmp-fence/, then lists that folder: it has
 the output if no other claim is alive there. Of two writers at the same time at least one lists after both
-have written, so never do both go on. All that this asks of a storage is that it lists what was written before,
-as local disks, S3 and GCS do (pyarrow's filesystems offer no conditional creation). A holder writes its claim
-again every few seconds. A claim is dead when it is much older than one written now, by the storage's clock, or
-when its process is gone, which only a process on the same machine can tell.
+have written, so never do both go on. This asks of a storage no more than that it lists what was written
+before, as local disks, S3 and GCS do (pyarrow's filesystems offer no conditional creation). A holder writes
+its claim again every few seconds. A claim is dead when it is much older than one written now, by the clock of
+the storage, or when its process is gone, which only a process on the same machine can tell.
 """
 
 import logging

@@ -43,11 +43,22 @@ except DataError as error:
 """
 
 
+def start(code: str, *argv: str) -> subprocess.Popen:
+    """A process of its own that runs `code`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds tmp_path/out until it is killed."""
     output = str(tmp_path / "out")
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, output], stdout=subprocess.PIPE, text=True)
+    process = start(HOLDER, output)
     assert process.stdout
     assert process.stdout.readline() == "held\n"
     yield process, output
@@ -170,9 +181,8 @@ def test_a_claim_stays_young_while_its_writer_lives(tmp_path, monkeypatch):
 
 def check_that_never_two_hold(output: str, num_processes: int) -> None:
     """Processes that ask at the same moment: their times of holding do not overlap, and one at least held."""
-    command = [sys.executable, "-c", CONTENDER, output, str(time.time() + 3)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    contenders = [subprocess.Popen(command, **pipes) for _ in range(num_processes)]
+    at = str(time.time() + 3)
+    contenders = [start(CONTENDER, output, at) for _ in range(num_processes)]
     said = [contender.communicate(timeout=120) for contender in contenders]
     assert [contender.returncode for contender in contenders] == [0] * num_processes, said
     held = sorted(tuple(map(float, line.split())) for line, _ in said if line)
@@ -190,7 +200,7 @@ def test_of_many_at_once_never_two_hold_it(tmp_path):
 
 def test_on_s3_a_second_writer_is_refused_and_a_killed_one_followed(bucket):
     output = bucket("runs/out")
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, output], stdout=subprocess.PIPE, text=True)
+    process = start(HOLDER, output)
     assert process.stdout
     assert process.stdout.readline() == "held\n"
     with pytest.raises(DataError, match=rf"process {process.pid} on"), fence.writing(output):
