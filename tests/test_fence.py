@@ -187,8 +187,8 @@ def check_that_never_two_hold(output: str, num_processes: int) -> None:
     assert [contender.returncode for contender in contenders] == [0] * num_processes, said
     held = sorted(tuple(map(float, line.split())) for line, _ in said if line)
     assert held
-    for (_, end), (start, _) in pairwise(held):
-        assert end <= start
+    for (_, end), (begin, _) in pairwise(held):
+        assert end <= begin
 
 
 def test_of_many_at_once_never_two_hold_it(tmp_path):
