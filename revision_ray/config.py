@@ -75,11 +75,23 @@ def _resolved(merged: DictConfig, schema: type[Schema]) -> Schema:
         resolved = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         key = error.full_key
-        raise ConfigError(f"{key}: a value is required; give it as {key}=VALUE") from error
+        said = f"{key}: a value is required; give it as {key}=VALUE{_other_entry(merged, key)}"
+        raise ConfigError(said) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
     assert isinstance(resolved, schema)
     return resolved
+
+
+def _other_entry(merged: DictConfig, key: str) -> str:
+    """Of a key in a mapping whose entries users name: that entry with the nearest name, which was meant."""
+    for length in range(1, len(names := key.split("."))):
+        above = OmegaConf.select(merged, ".".join(names[:length]), default=None)
+        if isinstance(above, DictConfig) and OmegaConf.get_type(above) is dict:
+            others = [str(name) for name in above if name != names[length]]
+            near = difflib.get_close_matches(names[length], others, n=1)
+            return f" (or was {'.'.join([*names[:length], near[0]])} meant?)" if near else ""
+    return ""
 
 
 def _read_yaml(uri: str) -> DictConfig:

@@ -103,10 +103,14 @@ def makers(stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def inside(uri: str, folder: str) -> bool:
+    """Whether `uri` lies in `folder`, or is it; a wildcard path stands for the folder that it is below of."""
+    uri, folder = (storage.wildcard_root(each).partition("?")[0].rstrip("/") + "/" for each in (uri, folder))
+    return uri.startswith(folder)
+
+
 def _related(one: str, other: str) -> bool:
-    """Whether one of two URIs (wildcards stand for their folder) lies in the other, or is it."""
-    one, other = (storage.wildcard_root(uri).partition("?")[0].rstrip("/") + "/" for uri in (one, other))
-    return one.startswith(other) or other.startswith(one)
+    return inside(one, other) or inside(other, one)
 
 
 def chosen(stages: Sequence[Stage], choice: Choice) -> list[Stage]:

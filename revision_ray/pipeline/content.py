@@ -49,6 +49,8 @@ class Contents:
             model = storage.join(uri, "model")
             trained = storage.exists(storage.join(model, "config.json"))
             return self._of_model(model) if trained else self._sha256(storage.join(uri, "results.json"))
+        if "conversations.jsonl" in names:
+            return self._sha256(storage.join(uri, "conversations.jsonl"))
         return listed(uri)
 
     def _of_model(self, folder: str) -> str:

@@ -2,14 +2,15 @@
 
 from typing import Any
 
+from revision_ray import storage
 from revision_ray.align import apply, fit
 from revision_ray.data import import_reference
+from revision_ray.data.conversations import expand, source_of
 from revision_ray.encode import embed
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.evaluate import run as evaluate
 from revision_ray.miniature import conversations, render
 from revision_ray.pipeline.chain import Kind
-from revision_ray.pipeline.work import split_repeat
 from revision_ray.train import export, export_job, from_scratch
 from revision_ray.train import run as training
 from revision_ray.train.run import FinetuneJob, PretrainJob
@@ -46,12 +47,19 @@ def _pretrain_reads(job: PretrainJob) -> dict[str, list[str]]:
     }
 
 
+def _records(entries: list[str]) -> list[str]:
+    """The files of conversations, and those that a meta JSON among them lists."""
+    sources = [source_of(entry) for entry in entries]
+    listed = [part for source in sources if storage.exists(source.uri) for part in expand(source)]
+    return list(dict.fromkeys(source.uri for source in (*sources, *listed)))
+
+
 def _finetune_reads(job: FinetuneJob) -> dict[str, list[str]]:
     return {
-        "data": [split_repeat(entry)[0] for entry in job.data],
+        "data": _records(job.data),
         "images": job.images,
         "image_files": job.image_files,
-        "heldout": [split_repeat(entry)[0] for entry in job.heldout],
+        "heldout": _records(job.heldout),
         "model": _uris(job.model),
         **_encoder_reads("encoder", job.encoder),
     }

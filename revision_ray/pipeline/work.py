@@ -8,8 +8,9 @@ from typing import Any
 
 from revision_ray import storage
 from revision_ray.data import sources
+from revision_ray.data.conversations import source_of
 from revision_ray.data.parquet_rows import footer
-from revision_ray.pipeline.chain import Stage
+from revision_ray.pipeline.chain import Stage, inside
 from revision_ray.pipeline.cost import FORWARD, THROUGH, WEIGHTS, Estimates, Rate, Work
 from revision_ray.pipeline.ledger import Ledger
 
@@ -46,9 +47,8 @@ class Forecast:
 
     def maker(self, stage: Stage, uri: str) -> Stage | None:
         """The earlier stage that makes what lies at `uri`."""
-        uri = storage.absolute(uri)
         for other in self.stages:
-            if other.name in self.makers[stage.name] and (uri + "/").startswith(other.output + "/"):
+            if other.name in self.makers[stage.name] and inside(uri, other.output):
                 return other
         return None
 
@@ -112,8 +112,7 @@ def _planned_rows(maker: Stage, uri: str) -> int | None:
     if maker.kind.name == "conversations":
         return maker.job.num_samples
     if maker.kind.name == "render":
-        split = storage.relative_path(storage.absolute(uri) + "/", maker.output).split("/")[0]
-        return getattr(maker.job, f"num_{split}", None)
+        return getattr(maker.job, f"num_{storage.name_of(uri)}", None)
     return None
 
 
@@ -205,19 +204,18 @@ def _conversation_rows(forecast: Forecast, stage: Stage) -> int | None:
     """Rows of an epoch; repeat counts times the rows of each part."""
     found: list[int | None] = []
     for entry in stage.job.data:
-        uri, repeat = split_repeat(entry)
-        maker = forecast.maker(stage, uri)
-        parquet = uri.partition("?")[0].endswith(".parquet")
-        rows = _planned_rows(maker, uri) if maker else _listed_rows(uri, False) if parquet else None
-        found.append(None if rows is None else round(rows * repeat))
+        source = source_of(entry)
+        maker = forecast.maker(stage, source.uri)
+        parquet = source.uri.partition("?")[0].endswith(".parquet")
+        rows = (
+            _planned_rows(maker, source.uri)
+            if maker
+            else _listed_rows(source.uri, False)
+            if parquet
+            else None
+        )
+        found.append(None if rows is None else round(rows * source.repeat))
     return _first(_sum(found), forecast.given_rows(stage))
-
-
-def split_repeat(entry: str) -> tuple[str, float]:
-    """URI and how often an epoch sees it, of URI or URI*REPEAT."""
-    uri, star, repeat = entry.rpartition("*")
-    plain = star and repeat.replace(".", "", 1).isdigit()
-    return (uri, float(repeat)) if plain else (entry, 1.0)
 
 
 def _training(
