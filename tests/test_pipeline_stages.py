@@ -151,8 +151,8 @@ stages:
     render: {{output: "${{output}}/world", num_pairs: 4, num_heldout: 6, num_images: 60, num_texts: 300,
               rows_per_file: 40, cpus_per_task: 0.5}}
   images:
-    embed: {{images: "${{stages.world.render.output}}/images", output: "${{output}}/images", rows_per_shard: 16,
-             encoder: {encoder}}}
+    embed: {{images: "${{stages.world.render.output}}/images", output: "${{output}}/images",
+             rows_per_shard: 16, encoder: {encoder}}}
   texts:
     embed: {{texts: "${{stages.world.render.output}}/texts", output: "${{output}}/texts", rows_per_shard: 64,
              encoder: {encoder}}}
