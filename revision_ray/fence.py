@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow.fs as pafs
 
@@ -43,6 +43,7 @@ class Claim:
     pid: int
     process: str  # tells a process from a later one with the same number; empty where nobody knows
     since: float  # seconds since 1970, by the writer's clock: for people only
+    took: tuple[str, ...] = ()  # claims of the dead that it removed: should one of them live, it has lost
 
 
 @contextmanager
@@ -85,10 +86,12 @@ def _acquire(output: str) -> Claim:
     )
     for _ in range(_TRIES):
         _write(output, claim)
-        rivals = _alive(output, claim)
+        rivals, dead = _others(output, claim)
         if not rivals:
-            held = Claim(**{**asdict(claim), "held": True})
+            held = replace(claim, held=True, took=tuple(dead))
             _write(output, held)
+            for each in dead:
+                _delete(_uri(output, each))
             return held
         _withdraw(output, claim)
         if holder := next((rival for rival in rivals if rival.held), None):
@@ -107,23 +110,30 @@ def _refusal(output: str, holder: Claim) -> str:
     )
 
 
-def _alive(output: str, mine: Claim) -> list[Claim]:
-    """The claims of others that are alive; those of the dead are removed."""
+def _others(output: str, mine: Claim) -> tuple[list[Claim], list[str]]:
+    """The claims of others that are alive, and the ids of those that are dead."""
     folder = storage.join(output, FOLDER)
     listed = {storage.name_of(uri): (uri, entry) for uri, entry in storage.list_files(folder)}
     if mine.id not in listed:
         raise DataError(f"{output}: the storage does not list what was just written there; run again")
     now = _seconds(listed[mine.id][1])
-    found = []
+    alive, dead = [], []
     for name, (uri, entry) in listed.items():
         if name == mine.id or (other := _read(uri)) is None:
             continue
         if now - _seconds(entry) > SECONDS_TO_LIVE or _is_gone(other):
-            log.info("%s: taken over from process %d, which is gone", output, other.pid)
-            _delete(uri)
+            log.info("%s: process %d, which wrote there, is gone", output, other.pid)
+            dead.append(name)
         else:
-            found.append(other)
-    return found
+            alive.append(other)
+    return alive, dead
+
+
+def _is_lost(output: str, mine: Claim) -> bool:
+    """Whether another writer has taken this claim for dead."""
+    listed = {storage.name_of(uri): uri for uri, _ in storage.list_files(storage.join(output, FOLDER))}
+    others = [_read(uri) for name, uri in listed.items() if name != mine.id]
+    return mine.id not in listed or any(other is not None and mine.id in other.took for other in others)
 
 
 def _is_gone(claim: Claim) -> bool:
@@ -171,7 +181,7 @@ class _Heart(threading.Thread):
     def run(self) -> None:
         while not self._stopped.wait(SECONDS_BETWEEN_BEATS):
             try:
-                if not storage.exists(_uri(self._output, self._claim)):
+                if _is_lost(self._output, self._claim):
                     self.lost = True
                     log.error("%s: another job has taken this output over", self._output)
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -185,14 +195,14 @@ class _Heart(threading.Thread):
         self.join()
 
 
-def _uri(output: str, claim: Claim) -> str:
-    return storage.join(output, FOLDER, claim.id)
+def _uri(output: str, claim: str) -> str:
+    return storage.join(output, FOLDER, claim)
 
 
 def _write(output: str, claim: Claim) -> None:
     for left in reversed(range(3)):
         try:
-            return storage.write_json(_uri(output, claim), asdict(claim))
+            return storage.write_json(_uri(output, claim.id), asdict(claim))
         except DataError as error:
             # A writer that withdraws removes the empty folder, perhaps between its creation here and its use.
             if not left or not isinstance(error.__cause__, FileNotFoundError):
@@ -201,16 +211,22 @@ def _write(output: str, claim: Claim) -> None:
 
 def _read(uri: str) -> Claim | None:
     """The claim at `uri`; None where it was withdrawn meanwhile."""
-    try:
-        return Claim(**storage.read_json(uri))
-    except DataError:
-        if storage.exists(uri):
-            raise
-        return None
+    for left in reversed(range(5)):
+        try:
+            found = storage.read_json(uri)
+            return Claim(**{**found, "took": tuple(found["took"])})
+        except DataError:
+            # On object stores, its size may be that of the claim that was replaced at this moment.
+            if not storage.exists(uri):
+                return None
+            if not left:
+                raise
+        time.sleep(0.1)
+    return None
 
 
 def _withdraw(output: str, claim: Claim) -> None:
-    _delete(_uri(output, claim))
+    _delete(_uri(output, claim.id))
     _remove_if_empty(storage.join(output, FOLDER))
 
 

@@ -82,12 +82,12 @@ def bucket():
     server.stop()
 
 
-def foreign_claim(output: Path) -> Path:
+def foreign_claim(output: Path, **settings) -> Path:
     """A claim as a process on another machine would have written it just now."""
     place = output / fence.FOLDER / "foreign"
-    place.parent.mkdir(parents=True)
-    claim = fence.Claim(id=place.name, held=True, host="elsewhere/1", pid=7, process="1", since=time.time())
-    place.write_text(json.dumps(claim.__dict__))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    who = {"id": place.name, "held": True, "host": "elsewhere/1", "pid": 7, "process": "1"}
+    place.write_text(json.dumps({**who, "since": time.time(), "took": [], **settings}))
     return place
 
 
@@ -158,8 +158,9 @@ def test_a_writer_that_was_taken_over_is_stopped(tmp_path, monkeypatch):
 
     def hold() -> None:
         with fence.writing(str(output)):
-            for claim in (output / fence.FOLDER).iterdir():
-                claim.unlink()
+            (claim,) = (output / fence.FOLDER).iterdir()
+            foreign_claim(output, took=[claim.name])
+            claim.unlink()  # which a beat at this moment may write again
             threading.Event().wait(60)
 
     with pytest.raises(DataError, match="has taken its output over"):

@@ -380,7 +380,7 @@ def test_conversations_ask_about_the_worlds_images_in_their_order(tmp_path):
 
 def test_conversations_ask_for_a_finished_world(tmp_path):
     job = conversations.ConversationsJob(world=str(tmp_path), output=str(tmp_path / "out"))
-    with pytest.raises(DataError, match="name the output of jobs/render.py"):
+    with pytest.raises(DataError, match=r"name the output of jobs/render\.py"):
         conversations.run(job)
 
 
