@@ -16,18 +16,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 from toy_chain import PIECES, TOY, ToyJob, diamond, go, made, results, stage
 
-from revision_ray import config
+from revision_ray import config, storage
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.pipeline import plan
 from revision_ray.pipeline.chain import Choice, Kind, Stage, chosen, makers
 from revision_ray.pipeline.content import Contents, listed
 from revision_ray.pipeline.cost import DataCost, Estimates, Rate, Work, cost_of, gpu_hours
 from revision_ray.pipeline.ledger import Record, open_ledger
+from revision_ray.pipeline.run import run_chain
 from revision_ray.pipeline.work import counted_parameters, seen_samples
 
 TESTS = Path(__file__).parent
@@ -357,6 +359,50 @@ def test_flags_stand_for_keys(argv, meant):
 def test_a_flag_without_its_value_is_refused(argv):
     with pytest.raises(ConfigError, match="a value is required"):
         config.with_flags(argv, FLAGS)
+
+
+# --- object storage ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """URI of a bucket on a private S3 server, as a function of the key."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "none")
+        pafs.FileSystem.from_uri(f"s3://?{options}&allow_bucket_creation=true")[0].create_dir("revision")
+        yield lambda key: f"s3://revision/{key}?{options}"
+    server.stop()
+
+
+def test_everything_may_lie_on_s3(bucket):
+    """Outputs, ledger and fences; a source that changes there is noticed."""
+    calls = []
+
+    def copy(job: ToyJob) -> str:
+        calls.append(storage.name_of(job.output))
+        found = [storage.read_bytes(storage.join(uri, "results.json")).decode() for uri in job.reads]
+        storage.write_json(storage.join(job.output, "results.json"), [job.word, *found])
+        return "done"
+
+    kind = replace(TOY, run=copy)
+    storage.write_json(bucket("data/results.json"), 1)
+    first = ToyJob(reads=[bucket("data")], output=bucket("run/first"), word="a")
+    second = ToyJob(reads=[bucket("run/first")], output=bucket("run/second"), word="b")
+    stages = [Stage("first", kind, first), Stage("second", kind, second)]
+    for _ in range(2):
+        run_chain(stages, open_ledger(bucket("run")), Choice())
+    assert calls == ["first", "second"]
+    assert makers(stages)["second"] == ("first",)
+    storage.write_json(bucket("data/results.json"), 22)
+    run_chain(stages, open_ledger(bucket("run")), Choice())
+    assert calls == ["first", "second", "first", "second"]
+    left = {storage.name_of(uri) for uri, _ in storage.list_files(bucket("run"), recursive=True)}
+    assert left == {"ledger.json", "results.json"}
 
 
 # --- content ----------------------------------------------------------------------------------------------
