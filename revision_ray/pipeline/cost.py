@@ -59,7 +59,7 @@ class Estimates:
     rows: dict[str, int] = field(default_factory=dict)
     """Rows of a stage, by its name, where neither a manifest nor a listing tells (JSON Lines, tars)."""
     tokens_per_text: float | None = None
-    """Tokens of a caption in stage 1, its end among them; `data.tokens_out` if not given."""
+    """Tokens of a caption, its end among them; `data.tokens_out` if not given."""
     tokens_per_conversation: float | None = None
     """Tokens of a conversation in stage 2, without its image's."""
     parameters: dict[str, float] = field(default_factory=dict)
@@ -109,6 +109,7 @@ class Work:
 
     rows: int | None = None
     tokens: float | None = None
+    """0 where none are read or written."""
     uses_gpu: bool = False
     flops_per_token: float | None = None
     """Of a training stage, from its model's size."""
@@ -147,7 +148,7 @@ def gpu_hours(work: Work, rate: Rate, estimates: Estimates) -> float | None:
     """By tokens where their throughput is known or reckoned, else by rows."""
     if not work.uses_gpu or work.rows == 0:
         return 0.0
-    if work.tokens is not None:
+    if work.tokens:
         per_second = rate.tokens_per_second
         if per_second is None and work.flops_per_token:
             per_second = estimates.teraflops_per_gpu * 1e12 * estimates.utilisation / work.flops_per_token

@@ -55,7 +55,7 @@ def inputs_of(stage: Stage, contents: Contents) -> dict[str, Identified]:
 def why(stage: Stage, record: Record | None, inputs: dict[str, Identified], contents: Contents) -> str:
     """The reason why a stage has to run; empty where nothing it is made from has changed and it stands."""
     if record is None or record.job != stage.kind.name:
-        return "runs for the first time in this pipeline"
+        return "runs for the first time"
     if record.state == "running":
         return f"goes on, was cut off after {record.begun}"
     if record.state == "failed":

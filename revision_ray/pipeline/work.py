@@ -152,7 +152,7 @@ def _render(_: Forecast, stage: Stage) -> Work:
 
 
 def _train_encoder(_: Forecast, stage: Stage) -> Work:
-    return Work(rows=stage.job.num_steps * stage.job.global_batch_size, uses_gpu=True)
+    return Work(rows=stage.job.num_steps * stage.job.global_batch_size, tokens=0, uses_gpu=True)
 
 
 def _train_language_model(_: Forecast, stage: Stage) -> Work:
@@ -166,13 +166,16 @@ def _conversations(_: Forecast, stage: Stage) -> Work:
 
 def _embed(forecast: Forecast, stage: Stage) -> Work:
     job, manifest = stage.job, storage.join(stage.output, "manifest.json")
+    of_images = job.texts is None
     if stage.name in forecast.standing and storage.exists(manifest):
         rows = storage.read_json(manifest).get("num_rows")
     else:
-        rows = _source_rows(
-            forecast, stage, job.images if job.texts is None else job.texts, job.texts is None
-        )
-    return Work(rows=rows, uses_gpu=True, texts=rows if job.texts is not None else 0)
+        rows = _source_rows(forecast, stage, job.images if of_images else job.texts, of_images)
+    if of_images:
+        return Work(rows=rows, tokens=0, uses_gpu=True)
+    each = _tokens_per_text(forecast)
+    tokens = None if rows is None or each is None else rows * each
+    return Work(rows=rows, tokens=tokens, uses_gpu=True, texts=rows)
 
 
 def _fit(forecast: Forecast, stage: Stage) -> Work:
@@ -188,10 +191,12 @@ def _align(forecast: Forecast, stage: Stage) -> Work:
 def _pretrain(forecast: Forecast, stage: Stage) -> Work:
     job = stage.job
     rows = forecast.given_rows(stage) if job.images else _store_rows(forecast, stage, job.data)
+    return _training(forecast, stage, rows, _tokens_per_text(forecast), FORWARD + THROUGH)
+
+
+def _tokens_per_text(forecast: Forecast) -> float | None:
     written = forecast.estimates.data.tokens_out if forecast.estimates.data else None
-    text = _first(forecast.estimates.tokens_per_text, written)
-    flops = FORWARD + THROUGH
-    return _training(forecast, stage, rows, text, flops)
+    return _first(forecast.estimates.tokens_per_text, written)
 
 
 def _finetune(forecast: Forecast, stage: Stage) -> Work:
