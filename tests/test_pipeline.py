@@ -30,7 +30,7 @@ from revision_ray.pipeline.content import Contents, listed
 from revision_ray.pipeline.cost import DataCost, Estimates, Rate, Work, cost_of, gpu_hours
 from revision_ray.pipeline.ledger import Record, open_ledger
 from revision_ray.pipeline.run import run_chain
-from revision_ray.pipeline.work import counted_parameters, seen_samples
+from revision_ray.pipeline.sizes import counted_parameters, seen_samples
 
 TESTS = Path(__file__).parent
 ALL = [

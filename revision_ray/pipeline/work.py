@@ -1,18 +1,15 @@
 """How much a stage of a chain has to do: rows and tokens, from manifests, listings and settings. No Ray."""
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from revision_ray import storage
-from revision_ray.data import sources
 from revision_ray.data.conversations import source_of
 from revision_ray.data.parquet_rows import footer
 from revision_ray.pipeline.chain import Stage, inside
 from revision_ray.pipeline.cost import FORWARD, THROUGH, WEIGHTS, Estimates, Rate, Work
 from revision_ray.pipeline.ledger import Ledger
+from revision_ray.pipeline.sizes import counted_parameters, first_known, listed_rows, seen_samples, whole_sum
 
 
 @dataclass
@@ -40,8 +37,10 @@ class Forecast:
             return rates.get(stage.name, rates.get(stage.kind.name))
 
         return Rate(
-            tokens_per_second=_first(given(configured.tokens_per_gpu_second), measured.tokens_per_second),
-            rows_per_second=_first(given(configured.rows_per_gpu_second), measured.rows_per_second),
+            tokens_per_second=first_known(
+                given(configured.tokens_per_gpu_second), measured.tokens_per_second
+            ),
+            rows_per_second=first_known(given(configured.rows_per_gpu_second), measured.rows_per_second),
             tokens_per_row=measured.tokens_per_row,
         )
 
@@ -78,7 +77,7 @@ def measured_rate(book: Ledger | None, stage: Stage) -> Rate:
 def _store_rows(forecast: Forecast, stage: Stage, uris: str | Sequence[str] | None) -> int | None:
     """Rows of embedding stores: of those that an earlier stage will make, as many as that one reads."""
     named = [uris] if isinstance(uris, str) else uris or []
-    return _sum([_one_store(forecast, stage, uri) for uri in named])
+    return whole_sum([_one_store(forecast, stage, uri) for uri in named])
 
 
 def _one_store(forecast: Forecast, stage: Stage, uri: str) -> int | None:
@@ -103,8 +102,8 @@ def _source_rows(forecast: Forecast, stage: Stage, uris: str | Sequence[str], im
         elif maker and (planned := _planned_rows(maker, uri)) is not None:
             found.append(planned)
         else:
-            found.append(_listed_rows(uri, images))
-    return _first(_sum(found), forecast.given_rows(stage))
+            found.append(listed_rows(uri, images))
+    return first_known(whole_sum(found), forecast.given_rows(stage))
 
 
 def _planned_rows(maker: Stage, uri: str) -> int | None:
@@ -114,28 +113,6 @@ def _planned_rows(maker: Stage, uri: str) -> int | None:
     if maker.kind.name == "render":
         return getattr(maker.job, f"num_{storage.name_of(uri)}", None)
     return None
-
-
-def _listed_rows(uri: str, images: bool) -> int | None:
-    splits = sources.image_splits([uri]) if images else sources.text_splits([uri])
-    counted: list[int | None] = []
-    for split in splits:
-        if split.files:
-            counted.append(len(split.files))
-        elif split.kind.endswith("_parquet"):
-            counted.append(sum(footer(split.uri).rows[split.start : split.stop]))
-        else:
-            counted.append(None)
-    return _sum(counted)
-
-
-def _sum(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known and len(known) == len(values) else None
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
 
 
 # --- stages -----------------------------------------------------------------------------------------------
@@ -181,7 +158,7 @@ def _embed(forecast: Forecast, stage: Stage) -> Work:
 def _fit(forecast: Forecast, stage: Stage) -> Work:
     sides = [_store_rows(forecast, stage, uris) for uris in (stage.job.texts, stage.job.images)]
     most = stage.job.max_rows
-    return Work(rows=_sum([min(rows, most) if rows and most else rows for rows in sides]))
+    return Work(rows=whole_sum([min(rows, most) if rows and most else rows for rows in sides]))
 
 
 def _align(forecast: Forecast, stage: Stage) -> Work:
@@ -196,7 +173,7 @@ def _pretrain(forecast: Forecast, stage: Stage) -> Work:
 
 def _tokens_per_text(forecast: Forecast) -> float | None:
     written = forecast.estimates.data.tokens_out if forecast.estimates.data else None
-    return _first(forecast.estimates.tokens_per_text, written)
+    return first_known(forecast.estimates.tokens_per_text, written)
 
 
 def _finetune(forecast: Forecast, stage: Stage) -> Work:
@@ -213,14 +190,10 @@ def _conversation_rows(forecast: Forecast, stage: Stage) -> int | None:
         maker = forecast.maker(stage, source.uri)
         parquet = source.uri.partition("?")[0].endswith(".parquet")
         rows = (
-            _planned_rows(maker, source.uri)
-            if maker
-            else _listed_rows(source.uri, False)
-            if parquet
-            else None
+            _planned_rows(maker, source.uri) if maker else listed_rows(source.uri, False) if parquet else None
         )
         found.append(None if rows is None else round(rows * source.repeat))
-    return _first(_sum(found), forecast.given_rows(stage))
+    return first_known(whole_sum(found), forecast.given_rows(stage))
 
 
 def _training(
@@ -230,7 +203,7 @@ def _training(
     samples = None if rows is None else seen_samples(rows, job.optimisation)
     visual = _visual_tokens(forecast, stage)
     reckoned = None if text_tokens is None or visual is None else min(visual + text_tokens, job.max_length)
-    each = _first(reckoned, forecast.rate(stage).tokens_per_row)
+    each = first_known(reckoned, forecast.rate(stage).tokens_per_row)
     size = _parameters(forecast, stage)
     per_token = flops + (FORWARD if job.gradient_checkpointing else 0)
     return Work(
@@ -239,17 +212,6 @@ def _training(
         uses_gpu=True,
         flops_per_token=None if size is None else per_token * size,
     )
-
-
-def seen_samples(rows: int, optimisation: Any) -> int:
-    """Samples that a run sees: of whole epochs all rows, of a broken one whole batches."""
-    size = optimisation.global_batch_size
-    per_epoch = math.ceil(rows / size)
-    steps = math.ceil(per_epoch * optimisation.num_epochs)
-    if optimisation.max_steps is not None:
-        steps = min(steps, optimisation.max_steps)
-    epochs, rest = divmod(steps, max(per_epoch, 1))
-    return epochs * rows + min(rest * size, rows)
 
 
 def _visual_tokens(forecast: Forecast, stage: Stage) -> int | None:
@@ -273,24 +235,10 @@ def _parameters(forecast: Forecast, stage: Stage) -> float | None:
     return counted_parameters(stage.job.model)
 
 
-def counted_parameters(folder: str) -> float | None:
-    """Of the language model in a folder of safetensors, from the files' headers; None where there is none."""
-    files = [uri for uri, _ in storage.list_files(folder, "*.safetensors")]
-    shapes: dict[str, list[int]] = {}
-    for uri in files:
-        with storage.open_input(uri) as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    inner = {name: shape for name, shape in shapes.items() if "language_model" in name}
-    counts = [math.prod(shape) for shape in (inner or shapes).values()]
-    return float(sum(counts)) if counts else None
-
-
 def _evaluate(forecast: Forecast, stage: Stage) -> Work:
     job = stage.job
     asked = [_questions(forecast, stage, name) for name in job.benchmarks]
-    rows = _first(_sum(asked), forecast.given_rows(stage))
+    rows = first_known(whole_sum(asked), forecast.given_rows(stage))
     return Work(rows=None if rows is None else rows * (1 + len(job.controls)), uses_gpu=True)
 
 
