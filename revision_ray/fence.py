@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 FOLDER = storage.TEMPORARY + "fence"
 SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_TO_LIVE = 60.0  # several missed beats: storage may refuse writes for a while
-_TRIES = 20  # among writers that asked at the same moment
+_TRIES = 60  # more than it takes to see a beat, or to see that none comes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,34 @@ def writing(output: str) -> Iterator[None]:
 
 
 def _acquire(output: str) -> Claim:
-    claim = Claim(
+    """The claim that holds the output now.
+
+    A holder on this machine lives as long as its process. Of one elsewhere the next sign of life is waited
+    for: a job that died and was submitted again is not refused because of itself.
+    """
+    claim = _fresh_claim()
+    beats: dict[str, float] = {}
+    for _ in range(_TRIES):
+        _write(output, claim)
+        rivals, dead = _others(output, claim)
+        if not rivals:
+            return _hold(output, claim, dead)
+        _withdraw(output, claim)
+        holder, beat = max(rivals, key=lambda rival: rival[0].held)
+        if holder.held:
+            if holder.host == claim.host or beats.get(holder.id, beat) != beat:
+                raise DataError(_refusal(output, holder))
+            if holder.id not in beats:
+                log.info("%s: %s; waiting for its next sign of life", output, _named(holder))
+            beats[holder.id] = beat
+            time.sleep(SECONDS_BETWEEN_BEATS / 4)
+        else:
+            time.sleep(random.uniform(0.1, 1.0))  # all withdraw and ask again, no two at the same moment
+    raise DataError(_refusal(output, holder))
+
+
+def _fresh_claim() -> Claim:
+    return Claim(
         id=uuid.uuid4().hex,
         held=False,
         host=_place(),
@@ -84,34 +111,29 @@ def _acquire(output: str) -> Claim:
         process=_process(os.getpid()),
         since=time.time(),
     )
-    for _ in range(_TRIES):
-        _write(output, claim)
-        rivals, dead = _others(output, claim)
-        if not rivals:
-            held = replace(claim, held=True, took=tuple(dead))
-            _write(output, held)
-            for each in dead:
-                _delete(_uri(output, each))
-            return held
-        _withdraw(output, claim)
-        if holder := next((rival for rival in rivals if rival.held), None):
-            raise DataError(_refusal(output, holder))
-        time.sleep(random.uniform(0.1, 1.0))  # all withdraw and ask again, no two at the same moment
-    raise DataError(_refusal(output, rivals[0]))
+
+
+def _hold(output: str, claim: Claim, dead: list[str]) -> Claim:
+    held = replace(claim, held=True, took=tuple(dead))
+    _write(output, held)
+    for each in dead:
+        _delete(_uri(output, each))
+    return held
+
+
+def _named(holder: Claim) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.since))
+    host = holder.host.split("/")[0]
+    return f"another job writes there (process {holder.pid} on {host}, since {since})"
 
 
 def _refusal(output: str, holder: Claim) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder.since))
-    host = holder.host.split("/")[0]
-    return (
-        f"{output}: another job writes there (process {holder.pid} on {host}, since {since}); wait for it, "
-        f"or stop it and run this command again, which goes on where it was (a job that died on another "
-        f"machine holds its output for {SECONDS_TO_LIVE:.0f} s)"
-    )
+    remedy = "wait for it, or stop it and run this command again, which goes on where it was"
+    return f"{output}: {_named(holder)}; {remedy}"
 
 
-def _others(output: str, mine: Claim) -> tuple[list[Claim], list[str]]:
-    """The claims of others that are alive, and the ids of those that are dead."""
+def _others(output: str, mine: Claim) -> tuple[list[tuple[Claim, float]], list[str]]:
+    """The claims of others that are alive, with the times of their last beats, and the ids of the dead."""
     folder = storage.join(output, FOLDER)
     listed = {storage.name_of(uri): (uri, entry) for uri, entry in storage.list_files(folder)}
     if mine.id not in listed:
@@ -125,7 +147,7 @@ def _others(output: str, mine: Claim) -> tuple[list[Claim], list[str]]:
             log.info("%s: process %d, which wrote there, is gone", output, other.pid)
             dead.append(name)
         else:
-            alive.append(other)
+            alive.append((other, _seconds(entry)))
     return alive, dead
 
 

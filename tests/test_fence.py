@@ -132,10 +132,39 @@ def test_an_error_inside_gives_the_output_free(tmp_path):
             raise ZeroDivisionError
 
 
-def test_a_writer_elsewhere_is_alive_as_long_as_its_claim_is_young(tmp_path):
+def test_a_writer_elsewhere_that_gives_signs_of_life_is_let_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(fence, "SECONDS_BETWEEN_BEATS", 0.4)
     claim = foreign_claim(tmp_path / "out")
-    with pytest.raises(DataError, match="process 7 on elsewhere"), fence.writing(str(tmp_path / "out")):
-        pass
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(0.4):
+            os.utime(claim)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(DataError, match="process 7 on elsewhere"), fence.writing(str(tmp_path / "out")):
+            pass
+    finally:
+        done.set()
+        heart.join()
+    assert claim.exists()
+
+
+def test_a_writer_elsewhere_that_gives_none_is_followed(tmp_path, monkeypatch):
+    """A job that died with its machine and was submitted again goes on, after as long as a claim lives."""
+    monkeypatch.setattr(fence, "SECONDS_BETWEEN_BEATS", 0.4)
+    monkeypatch.setattr(fence, "SECONDS_TO_LIVE", 2.0)
+    claim = foreign_claim(tmp_path / "out")
+    begun = time.monotonic()
+    with fence.writing(str(tmp_path / "out")):
+        assert time.monotonic() - begun > 1.9
+        assert not claim.exists()
+
+
+def test_a_writer_elsewhere_that_is_long_dead_is_followed_at_once(tmp_path):
+    claim = foreign_claim(tmp_path / "out")
     old = time.time() - fence.SECONDS_TO_LIVE - 1
     os.utime(claim, (old, old))
     with fence.writing(str(tmp_path / "out")):

@@ -1,4 +1,4 @@
-"""Sizes that stand somewhere: rows in listings and footers, parameters in headers, samples that a run sees."""
+"""Sizes that stand somewhere: rows of listings and footers, parameters in headers, samples of a run."""
 
 import json
 import math
