@@ -225,6 +225,56 @@ def test_of_many_at_once_never_two_hold_it(tmp_path):
     check_that_never_two_hold(str(tmp_path / "out"), 6)
 
 
+# --- every job --------------------------------------------------------------------------------------------
+
+JOB = '''
+from dataclasses import dataclass
+
+from revision_ray.config import MISSING, run_job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Writes, or shows."""
+
+    output: str = MISSING
+    """Where."""
+    inspect: int = 0
+    """Only show."""
+
+
+if __name__ == "__main__":
+    run_job(Job, lambda job: "shown" if job.inspect else "written", flags={"--inspect": "inspect=4"})
+'''
+
+
+@pytest.fixture
+def job(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, str(script), *argv]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_a_second_job_to_one_output_exits_two_and_one_that_shows_does_not(holder, job):
+    process, output = holder
+    code, said, errors = job(f"output={output}")
+    assert (code, said) == (2, "")
+    assert errors.startswith(f"DataError: {output}: another job writes there (process {process.pid} on ")
+    assert errors.count("\n") == 1
+    assert job(f"output={output}", "--inspect") == (0, "shown\n", "")
+    process.kill()
+    process.wait()
+    code, said, _ = job(f"output={output}")
+    assert (code, said) == (0, "written\n")
+
+
 # --- object storage ---------------------------------------------------------------------------------------
 
 
