@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from revision_ray import config
 from revision_ray.errors import ConfigError
 from revision_ray.pipeline import plan
 from revision_ray.pipeline.chain import Choice, makers
-from revision_ray.pipeline.job import PipelineJob, StageConfig, stages_of
+from revision_ray.pipeline.job import PipelineJob, StageConfig, run, stages_of
 from revision_ray.pipeline.kinds import KINDS
 from revision_ray.pipeline.ledger import open_ledger
 
@@ -79,6 +80,17 @@ def test_mistakes_in_a_chain_are_named(tmp_path, overrides, said):
 def test_a_pipeline_without_stages_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="name at least one"):
         stages_of(PipelineJob(output=str(tmp_path), stages={}))
+
+
+def test_a_choice_that_cannot_be_leaves_no_trace(tmp_path):
+    job = replace(demo(tmp_path / "demo"), from_stage="evaluat")
+    with pytest.raises(ConfigError, match=r"--from evaluat: .* Did you mean: evaluate\?"):
+        run(job)
+    with pytest.raises(
+        ConfigError, match=r"stage evaluate reads .*demo/.*, which stage world has not finished"
+    ):
+        run(replace(job, from_stage="evaluate"))
+    assert not (tmp_path / "demo").exists()
 
 
 # --- dry runs ---------------------------------------------------------------------------------------------

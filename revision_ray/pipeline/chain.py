@@ -117,8 +117,8 @@ def chosen(stages: Sequence[Stage], choice: Choice) -> list[Stage]:
     """The stages that `choice` names, in the order of the chain.
 
     Raises:
-        ConfigError: a name that no stage has (the nearest one is named); or a stage that is not chosen has
-            not made yet what a chosen one reads.
+        ConfigError: the chain cannot be (see `makers`); a name that no stage has (the nearest one is named);
+            or a stage that is not chosen has not made yet what a chosen one reads.
     """
     if choice.first and choice.only:
         raise ConfigError("--from and --only: give one of the two")

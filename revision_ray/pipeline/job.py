@@ -15,7 +15,7 @@ from revision_ray.evaluate.run import EvaluateJob
 from revision_ray.miniature.conversations import ConversationsJob
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.pipeline import plan, report
-from revision_ray.pipeline.chain import Choice, Stage
+from revision_ray.pipeline.chain import Choice, Stage, chosen
 from revision_ray.pipeline.cost import Estimates
 from revision_ray.pipeline.kinds import KINDS
 from revision_ray.pipeline.ledger import open_ledger
@@ -95,6 +95,7 @@ def run(job: PipelineJob) -> str:
     choice = Choice(first=job.from_stage, only=tuple(job.only))
     if job.dry_run:
         return plan.table(plan.plan(stages, book, choice, job.estimates), job.estimates)
+    chosen(stages, choice)  # before anything is written
     whole = replace(job, from_stage=None, only=[])
     config.save_resolved(whole, storage.join(storage.absolute(job.output), "pipeline.yaml"))
     run_chain(stages, book, choice, measure)

@@ -9,7 +9,7 @@ from typing import Any
 from revision_ray import fence, storage
 from revision_ray.errors import DataError, RevisionError
 from revision_ray.pipeline import content, ledger
-from revision_ray.pipeline.chain import Choice, Stage, chosen, makers
+from revision_ray.pipeline.chain import Choice, Stage, chosen
 from revision_ray.pipeline.content import Contents
 from revision_ray.pipeline.ledger import Identified, Ledger, Record
 
@@ -31,7 +31,6 @@ def run_chain(
         DataError: a stage's output stands and is of other settings or inputs; or another job writes to it.
         RevisionError: as the stage's job raises.
     """
-    makers(stages)
     for stage in chosen(stages, choice):
         contents = Contents(book.hashes)
         inputs = inputs_of(stage, contents)
