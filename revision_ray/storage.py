@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 
 from revision_ray.errors import DataError
 
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"  # in the names of files and folders that no listing shows
 
 
 def absolute(uri: str) -> str:
@@ -126,7 +126,7 @@ def _files_below(
         files = [
             (_uri_like(uri, entry.path), entry)
             for entry in filesystem.get_file_info(selector)
-            if entry.type == pafs.FileType.File and _TEMPORARY not in posixpath.basename(entry.path)
+            if entry.type == pafs.FileType.File and TEMPORARY not in entry.path[len(path) :]
         ]
     except OSError as error:
         raise DataError(f"{uri}: cannot be listed: {error}") from error
@@ -237,9 +237,7 @@ def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
 
 def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = os.path.join(
-        os.path.dirname(path), f"{_TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}"
-    )
+    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

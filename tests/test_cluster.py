@@ -30,6 +30,8 @@ from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from revision_ray import fence
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
@@ -312,17 +314,38 @@ def stores(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def submitted(head, checkout, stores) -> dict[str, subprocess.CompletedProcess]:
-    """Three jobs, handed to the cluster at the same time."""
+    """Four jobs, handed to the cluster at the same time, while this process writes to the output of one."""
     fit = ("python", "jobs/fit.py", "configs/fit.yaml")
     lines = {
         # -P keeps the current directory off the path, as with a script in jobs/.
         "where": ("python", "-P", "-c", WHERE),
         "fit": (*fit, f"texts={stores}/texts", f"images={stores}/images", f"output={stores}/fit"),
         "typo": (*fit, "txets=nowhere"),
+        "second": (*fit, f"texts={stores}/texts", f"images={stores}/images", f"output={stores}/held"),
     }
-    with ThreadPoolExecutor(len(lines)) as pool:
+    with ThreadPoolExecutor(len(lines)) as pool, fence.writing(f"{stores}/held"):
         results = pool.map(lambda line: head.submit(checkout, *line), lines.values())
         return dict(zip(lines, results, strict=True))
+
+
+def test_a_second_submission_to_one_output_is_refused(submitted, stores):
+    result = submitted["second"]
+    assert result.returncode != 0
+    assert f"DataError: {stores}/held: another job writes there (process {os.getpid()} on " in result.stdout
+    assert "exit code 2" in result.stdout
+    assert not (stores / "held").exists()
+
+
+@pytest.mark.slow
+def test_after_that_a_submission_is_accepted_and_another_one_finds_it_done(head, checkout, submitted, stores):
+    """The first has given the output free; a re-submission of what has finished keeps it."""
+    fit = ("python", "jobs/fit.py", "configs/fit.yaml")
+    for said in ("realign fitted on", "holds this fit already"):
+        result = head.submit(
+            checkout, *fit, f"texts={stores}/texts", f"images={stores}/images", f"output={stores}/held"
+        )
+        assert result.returncode == 0, result.stdout
+        assert said in result.stdout
 
 
 def test_driver_and_workers_import_the_package_that_was_submitted(head, submitted):

@@ -18,7 +18,7 @@ from revision_ray import config, storage
 from revision_ray.align.alignment import load_alignment
 from revision_ray.cluster import connect
 from revision_ray.config import MISSING
-from revision_ray.data.conversations import ConversationSource
+from revision_ray.data.conversations import source_of
 from revision_ray.encode import embed
 from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig
@@ -164,19 +164,11 @@ def _conversations(job: FinetuneJob, data: Sequence[str]) -> Source:
 
 
 def _joined(job: PretrainJob | FinetuneJob, data: Sequence[str], kind: Kind) -> Source:
-    parts = [_part_of(entry) for entry in data]
+    parts = [source_of(entry) for entry in data]
     cache = storage.join(storage.absolute(job.output), "joined")
     return ingest.conversation_source(
         parts, job.images, cache, kind=kind, max_rejected_fraction=job.max_rejected_fraction
     )
-
-
-def _part_of(entry: str) -> ConversationSource:
-    """URI or URI*REPEAT: how often an epoch sees each record."""
-    uri, star, repeat = entry.rpartition("*")
-    if star and repeat.replace(".", "", 1).isdigit():
-        return ConversationSource(uri=storage.absolute(uri), repeat=float(repeat))
-    return ConversationSource(uri=storage.absolute(entry))
 
 
 def alignment_identity(uri: str) -> dict[str, Any]:
