@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import inspect
 import json
-import logging
 import os
 import sys
 import textwrap
@@ -16,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from revision_ray import storage
+from revision_ray import logs, storage
 from revision_ray.errors import ConfigError, RevisionError
 
 __all__ = ["MISSING", "from_mapping", "help_text", "keys", "load", "run_job", "save_resolved", "to_yaml"]
@@ -191,15 +190,13 @@ def run_job(
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(help_text(schema, os.path.relpath(sys.argv[0])) + "\n")
         return
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    logs.set_up()
     try:
-        result = job(load(schema, argv))
+        config = load(schema, argv)
+        stage = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+        logs.work_for(stage, getattr(config, "output", ""))
+        result = job(config)
     except RevisionError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(logs.without_secrets(f"{type(error).__name__}: {error}\n"))
         sys.exit(2)
     sys.stdout.write(result.rstrip("\n") + "\n")

@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 
 # A part imports those of lines above its own, never its neighbours; single files of the first line may.
 LAYERS = [
-    {"errors", "storage", "config", "progress", "cluster"},
+    {"errors", "storage", "config", "logs", "metrics", "progress", "cluster"},
     {"data"},
     {"encode", "align"},
     {"model", "miniature"},
     {"geometry", "train", "evaluate", "serve"},
-    {"demo"},
+    {"demo", "doctor"},
     {"jobs"},
 ]
 

@@ -191,7 +191,7 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
     optimizer = _optimizer(model, training)
 
     start, losses = time.monotonic(), []
-    with progress("train encoder", training.num_steps, "steps") as shown:
+    with progress("train encoder", training.num_steps, "steps", counted=rank == 0) as shown:
         for step in range(training.num_steps):
             rows = batch_rows(len(pairs), step, training.global_batch_size, training.seed)
             chosen = [pairs[row] for row in rows]
