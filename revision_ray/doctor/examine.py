@@ -214,7 +214,7 @@ def authentication() -> Finding:
     environment = {**kept, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     remedy = (
         "set RAY_AUTH_MODE=token and the token's path on every node before `ray start` (as cluster.yaml "
-        "and authOptions of raycluster.yaml do), and start the cluster anew: until then whoever reaches it runs code there"
+        "and raycluster.yaml do), and start the cluster anew: until then whoever reaches it runs code"
     )
     try:
         result = subprocess.run(
