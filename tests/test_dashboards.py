@@ -2,11 +2,16 @@
 
 import json
 import re
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 
 from revision_ray import logs, metrics
+from revision_ray.progress import Progress
 from revision_ray.serve import metrics as serve_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +20,9 @@ SHOWN = {
     "configs/serve/grafana.json": serve_metrics.instruments,
     "configs/cluster/grafana.json": metrics.stage_instruments,
 }
+# Workers do not have this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
 every_dashboard = pytest.mark.parametrize("path", SHOWN)
 
 
@@ -148,11 +156,44 @@ def test_a_stage_records_its_run_and_all_tags_of_each_instrument(recorded):
 
 
 def test_progress_is_recorded_once_whoever_else_shows_it(recorded):
-    from revision_ray.progress import Progress
-
     for counted in (True, False):
         shown = Progress("pretrain", 10, "steps", counted=counted)
         shown.advance(4)
         shown.advance(6)
     assert [value for value, _ in recorded["done"].values] == [4, 6]
     assert [value for value, _ in recorded["planned"].values] == [10, 10]
+
+
+@ray.remote(num_cpus=0.1)
+class Recorder:
+    """A worker that records once into each of the stages' instruments."""
+
+    def record(self) -> None:
+        logs.work_for("fit", "runs/fit")
+        metrics.record(rejected=2, truncated=2, tokens=2, padding_share=2)
+        metrics.record_progress("texts", "rows", 2, 2, 2)
+
+
+def exported() -> str:
+    """What the exporters of this cluster's nodes say."""
+    texts = []
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=5) as response:
+            texts.append(response.read().decode())
+    return "".join(texts)
+
+
+def test_ray_exports_every_instrument_of_a_stage_with_its_run(cluster):
+    recorder = Recorder.remote()
+    ray.get(recorder.record.remote())
+    run = f'run="{logs.run_id("runs/fit")}"'
+    wanted = {each.exported for each in metrics.instruments_in(metrics.stage_instruments())}
+    end = time.monotonic() + 40  # a report interval is ten seconds
+    while True:
+        lines = [line for line in exported().splitlines() if run in line and 'stage="fit"' in line]
+        seen = {line.partition("{")[0] for line in lines if float(line.rpartition(" ")[2]) == 2}
+        if not (missing := wanted - seen):
+            break
+        assert time.monotonic() < end, f"not exported: {sorted(missing)}"
+        time.sleep(1)

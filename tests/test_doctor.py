@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -326,3 +327,46 @@ def test_strictness_fails_what_was_not_checked(cluster, tmp_path):
     run(DoctorJob(storage=str(tmp_path), min_free_gb=0.001))
     with pytest.raises(ClusterError, match="0 checks failed, 3 could not be done: versions, gpus, models"):
         run(DoctorJob(storage=str(tmp_path), min_free_gb=0.001, strict=True))
+
+
+SEVERAL = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from revision_ray.doctor.findings import as_json
+from revision_ray.doctor.run import DoctorJob, examined
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+for kind in ("cpu", "gpu"):
+    cluster.add_node(num_cpus=1, num_gpus=1 if kind == "gpu" else 0, labels={"ray.io/node-group": kind})
+ray.init(address=cluster.address, logging_level="ERROR")
+job = DoctorJob(storage=sys.argv[1], min_free_gb=0.001, needs={"gpu": {"GPU": 1}}, models=[sys.argv[2]])
+print(as_json(examined(job)))
+"""
+
+
+@pytest.mark.slow
+def test_every_node_of_a_cluster_is_asked_itself(tmp_path):
+    """A head that takes no task, and two kinds of nodes, one of which claims a device that is not there."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_text("")
+    # A short path: Ray's Unix sockets below it may have 107 bytes in all.
+    with tempfile.TemporaryDirectory(prefix="rv", dir="/tmp") as temporary:
+        Path(temporary, "ray").mkdir()
+        result = subprocess.run(
+            [sys.executable, "-c", SEVERAL, str(tmp_path), str(model)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": temporary},
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout[result.stdout.index("{") :])["findings"]
+    kinds = {check: sorted(each["kind"] for each in found if each["check"] == check) for check in CHECKS}
+    for check in ("versions", "clock", "disk", "storage"):
+        assert kinds[check] == ["cpu", "gpu", "head"], "each node was asked"
+    assert kinds["models"] == ["cpu", "gpu"], "the head takes no task"
+    failed = {(each["check"], each["kind"]) for each in found if each["status"] == "failed"}
+    assert failed == {("gpus", "gpu")}
