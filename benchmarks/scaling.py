@@ -24,7 +24,7 @@ from benchmarks import reduction
 from benchmarks.data import make_store
 
 DIM = 1280
-ROWS_PER_GROUP, GROUPS_PER_TASK, ROWS_PER_SHARD = 2048, 64, 8192
+ROWS_PER_GROUP, GROUPS_PER_TASK, ROWS_PER_SHARD, SHARDS_PER_TASK = 2048, 64, 8192, 64
 _EMPTY_TASKS = 1000
 _ID_SHARDS = (200, 400, 800)
 
@@ -85,7 +85,7 @@ def carried(constants: Constants, cluster: Cluster, rows: float, dim: int = DIM,
     """What a fit of `rows` texts and as many images asks of the cluster, and what bounds each pass."""
     cpus = cluster.nodes * cluster.cpus
     tasks = rows / (ROWS_PER_GROUP * GROUPS_PER_TASK)
-    groups, shards = rows / ROWS_PER_GROUP, rows / ROWS_PER_SHARD
+    groups, hashing = rows / ROWS_PER_GROUP, rows / ROWS_PER_SHARD / SHARDS_PER_TASK
     store_bytes = rows * dim * row_bytes
     partitions = 1 + rows // 8_000_000
     bounds = {
@@ -108,15 +108,20 @@ def carried(constants: Constants, cluster: Cluster, rows: float, dim: int = DIM,
         "driver memory for the plan of both sides, GB": round(2 * groups * constants.group_bytes / 1e9, 2),
         "object store at once, GB": round(cpus * constants.merge.num_bytes / 1e9, 2),
         "the same with second moments, GB": round(cpus * constants.second_merge.num_bytes / 1e9, 1),
-        "references while ids are compared (shards x partitions)": round(shards * partitions),
-        "driver memory for them, GB": round(shards * partitions * constants.reference_bytes / 1e9, 1),
+        "references while ids are compared": round(hashing * partitions),
+        "driver memory for them, GB": round(hashing * partitions * constants.reference_bytes / 1e9, 2),
+        "the same with a task a shard, GB": round(
+            SHARDS_PER_TASK * hashing * partitions * constants.reference_bytes / 1e9, 1
+        ),
     }
 
 
 def stage_one(rows: float, text_tokens: int, visual_tokens: int, parameters: float, flops: float) -> dict:
-    """Tokens of an epoch of stage 1 over captions, and device hours. The language model is frozen and its
-    activations are made again on the way back: a token costs two forward passes and the way of the gradient to
-    the projector, 6 operations a parameter."""
+    """Tokens of an epoch of stage 1 over captions, and device hours.
+
+    The language model is frozen and its activations are made again on the way back: a token costs two forward
+    passes and the way of the gradient to the projector, 6 operations a parameter.
+    """
     tokens = rows * (text_tokens + visual_tokens)
     return {"tokens": tokens, "device hours": tokens * 6 * parameters / flops / 3600}
 

@@ -78,7 +78,7 @@ def test_what_is_carried_counts_bytes_tasks_and_references():
     assert bounds["reading"] == pytest.approx(2.56e12 / (100 * 12.5e9 / 8), abs=0.1)
     assert bounds["processors"] == pytest.approx(1e9 * 2e-5 / 3200, abs=0.1)
     assert found["a pass is bound by"] == max(bounds, key=bounds.get) == "driver"
-    assert found["references while ids are compared (shards x partitions)"] == round(1e9 / 8192 * 126)
+    assert found["references while ids are compared"] == round(1e9 / 8192 / 64 * 126)
 
 
 def test_twice_the_nodes_halve_what_nodes_do_and_leave_the_driver_as_it_is():
@@ -104,3 +104,4 @@ def test_the_model_counts_with_the_sizes_of_the_code():
     assert scaling.ROWS_PER_GROUP == shards.ROWS_PER_ROW_GROUP
     assert scaling.GROUPS_PER_TASK == map_reduce._MOST_ROW_GROUPS_PER_TASK
     assert duplicates._ROWS_PER_PARTITION == 8_000_000
+    assert scaling.SHARDS_PER_TASK == duplicates._SHARDS_PER_TASK
