@@ -194,8 +194,8 @@ def run_job(
     try:
         config = load(schema, argv)
         stage = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-        logs.work_for(stage, getattr(config, "output", ""))
-        result = job(config)
+        with logs.working_for(stage, getattr(config, "output", "")):
+            result = job(config)
     except RevisionError as error:
         sys.stderr.write(logs.without_secrets(f"{type(error).__name__}: {error}\n"))
         sys.exit(2)

@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -48,23 +49,27 @@ def current() -> Run:
     return _current
 
 
-def work_for(stage: str, output: str = "") -> Run:
-    """Log lines and metrics of this process name `stage` and its run from now on; what they named before.
+def work_for(stage: str, output: str = "") -> None:
+    """Log lines and metrics of this process name `stage` and its run from now on.
 
     The run is a function of the output, so that every process knows it, and a job that goes on after a
     failure is the same run: the output's last name and six digits of its hash (a URI may hold a key, these
     do not).
     """
     global _current
-    former = _current
     _current = Run(id=run_id(output) if output else f"{stage}-{os.getpid()}", stage=stage)
-    return former
 
 
-def go_back(former: Run) -> None:
-    """As before the `work_for` that returned `former`."""
+@contextmanager
+def working_for(stage: str, output: str = "") -> Iterator[None]:
+    """As `work_for`, for as long as this is entered: one stage of several in a process."""
     global _current
-    _current = former
+    former = _current
+    work_for(stage, output)
+    try:
+        yield
+    finally:
+        _current = former
 
 
 def run_id(output: str) -> str:

@@ -132,9 +132,8 @@ def recorded(monkeypatch):
     made = {name: Recorded(each) for name, each in vars(metrics.stage_instruments()).items()}
     instruments = metrics.StageInstruments(**made)
     monkeypatch.setattr(metrics, "stage_instruments", lambda: instruments)
-    former = logs.work_for("fit", "runs/fit")
-    yield made
-    logs.go_back(former)
+    with logs.working_for("fit", "runs/fit"):
+        yield made
 
 
 def test_a_stage_records_its_run_and_all_tags_of_each_instrument(recorded):

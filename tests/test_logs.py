@@ -19,7 +19,7 @@ SECRET = "c0ffee" * 6
 def lines(monkeypatch):
     """What is logged, as `set_up` writes it; the process's own handlers and run are back afterwards."""
     root = logging.getLogger()
-    handlers, level, former = root.handlers[:], root.level, logs.current()
+    handlers, level = root.handlers[:], root.level
     stream = io.StringIO()
 
     def start(log_format: str) -> io.StringIO:
@@ -32,18 +32,17 @@ def lines(monkeypatch):
     yield start
     root.handlers[:] = handlers
     root.setLevel(level)
-    logs.go_back(former)
 
 
 def test_a_collector_gets_one_object_a_line_with_run_and_stage(lines):
     stream = lines("json")
-    logs.work_for("fit", "s3://bucket/fits/photographs")
     log = logging.getLogger("revision_ray.somewhere")
-    log.info("two\nlines of %s", "text", extra={"figures": {"done": 3}})
-    try:
-        raise ValueError("what went wrong")
-    except ValueError:
-        log.exception("it failed")
+    with logs.working_for("fit", "s3://bucket/fits/photographs"):
+        log.info("two\nlines of %s", "text", extra={"figures": {"done": 3}})
+        try:
+            raise ValueError("what went wrong")
+        except ValueError:
+            log.exception("it failed")
     first, second = (json.loads(line) for line in stream.getvalue().splitlines())
     assert first["message"] == "two\nlines of text"
     assert first["figures"] == {"done": 3}
@@ -51,6 +50,17 @@ def test_a_collector_gets_one_object_a_line_with_run_and_stage(lines):
     assert first["run"] == logs.run_id("s3://bucket/fits/photographs")
     assert first["time"].endswith("Z")
     assert "ValueError: what went wrong" in second["exception"]
+
+
+def test_a_stage_ends_with_its_context():
+    before = logs.current()
+    with logs.working_for("pipeline", "runs/all"):
+        outer = logs.current()
+        with pytest.raises(RuntimeError), logs.working_for("fit", "runs/all/fit"):
+            assert logs.current().stage == "fit"
+            raise RuntimeError
+        assert logs.current() == outer
+    assert logs.current() == before
 
 
 def test_a_person_gets_plain_text(lines):
