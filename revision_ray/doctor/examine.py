@@ -1,5 +1,6 @@
 """The way to every node: tasks pinned to each, the files they share with the driver, clocks, a stranger."""
 
+import logging
 import os
 import secrets
 import socket
@@ -20,6 +21,8 @@ from revision_ray.doctor import probe
 from revision_ray.doctor.findings import CLUSTER, Finding
 from revision_ray.doctor.judge import Node, not_checked
 from revision_ray.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 5.0
 _STRANGER_TIMEOUT_S = 90.0
@@ -132,7 +135,7 @@ def ask(
         if folder and not refused:
             answered = [replace(node, seen=_seen(folder, node.id, token)) for node in answered]
     finally:
-        if folder:
+        if folder and not refused:
             _remove(folder)
     return [_timed(node) for node in answered], refused
 
@@ -185,8 +188,8 @@ def _remove(folder: str) -> None:
     filesystem, path = storage.resolve(folder)
     try:
         filesystem.delete_dir(path)
-    except OSError:
-        return  # nothing was written
+    except OSError as error:
+        log.warning("%s could not be removed (%s); remove it yourself", folder, error)
 
 
 def _timed(node: Node) -> Node:
