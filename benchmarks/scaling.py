@@ -259,39 +259,51 @@ MEASURED: dict[str, Callable[..., dict[str, Any]]] = {
 
 def main(folder: Path, rows: list[int], workers: list[int]) -> dict[str, Any]:
     stores = {n: make_store(folder / f"text-{n}", "text", n, DIM) for n in rows}
-    cores = os.cpu_count() or 1
-    points = [_in_process("passes", stores[n], w) for n in rows for w in workers]
-    mapped_points = [{**point, "seconds": point["mapped seconds"]} for point in points]
+    return carried_from(
+        points=[_in_process("passes", stores[n], w) for n in rows for w in workers],
+        tasks=_in_process("empty_tasks", _EMPTY_TASKS),
+        planned=_in_process("plan", 100_000_000),
+        held=[_in_process("references", number, 64) for number in _ID_SHARDS],
+        reduced=_in_process("reduction", 10_000, DIM, 32),
+        cores=os.cpu_count() or 1,
+    )
+
+
+def carried_from(
+    points: list[dict[str, float]],
+    tasks: dict[str, float],
+    planned: dict[str, float],
+    held: list[dict[str, float]],
+    reduced: dict[str, Any],
+    cores: int,
+) -> dict[str, Any]:
+    """The measurements with the model beside them, its constants, and what they come to on a large cluster."""
     start_up, row = fitted(points, cores)
-    mapped_start_up, mapped_row = fitted(mapped_points, cores)
-    tasks = _in_process("empty_tasks", _EMPTY_TASKS)
-    planned = _in_process("plan", 100_000_000)
-    held = [_in_process("references", number, 64) for number in _ID_SHARDS]
-    reduced = _in_process("reduction", 10_000, DIM, 32)
-    merges = [
+    mapped = [{**point, "seconds": point["mapped seconds"]} for point in points]
+    mapped_start_up, mapped_row = fitted(mapped, cores)
+    merge, second_merge = (
         reduction.Merge(
             num_bytes=reduced[name]["measured"]["bytes of one"],
             seconds=reduced[name]["measured"]["milliseconds a merge"] / 1e3,
             bytes_per_second=Cluster().network,
         )
         for name in ("means", "second moments")
-    ]
+    )
     constants = Constants(
         start_up=start_up,
         row=row,
         mapped_start_up=mapped_start_up,
         mapped_row=mapped_row,
         task=tasks["seconds a task"],
-        merge=merges[0],
-        second_merge=merges[1],
+        merge=merge,
+        second_merge=second_merge,
         group_bytes=planned["bytes a row group"],
         reference_bytes=held[-1]["bytes a reference"],
     )
     for point in points:
-        for name, mapped in (("model", False), ("mapped model", True)):
-            model = pass_seconds(constants, point["rows"], min(point["workers"], cores), mapped)
-            measured = point["mapped seconds" if mapped else "seconds"]
-            point[f"{name} over measured"] = round(model / measured, 3)
+        for name, is_mapped in (("seconds", False), ("mapped seconds", True)):
+            model = pass_seconds(constants, point["rows"], min(point["workers"], cores), is_mapped)
+            point[f"model over {name}"] = round(model / point[name], 3)
     return {
         "cores": cores,
         "passes": points,
