@@ -277,7 +277,7 @@ def carried_from(
     reduced: dict[str, Any],
     cores: int,
 ) -> dict[str, Any]:
-    """The measurements with the model beside them, its constants, and what they come to on a large cluster."""
+    """The measurements beside the model, its constants, and what they come to on a large cluster."""
     start_up, row = fitted(points, cores)
     mapped = [{**point, "seconds": point["mapped seconds"]} for point in points]
     mapped_start_up, mapped_row = fitted(mapped, cores)
