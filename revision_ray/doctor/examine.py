@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -32,12 +33,14 @@ _TOKEN_REMEDY = (
     "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or put the cluster's token at ~/.ray/auth_token)"
 )
 
-# It must come in without a token: if it does, everybody can.
+# A process without a token: where it comes in, everybody can.
 _STRANGER = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 print("ENTERED", len(ray.nodes()))
 """
+# What Ray says to it. Another failure is no proof that the cluster is guarded.
+_REFUSED = re.compile(r"Unauthenticated|Unauthorized|AuthenticationError|InvalidAuthToken")
 
 
 def reach() -> Finding:
@@ -235,7 +238,7 @@ def authentication() -> Finding:
     if "ENTERED" in result.stdout:
         said = "off: a process without the token was let in"
         return Finding(check="authentication", where=CLUSTER, status="failed", found=said, remedy=remedy)
-    if "uthenticat" in result.stderr or "nauthorized" in result.stderr:
+    if _REFUSED.search(result.stderr):
         said = "on: a process without the token was refused"
         return Finding(check="authentication", where=CLUSTER, status="ok", found=said)
     lines = result.stderr.strip().splitlines() or ["no message"]

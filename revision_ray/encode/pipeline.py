@@ -285,6 +285,10 @@ def encode_texts(tower: Any, tokens: list[np.ndarray], batch_size: int) -> np.nd
     return embedding_ND
 
 
+# What is told of each unit that was written.
+_COUNTED = ("num_rows", "num_rejected", "num_truncated", "num_tokens")
+
+
 class Write:
     """Units of embeddings to shards of the store."""
 
@@ -293,7 +297,7 @@ class Write:
 
     def __call__(self, units: pa.Table) -> pa.Table:
         written = [self._write(unit) for unit in units.to_pylist()]
-        return pa.Table.from_pylist(written)
+        return pa.table({key: [row[key] for row in written] for key in _COUNTED})
 
     def _write(self, unit: dict[str, Any]) -> dict[str, int]:
         footer = replace(shards.parse_footer(unit["footer"]), embedding_dim=unit["embedding_dim"])
