@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import inspect
 import json
-import logging
 import os
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from revision_ray import fence, storage
+from revision_ray import fence, logs, storage
 from revision_ray.errors import ConfigError, RevisionError
 
 __all__ = [
@@ -85,7 +84,7 @@ def _resolved(merged: DictConfig, schema: type[Schema]) -> Schema:
     try:
         resolved = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        key = error.full_key
+        key = error.full_key or ""
         said = f"{key}: a value is required; give it as {key}=VALUE{_other_entry(merged, key)}"
         raise ConfigError(said) from error
     except OmegaConfBaseException as error:
@@ -253,26 +252,22 @@ def run_job(
     """Parse the command line into `schema`, run `job`, say the result; exit 2 on an error of the user's.
 
     `job` returns one line that says where the result is. `flags` are options that stand for a key=value (see
-    `with_flags`). `verbs` are words that may lead, each for action=VERB, with the keys that may follow without
-    their names. While it runs, no other job writes to its `output`. Errors of ours keep their traceback and
-    exit 1.
+    `with_flags`). `verbs` are words that may lead, each for action=VERB, with the keys that may follow
+    without their names. While it runs, no other job writes to its `output`. Errors of ours keep their
+    traceback and exit 1.
     """
     argv = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(help_text(schema, os.path.relpath(sys.argv[0]), verbs) + "\n")
         return
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    logs.set_up()
     try:
         loaded = load(schema, with_flags(spelled_out(argv, verbs or {}), flags or {}))
-        with _alone(loaded):
+        stage = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+        with _alone(loaded), logs.working_for(stage, getattr(loaded, "output", "")):
             result = job(loaded)
     except RevisionError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(logs.without_secrets(f"{type(error).__name__}: {error}\n"))
         sys.exit(2)
     sys.stdout.write(result.rstrip("\n") + "\n")
 

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[1]
 
 # A part imports those of lines above its own, never its neighbours; single files of the first line may.
 LAYERS = [
-    {"errors", "storage", "fence", "config", "progress", "cluster"},
+    {"errors", "storage", "fence", "config", "logs", "metrics", "progress", "cluster"},
     {"data"},
     {"encode", "align"},
     {"geometry"},
     {"model", "miniature"},
     {"train", "evaluate", "serve"},
-    {"pipeline"},
+    {"pipeline", "doctor"},
     {"jobs"},
 ]
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from revision_ray import metrics
 from revision_ray.align import moments
 from revision_ray.align.affine import Affine
 from revision_ray.align.moments import Moments
@@ -101,7 +102,9 @@ def store_moments(
     ) as shown:
         for result in _run(groups, work):
             total.merge(Moments.from_bytes(result["moments"]))
-            rejected += [Rejected(**row) for row in json.loads(result["rejected"])]
+            found = [Rejected(**row) for row in json.loads(result["rejected"])]
+            rejected += found
+            metrics.record(rejected=len(found))
             shown.advance(result["num_rows"])
     total.shard_hashes = store.shard_hashes
     return total, sorted(rejected, key=lambda row: (row.uri, row.id))

@@ -60,7 +60,7 @@ def plan(stages: Sequence[Stage], book: Ledger, choice: Choice, estimates: Estim
 
 def table(lines: Sequence[Line], estimates: Estimates) -> str:
     """For a person: a line a stage, the sums, and what the sums leave out."""
-    rows = [("stage", "job", *_HEADS, "")]
+    rows: list[tuple[str, ...]] = [("stage", "job", *_HEADS, "")]
     for line in lines:
         done = not line.reason
         rows.append(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from revision_ray import fence, storage
+from revision_ray import fence, logs, storage
 from revision_ray.errors import DataError, RevisionError
 from revision_ray.pipeline import content, ledger
 from revision_ray.pipeline.chain import Choice, Stage, chosen
@@ -129,7 +129,8 @@ def _run_stage(
         book.begin(stage.name, record)
         start = time.monotonic()
         try:
-            message = stage.kind.run(stage.job)
+            with logs.working_for(stage.name, stage.output):
+                message = stage.kind.run(stage.job)
         except RevisionError as error:
             if former and former.outputs == outputs_of(stage, contents):
                 book.keep(stage.name, former, str(error))

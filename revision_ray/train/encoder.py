@@ -227,7 +227,7 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
     monitor = _monitor(task, model, tokenizer)
 
     start, losses = time.monotonic(), []
-    with progress("train encoder", training.num_steps, "steps") as shown:
+    with progress("train encoder", training.num_steps, "steps", counted=rank == 0) as shown:
         for step in range(training.num_steps):
             if monitor is not None:
                 monitor.probe(step, losses)
