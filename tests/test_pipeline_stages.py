@@ -247,7 +247,11 @@ def start(chain: Path, output: Path, *argv: str) -> subprocess.Popen:
 
 def finish(chain: Path, output: Path, *argv: str) -> str:
     process = start(chain, output, *argv)
-    said, _ = process.communicate(timeout=900)
+    try:
+        said, _ = process.communicate(timeout=1500)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said
     return said
 
@@ -278,6 +282,7 @@ def whole(tmp_path_factory) -> tuple[Path, Path, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_way_from_one_yaml(whole):
     chain, output, said = whole
     assert states(output) == dict.fromkeys(STAGES, "finished")
@@ -298,6 +303,7 @@ def test_the_whole_way_from_one_yaml(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_run_again_it_does_nothing(whole):
     chain, output, said = whole
     again = finish(chain, output)
@@ -309,6 +315,7 @@ def test_run_again_it_does_nothing(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_changed_settings_of_a_stage_are_refused_with_a_remedy(whole):
     chain, output, _ = whole
     process = start(chain, output, "stages.pretrain.pretrain.seed=5")
@@ -321,6 +328,7 @@ def test_changed_settings_of_a_stage_are_refused_with_a_remedy(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_random_points_it_ends_as_if_it_never_was(whole, seed):
     """The driver with its whole Ray is killed at points from a seed, in another stage each time."""
