@@ -23,7 +23,7 @@ from revision_ray.align.alignment import (
 )
 from revision_ray.align.map_reduce import Sample, draw_sample, store_moments
 from revision_ray.align.moments import Moments, gap_standard_error
-from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
+from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
 from revision_ray.cluster import one_thread
 from revision_ray.config import MISSING
 from revision_ray.data.rejected import REJECTED, check_rejected, read_rejected, write_rejected
@@ -112,22 +112,20 @@ def fit(
     Raises:
         AlignmentError: a side is empty or does not vary.
     """
+
+    def measure(name: str, affine: Affine) -> Moments:
+        return store_moments(texts, name, affine=affine, sample=drift_sample)[0]
+
     with one_thread():  # the eigenvectors of second moments have other bits on more threads
         affine = fit_map(text, image, strategy)
-    drifted: list[np.ndarray] = []
-    num_steps = strategy.centroid_steps if STRATEGIES[strategy.strategy].centroid_step else 0
-    aligned = None
-    for step in range(num_steps):
-        aligned, _ = store_moments(texts, f"mu' step {step + 1}", affine=affine, sample=drift_sample)
-        drifted.append(aligned.centroid)
-        affine = affine.with_centroid_step(image.centroid - aligned.centroid)
-    after, _ = store_moments(texts, "gap after", affine=affine, sample=drift_sample)
+    affine, drifted = centroid_steps(affine, image, strategy, measure)
+    after = measure("gap after", affine=affine)
     return Alignment(
         strategy=strategy,
         affine=affine,
         text_centroid=text.centroid,
         image_centroid=image.centroid,
-        drifted_centroids=np.array(drifted).reshape(num_steps, text.embedding_dim),
+        drifted_centroids=np.array([step.centroid for step in drifted]).reshape(-1, text.embedding_dim),
         text_trace=text.trace,
         image_trace=image.trace,
         num_texts=text.count,
@@ -138,7 +136,7 @@ def fit(
         modality_gap=_gap(text, image, after, affine),
         text_centroid_standard_error=text.centroid_standard_error,
         image_centroid_standard_error=image.centroid_standard_error,
-        drifted_centroid_standard_error=aligned.centroid_standard_error if aligned else 0.0,
+        drifted_centroid_standard_error=drifted[-1].centroid_standard_error if drifted else 0.0,
         inputs=Inputs(texts=texts.uris, images=images.uris),
     )
 
