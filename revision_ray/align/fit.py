@@ -4,7 +4,6 @@ texts, images --moments--> map --texts again--> mu' (each centroid step) --texts
 """
 
 import logging
-import math
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -21,8 +20,9 @@ from revision_ray.align.alignment import (
     load_moments,
     save_alignment,
 )
+from revision_ray.align.domain import gap_floor
 from revision_ray.align.map_reduce import Sample, draw_sample, store_moments
-from revision_ray.align.moments import Moments, gap_standard_error
+from revision_ray.align.moments import Moments, gap_standard_error, modality_gap
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
 from revision_ray.cluster import one_thread
 from revision_ray.config import MISSING
@@ -144,12 +144,10 @@ def fit(
 def _gap(text: Moments, image: Moments, after: Moments, affine: Affine) -> Gap:
     spread = after.trace if affine.unit_output else text.trace * affine.scale**2
     return Gap(
-        before=float(np.linalg.norm(image.centroid - text.centroid)),
-        after=float(np.linalg.norm(image.centroid - after.centroid)),
+        before=modality_gap(text, image),
+        after=modality_gap(after, image),
         before_standard_error=gap_standard_error(text, image),
-        after_standard_error=math.sqrt(
-            spread / max(after.count - 1, 1) + image.trace / max(image.count - 1, 1)
-        ),
+        after_standard_error=gap_floor(spread, after.count, image.trace, image.count),
     )
 
 

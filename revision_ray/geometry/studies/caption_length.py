@@ -18,7 +18,7 @@ import numpy as np
 
 from revision_ray.align import moments
 from revision_ray.align.map_reduce import Sample, draw_sample, read_sampled
-from revision_ray.align.moments import Moments, gap_standard_error
+from revision_ray.align.moments import Moments, gap_standard_error, modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.cluster import connect
 from revision_ray.data import shards
@@ -26,7 +26,7 @@ from revision_ray.data.store import RowGroup, Store
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.geometry import probe, spectra
 from revision_ray.geometry.studies.cross_modal_probe import Probe, fitted_maps, probe_rows, tested
-from revision_ray.geometry.studies.inputs import derived_seed, gap, gathered, moments_of, remote, spectrum
+from revision_ray.geometry.studies.inputs import derived_seed, gathered, moments_of, remote, spectrum
 from revision_ray.geometry.studies.labels import Labels
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def _figures(name: str, part: _Part, image: Moments) -> dict[str, Any]:
         "mean_words": part.num_words / count,
         "effective_rank": spectra.effective_rank(spectrum(part.moments)),
         "trace": part.moments.trace,
-        "raw_gap": gap(part.moments, image),
+        "raw_gap": modality_gap(part.moments, image),
         "raw_gap_standard_error": error if math.isfinite(error) else None,
         "truncated": None if part.num_truncated is None else part.num_truncated / count,
     }

@@ -158,11 +158,6 @@ def _fitted(
     return Fitted(affine=affine, text=text, image=image)
 
 
-def gap(text: Moments, image: Moments) -> float:
-    """Modality gap: the Euclidean distance of the two centroids."""
-    return float(np.linalg.norm(text.centroid - image.centroid))
-
-
 def spectrum(moments: Moments) -> np.ndarray:
     """Eigenvalues (D,) of the covariance, descending; those that the sums of unit rows do not resolve are 0.
 
