@@ -4,7 +4,7 @@ texts, images --moments--> map --texts again--> mu' (each centroid step) --texts
 """
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from revision_ray.align.alignment import (
     load_moments,
     save_alignment,
 )
+from revision_ray.align.apply import check_pair
 from revision_ray.align.domain import gap_floor
 from revision_ray.align.map_reduce import Sample, draw_sample, store_moments
 from revision_ray.align.moments import Moments, gap_standard_error, modality_gap
@@ -82,7 +83,9 @@ def run(job: FitJob) -> str:
     if storage.exists(storage.join(output, artifact.DOCUMENT)):
         return _reuse(output, job.domain, strategy, inputs, texts, images)
     _check_unused(output)
-    _check_pair(texts, images, job.allow_other_encoder)
+    if texts.alignment:
+        raise AlignmentError(f"{texts.uris[0]}: is aligned already; fit on the store that it was made from")
+    check_pair(texts, images, job.allow_other_encoder)
     text, image, inputs = _both_moments(job, strategy, inputs, texts, images, output)
     for side, moments in (("text", text), ("image", image)):
         if moments.count < ROWS_TO_SETTLE:
@@ -219,21 +222,6 @@ def _check_unused(output: str) -> None:
     strangers = [uri for uri, _ in storage.list_files(output) if storage.name_of(uri) not in ours]
     if strangers:
         raise AlignmentError(f"{output}: holds files that are no fit ({strangers[0]}); name another output")
-
-
-def _check_pair(texts: Store, images: Store, allow_other_encoder: bool) -> None:
-    if texts.embedding_dim != images.embedding_dim:
-        raise AlignmentError(
-            f"texts have dimension {texts.embedding_dim}, images {images.embedding_dim}; both sides must "
-            "come from the same dual encoder"
-        )
-    if texts.alignment:
-        raise AlignmentError(f"{texts.uris[0]}: is aligned already; fit on the store that it was made from")
-    if texts.encoder.fingerprint != images.encoder.fingerprint and not allow_other_encoder:
-        raise AlignmentError(
-            f"texts were made by {asdict(texts.encoder)}, images by {asdict(images.encoder)}; embed both "
-            "with one encoder, or set allow_other_encoder=true if you know that they share a space"
-        )
 
 
 def _both_moments(

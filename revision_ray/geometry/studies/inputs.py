@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import ray
 
+from revision_ray.align import apply
 from revision_ray.align.affine import Affine
 from revision_ray.align.map_reduce import Sample, draw_sample, moments_here, store_moments
 from revision_ray.align.moments import Moments
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
 from revision_ray.cluster import connect, one_thread, user_errors
 from revision_ray.data.rejected import check_rejected
-from revision_ray.data.store import Store, open_stores
+from revision_ray.data.store import Store
 from revision_ray.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -52,26 +53,13 @@ def open_pair(texts: str | Sequence[str], images: str | Sequence[str]) -> tuple[
     """The text and the image store, of one encoder.
 
     Raises:
-        DataError: a store is missing or of another modality, or the two do not belong together.
+        DataError: a store is missing or of another modality, or the texts are aligned already.
+        AlignmentError: the two do not belong together.
     """
-    opened = (
-        open_stores([texts] if isinstance(texts, str) else texts, "text"),
-        open_stores([images] if isinstance(images, str) else images, "image"),
-    )
-    first, second = opened
-    where = f"{', '.join(first.uris)} and {', '.join(second.uris)}"
-    if first.embedding_dim != second.embedding_dim:
-        raise DataError(
-            f"{where}: dimensions are {first.embedding_dim} and {second.embedding_dim}; both sides must come "
-            "from one dual encoder"
-        )
-    if first.encoder.fingerprint != second.encoder.fingerprint:
-        raise DataError(
-            f"{where}: encoders are {first.encoder} and {second.encoder}; embed both with one encoder"
-        )
-    if first.alignment:
-        raise DataError(f"{first.uris[0]}: is aligned already; study the store that it was made from")
-    return opened
+    text, image = apply.open_pair(texts, images)
+    if text.alignment:
+        raise DataError(f"{text.uris[0]}: is aligned already; study the store that it was made from")
+    return text, image
 
 
 def hold_out(texts: Store, images: Store, most: int, seed: int) -> Stores:
