@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # Rows without a direction have no place in a statistic; more than this share of them is a fault of the store.
 _MOST_REJECTED = 0.001
 _FEWEST_HELD_OUT = 8
+# Row groups that a task of a study reads.
+GROUPS_PER_TASK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
