@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from small_world import write_world
 from torch.nn.parallel import DistributedDataParallel
 
 from revision_ray.errors import ConfigError, DataError
-from revision_ray.miniature import dataset, encoder
-from revision_ray.miniature.dataset import DatasetConfig
+from revision_ray.miniature import encoder
 from revision_ray.train.encoder import EncoderTraining, learning_rate, train_encoder
 from revision_ray.train.pairs import batch_rows, drawn_captions, pixels, read_pairs
 
@@ -28,11 +28,7 @@ CAPTIONS = ["a red circle", "A blue square, on grass", "two red stars on sand"]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Directories of 96 pairs and of 40 held-out pairs of the miniature world."""
-    output = tmp_path_factory.mktemp("world")
-    config = DatasetConfig(output=str(output), num_pairs=96, num_heldout=40, num_images=0, num_texts=0)
-    for part in dataset.parts(config):
-        dataset.write_part(config, part)
-    return output
+    return write_world(tmp_path_factory.mktemp("world"), 96, 40)
 
 
 def training_of(world, output, **settings) -> EncoderTraining:

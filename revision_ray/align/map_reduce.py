@@ -169,7 +169,7 @@ def _sum_groups(
             num_rows += len(block_ND)
             ids = None
             if affine is not None and affine.needs_ids:
-                ids = _ids(group, positions_N)
+                ids = read_group_ids(group, positions_N)
             offset = moments.bucket_offset(group.shard_hash, group.index)
             invalid = sums.add(block_ND, ids, offset)
             if invalid:
@@ -186,14 +186,9 @@ def read_sampled(group: RowGroup, sample: Sample | None, embedding_dim: int) -> 
     return block_ND[positions_N], positions_N
 
 
-def _ids(group: RowGroup, positions_N: np.ndarray) -> list[str]:
-    ids = read_group_ids(group)
-    return [ids[position] for position in positions_N.tolist()]
-
-
 def reasons(group: RowGroup, positions_N: np.ndarray, embedding_dim: int) -> list[Rejected]:
     """Why the rows at these positions of a row group have no place in a fit."""
-    ids = _ids(group, positions_N)
+    ids = read_group_ids(group, positions_N)
     found = shards.describe_rows(group.uri, group.index, positions_N.tolist(), embedding_dim)
     return [
         Rejected(id=row_id, uri=f"{group.uri}:row group {group.index}, row {position}", reason=reason)
