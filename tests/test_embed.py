@@ -157,6 +157,7 @@ def test_a_source_that_changed_is_refused(cluster, encoder, tmp_path):
         embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))
 
 
+@pytest.mark.slow
 def test_another_encoder_or_setting_is_refused(cluster, encoder, tmp_path):
     source = write_texts(tmp_path / "texts.jsonl", 10)
     embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))

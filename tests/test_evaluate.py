@@ -708,6 +708,7 @@ def test_answers_are_those_of_the_model_asked_by_hand(evaluated, model, world):
             assert said.strip() == row["raw"]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_asked_again(evaluated, model, world):
     output, text = evaluated
     kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
