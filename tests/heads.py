@@ -1,0 +1,140 @@
+"""A head node in processes of its own, as `ray job submit` meets one."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+class Head:
+    """A head node in processes of its own, with token authentication, and the line that submits to it."""
+
+    def __init__(
+        self, folder: Path, *options: str, cpus: int = 2, environment: dict[str, str] | None = None,
+        gcs_port: int = 0,
+    ):  # fmt: skip
+        self.folder = folder
+        token_path = folder / "token"
+        token_path.write_text(secrets.token_hex(32))
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.without_token = {**clean, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.with_token = {
+            **self.without_token,
+            **(environment or {}),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token_path),
+        }
+        gcs, client, dashboard, agent = free_ports(4)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        # Worker ports are below the system's own range, from which free_ports takes the others.
+        command = [
+            *(str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}"),
+            *("--node-ip-address=127.0.0.1", f"--port={gcs_port or gcs}"),
+            *(f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
+            *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+            *("--dashboard-host=127.0.0.1", "--object-store-memory=200000000"),
+            *("--min-worker-port=20000", "--max-worker-port=20999"),
+            *options,
+        ]
+        self.log = folder / "head.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, env=self.with_token, cwd=folder, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def wait_until_ready(self) -> None:
+        for _ in range(120):
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                self.get("/api/version", self.with_token)
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(self.log.read_text())
+
+    def get(self, path: str, environment: dict[str, str]) -> int:
+        return self._ask(path, environment)[0]
+
+    def _ask(self, path: str, environment: dict[str, str]) -> tuple[int, Any]:
+        request = urllib.request.Request(self.address + path)
+        if "RAY_AUTH_TOKEN_PATH" in environment:
+            token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+            request.add_header("Authorization", f"Bearer {token}")
+        with urllib.request.urlopen(request, timeout=30) as response:
+            body = response.read()
+            is_json = "json" in response.headers.get("Content-Type", "")
+            return response.status, json.loads(body) if is_json else body
+
+    def json(self, path: str) -> Any:
+        """What the dashboard answers to one who has the token."""
+        return self._ask(path, self.with_token)[1]
+
+    def submit(self, working_dir: Path, *entrypoint: str, environment: dict[str, str] | None = None):
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--working-dir", "."]
+        return subprocess.run(
+            [*command, "--", *entrypoint],
+            env=environment or self.with_token,
+            cwd=working_dir,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=500,
+        )
+
+    def end(self) -> None:
+        """Every process that this head started has ended; other Rays of the machine are left alone."""
+        if self.process.poll() is not None:  # it has ended its own
+            return
+        family = [
+            *psutil.Process(self.process.pid).children(recursive=True),
+            psutil.Process(self.process.pid),
+        ]
+        self.process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=10)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder with a short path: Ray's Unix sockets below it may have 107 bytes in all."""
+    folder = Path(tempfile.mkdtemp(prefix="rv", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """The files that a clone has and a job needs."""
+    for name in ("revision_ray", "jobs", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    return folder
