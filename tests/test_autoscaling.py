@@ -215,8 +215,8 @@ DataParallelTrainer(work, scaling_config=asked, run_config=RunConfig(storage_pat
 
 
 def test_training_brings_gpu_nodes_up_and_they_go(head, watch, checkout, tmp_path):
-    """What stage 1's configuration asks of the cluster, by the function that its job asks with; its loop would
-    look for CUDA."""
+    """What stage 1's configuration asks of the cluster, by the function that its job asks with; its loop
+    would look for CUDA."""
     said = succeeded(head.submit(checkout, "python", "-P", "-c", TRAIN.replace("STORAGE", str(tmp_path))))
     assert said.count("WORKER") == 2
     assert watch.types() == {"gpu"}

@@ -16,22 +16,6 @@ from revision_ray.data.sources import image_splits, read_images, read_texts, tex
 from revision_ray.errors import DataError
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """URI of a bucket on a private S3 server, as a function of the key."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    keep = {name: os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
-    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-    pafs.FileSystem.from_uri(f"s3://?{options}&allow_bucket_creation=true")[0].create_dir("revision")
-    yield lambda key: f"s3://revision/{key}?{options}"
-    server.stop()
-    for name, value in keep.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 def test_written_bytes_are_read_back_and_parents_are_made(tmp_path):
     uri = str(tmp_path / "a" / "b" / "c.bin")
     for content in (b"first", b"", b"second" * 100_000, pa.py_buffer(b"buffer")):
