@@ -84,12 +84,41 @@ class Head:
         """What the dashboard answers to one who has the token."""
         return self._ask(path, self.with_token)[1]
 
-    def submit(self, working_dir: Path, *entrypoint: str, environment: dict[str, str] | None = None):
-        command = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--working-dir", "."]
+    def submit(
+        self,
+        working_dir: Path,
+        *entrypoint: str,
+        environment: dict[str, str] | None = None,
+        submission_id: str | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        named = ["--submission-id", submission_id] if submission_id else []
+        return self._ray_job(
+            "submit",
+            "--working-dir",
+            ".",
+            *named,
+            "--",
+            *entrypoint,
+            folder=working_dir,
+            environment=environment,
+        )
+
+    def run(self, verb: str, *options: str, folder: Path) -> str:
+        """What `ray job VERB` says; it succeeds."""
+        done = self._ray_job(verb, *options, folder=folder)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def status(self, submission_id: str) -> str:
+        return self.json(f"/api/jobs/{submission_id}")["status"]
+
+    def _ray_job(
+        self, verb: str, *options: str, folder: Path, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, "--", *entrypoint],
+            [str(BIN / "ray"), "job", verb, "--address", self.address, *options],
             env=environment or self.with_token,
-            cwd=working_dir,
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

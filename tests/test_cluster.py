@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -289,3 +290,101 @@ def test_without_the_token_nothing_is_accepted(head, checkout):
     stranger.write_text(secrets.token_hex(32))
     with pytest.raises(urllib.error.HTTPError, match="403"):
         head.get("/api/jobs/", {"RAY_AUTH_TOKEN_PATH": str(stranger)})
+
+
+# --- every job --------------------------------------------------------------------------------------------
+
+JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
+# Two at a time: each takes seconds to import what it needs.
+EVERY_JOB = """
+ls jobs/*.py | xargs -P 2 -I{} sh -c '
+    out=$(python {} --help 2>&1); echo "HELP $? {}" $(echo "$out" | head -1)
+    out=$(python {} no_such_key=1 2>&1); echo "WRONG $? {}" $(echo "$out" | tail -1)'
+exit 7
+"""
+
+
+@pytest.fixture(scope="module")
+def every_job(head, checkout) -> subprocess.CompletedProcess:
+    """Each job on the cluster, asked for its keys and given a key that it does not have."""
+    return head.submit(checkout, "sh", "-c", EVERY_JOB)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_answers_on_the_cluster_and_refuses_a_wrong_key(every_job, name):
+    lines = every_job.stdout.splitlines()
+    assert f"HELP 0 jobs/{name} usage: python jobs/{name} " in "\n".join(lines)
+    (wrong,) = [line for line in lines if line.startswith("WRONG ") and f" jobs/{name} " in line]
+    assert wrong.startswith(f"WRONG 2 jobs/{name} ConfigError: ")
+    assert "no_such_key" in wrong
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_the_last_line_is_the_jobs(every_job):
+    assert every_job.returncode != 0
+    assert "exit code 7" in every_job.stdout
+
+
+# --- the pipeline, stopped --------------------------------------------------------------------------------
+
+STRATEGIES = ("none", "anchor", "anchor_trace", "realign", "gaussian_ot", "c3")
+
+
+@pytest.fixture(scope="module")
+def chain(stores) -> Path:
+    """Fits of every strategy, one behind the other."""
+    fits = {
+        f"fit_{name}": {
+            "fit": {
+                "strategy": name,
+                "texts": f"{stores}/texts",
+                "images": f"{stores}/images",
+                "output": "${output}/" + name,
+            }
+        }
+        for name in STRATEGIES
+    }
+    (stores / "chain.yaml").write_text(yaml.safe_dump({"stages": fits}))
+    return stores / "chain.yaml"
+
+
+def states(output: Path) -> dict[str, str]:
+    ledger = output / "ledger.json"
+    return {
+        name: record["state"]
+        for name, record in (json.loads(ledger.read_text())["stages"] if ledger.exists() else {}).items()
+    }
+
+
+@pytest.mark.slow
+def test_a_stopped_pipeline_is_submitted_again_and_goes_on(head, checkout, chain, stores):
+    line = ("python", "jobs/pipeline.py", str(chain))
+    stopped = stores / "stopped"
+    head.run("submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--",
+             *line, f"output={stopped}", folder=checkout)  # fmt: skip
+    for _ in range(2400):
+        if len(states(stopped)) >= 3 or head.status("first") not in ("PENDING", "RUNNING"):
+            break
+        time.sleep(0.05)
+    head.run("stop", "first", folder=checkout)
+    assert head.status("first") == "STOPPED"
+    finished = [name for name, state in states(stopped).items() if state == "finished"]
+    assert 2 <= len(finished) < len(STRATEGIES)
+    again = head.submit(checkout, *line, f"output={stopped}", submission_id="again")
+    assert again.returncode == 0, again.stdout
+    assert head.status("again") == "SUCCEEDED"
+    logs = head.run("logs", "again", folder=checkout)
+    skipped = re.findall(r"stage (\w+) \(fit\): skipped, unchanged since", logs)
+    assert skipped == finished
+    assert states(stopped) == {f"fit_{name}": "finished" for name in STRATEGIES}
+    (cut,) = [
+        name for name in (f"fit_{name}" for name in STRATEGIES) if f"stage {name} (fit): goes on" in logs
+    ]
+    assert cut == f"fit_{STRATEGIES[len(finished)]}"
+    undisturbed = stores / "undisturbed"
+    whole = head.submit(checkout, *line, f"output={undisturbed}")
+    assert whole.returncode == 0, whole.stdout
+    for name in STRATEGIES:
+        files = [output / name / "alignment.safetensors" for output in (stopped, undisturbed)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name

@@ -190,6 +190,10 @@ def tensors(uri: str) -> dict[str, torch.Tensor]:
     return tensors_of(storage.read_bytes(uri))
 
 
+def names_in(uri: str) -> set[str]:
+    return {storage.name_of(each) for each, _ in storage.list_files(uri)}
+
+
 def assert_equal_tensors(one: str, other: str) -> None:
     found, expected = tensors(one), tensors(other)
     assert found.keys() == expected.keys()
@@ -210,7 +214,7 @@ def test_world_stores_and_fit_are_those_of_local_disks(local, remote):
 
 @pytest.fixture(scope="module")
 def trained(remote, tmp_path_factory) -> Place:
-    """The way on S3 to its end; the job of stage 1 was killed with its whole Ray after its first checkpoint."""
+    """The way on S3 to its end; the job of stage 1 was killed with all of its Ray on the way."""
     folder = tmp_path_factory.mktemp("job")
     (folder / "job.yaml").write_text(config.to_yaml(stage_one(remote)))
     process = subprocess.Popen(
@@ -277,8 +281,8 @@ def test_finished_stages_on_s3_are_kept(trained):
 
 @contextmanager
 def looked_at(look: Callable[[], bool]) -> Iterator[list[bool]]:
-    """`look` is called all the time that this is open; it says whether the thing is there, and raises where it
-    is there and not whole."""
+    """`look` is called all the time that this is open; it says whether the thing is there, and raises where
+    that is not whole."""
     seen: list[bool] = []
     errors: list[BaseException] = []
     done = threading.Event()

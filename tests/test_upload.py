@@ -25,7 +25,9 @@ def check(archive: Path, sizes: dict[str, int]) -> None:
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:10]
     listed = "\n".join(f"{sizes[name]:>12,} {name}" for name in largest)
     total = archive.stat().st_size
-    assert total < LIMIT, f"the working directory has {total:,} bytes, at most {LIMIT:,} are wanted:\n{listed}"
+    assert total < LIMIT, (
+        f"the working directory has {total:,} bytes, at most {LIMIT:,} are wanted:\n{listed}"
+    )
 
 
 @pytest.fixture
