@@ -35,8 +35,8 @@ class Head:
         self.without_token = {**clean, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
         self.with_token = {
             **self.without_token,
-            **(environment or {}),
             "RAY_AUTH_MODE": "token",
+            **(environment or {}),
             "RAY_AUTH_TOKEN_PATH": str(token_path),
         }
         gcs, client, dashboard, agent = free_ports(4)
@@ -127,8 +127,7 @@ class Head:
 
     def end(self) -> None:
         """Every process that this head started has ended; other Rays of the machine are left alone."""
-        if self.process.poll() is not None:  # it has ended its own
-            return
+        assert self.process.poll() is None, f"the head has ended by itself:\n{self.log.read_text()[-3000:]}"
         family = [
             *psutil.Process(self.process.pid).children(recursive=True),
             psutil.Process(self.process.pid),

@@ -1,5 +1,6 @@
 """cluster.yaml's node types come and go with the jobs that ask for them: Ray's fake multi-node provider."""
 
+import re
 import subprocess
 import threading
 import time
@@ -59,6 +60,15 @@ def fake_cluster(gcs_port: int) -> dict:
     }
 
 
+def authentication() -> dict[str, str]:
+    """What cluster.yaml's containers are told of it."""
+    options = yaml.safe_load((ROOT / "cluster.yaml").read_text())["docker"]["run_options"]
+    given = dict(
+        option.removeprefix("--env ").split("=") for option in options if option.startswith("--env ")
+    )
+    return {"RAY_AUTH_MODE": given.get("RAY_AUTH_MODE", "disabled")}
+
+
 @dataclass
 class Watch:
     """The worker nodes of the cluster, looked at all the time: (type, node id) of the living."""
@@ -97,6 +107,7 @@ class Watch:
 def head():
     (gcs_port,) = free_ports(1)
     environment = {
+        **authentication(),
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -163,6 +174,14 @@ def succeeded(result: subprocess.CompletedProcess) -> str:
     return result.stdout
 
 
+def test_who_has_no_token_starts_no_node(head, watch, checkout):
+    """The switch is cluster.yaml's."""
+    result = head.submit(checkout, "python", "-c", "print('ran')", environment=head.without_token)
+    assert result.returncode != 0
+    assert "Unauthorized" in result.stdout
+    assert watch.types() == set()
+
+
 def test_a_fit_brings_cpu_nodes_up_and_they_go(head, watch, checkout, stores):
     said = succeeded(
         head.submit(
@@ -205,7 +224,7 @@ from revision_ray.train.entry import scaling
 from revision_ray.train.run import PretrainJob
 
 def work():
-    print("WORKER", ray.get_runtime_context().get_accelerator_ids()["GPU"])
+    print("HOLDS", ray.get_runtime_context().get_accelerator_ids()["GPU"])
 
 connect()
 job = load(PretrainJob, ["configs/pretrain_llama3_8b.yaml", "data=[x]", "output=x", "num_workers=2"])
@@ -218,7 +237,7 @@ def test_training_brings_gpu_nodes_up_and_they_go(head, watch, checkout, tmp_pat
     """What stage 1's configuration asks of the cluster, by the function that its job asks with; its loop
     would look for CUDA."""
     said = succeeded(head.submit(checkout, "python", "-P", "-c", TRAIN.replace("STORAGE", str(tmp_path))))
-    assert said.count("WORKER") == 2
+    assert len(re.findall(r"HOLDS \['\d'\]", said)) == 2, "each worker has a device of its own"
     assert watch.types() == {"gpu"}
     watch.wait_until_empty()
     assert watch.types() == {"gpu"}
