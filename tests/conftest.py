@@ -45,6 +45,7 @@ def s3_options():
     """The query of URIs that lie on an S3-compatible server on loopback, of this session alone."""
     from moto.server import ThreadedMotoServer  # takes seconds
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -224,12 +224,12 @@ def trained(remote, tmp_path_factory) -> Place:
         start_new_session=True,
     )
     try:
-        for _ in range(1800):
+        for _ in range(900):
             snapshots = storage.list_files(remote("pretrain/checkpoints"), "*snapshot.json")
             committed = any(b"checkpoint-" in storage.read_bytes(uri) for uri, _ in snapshots)
             if committed or process.poll() is not None:
                 break
-            time.sleep(0.1)
+            time.sleep(0.3)
         assert process.poll() is None, "it ended before it could be killed"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
