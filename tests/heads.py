@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,21 @@ class Head:
             )
 
     def wait_until_ready(self) -> None:
-        for _ in range(120):
-            assert self.process.poll() is None, self.log.read_text()
+        for _ in range(240):
+            if self.process.poll() is not None:
+                break
             try:
-                self.get("/api/version", self.with_token)
-                return
-            except OSError:
-                time.sleep(0.5)
+                if self.nodes():
+                    return
+            except (OSError, KeyError, TypeError):  # no dashboard yet, or one that has not heard of the node
+                pass
+            time.sleep(0.5)
         raise TimeoutError(self.log.read_text())
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """The nodes that live, as the dashboard's state API describes them."""
+        answer = self.json("/api/v0/nodes?detail=1&limit=1000")
+        return [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
     def get(self, path: str, environment: dict[str, str]) -> int:
         return self._ask(path, environment)[0]
@@ -127,7 +134,8 @@ class Head:
 
     def end(self) -> None:
         """Every process that this head started has ended; other Rays of the machine are left alone."""
-        assert self.process.poll() is None, f"the head has ended by itself:\n{self.log.read_text()[-3000:]}"
+        if self.process.poll() is not None:  # it has ended them
+            return
         family = [
             *psutil.Process(self.process.pid).children(recursive=True),
             psutil.Process(self.process.pid),
@@ -137,6 +145,26 @@ class Head:
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=10)
+
+
+@contextmanager
+def running(start: Callable[[], Head]) -> Iterator[Head]:
+    """A head that `start` starts, until this is left. Ray gives a start half a minute, which a busy machine may
+    not have: then it is started anew."""
+    head = start()
+    for _ in range(3):
+        try:
+            head.wait_until_ready()
+            break
+        except TimeoutError:
+            head.end()
+            head = start()
+    try:
+        head.wait_until_ready()
+        yield head
+        assert head.process.poll() is None, f"the head has ended by itself:\n{head.log.read_text()[-3000:]}"
+    finally:
+        head.end()
 
 
 def free_ports(count: int) -> list[int]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from heads import ROOT, Head, copy_of_checkout, free_ports, short_folder
+from heads import ROOT, Head, copy_of_checkout, free_ports, running, short_folder
 from tiny_encoder import WORDS, write_encoder
 
 from revision_ray import storage
@@ -80,11 +80,10 @@ class Watch:
     done: threading.Event = field(default_factory=threading.Event)
 
     def look(self) -> frozenset[tuple[str, str]]:
-        nodes = self.head.json("/api/v0/nodes?detail=1&limit=1000")["data"]["result"]["result"]
         return frozenset(
             (self.kinds[tuple(int(node["resources_total"].get(name, 0)) for name in ASKED)], node["node_id"])
-            for node in nodes
-            if node["state"] == "ALIVE" and not node["is_head_node"]
+            for node in self.head.nodes()
+            if not node["is_head_node"]
         )
 
     def run(self) -> None:
@@ -116,19 +115,13 @@ def head():
     }
     with short_folder() as folder:
         (folder / "cluster.yaml").write_text(yaml.safe_dump(fake_cluster(gcs_port)))
-        started = Head(
-            folder,
-            f"--autoscaling-config={folder}/cluster.yaml",
-            "--num-gpus=0",
-            cpus=0,
-            environment=environment,
-            gcs_port=gcs_port,
-        )
-        try:
-            started.wait_until_ready()
+
+        def start() -> Head:
+            options = (f"--autoscaling-config={folder}/cluster.yaml", "--num-gpus=0")
+            return Head(folder, *options, cpus=0, environment=environment, gcs_port=gcs_port)
+
+        with running(start) as started:
             yield started
-        finally:
-            started.end()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from heads import BIN, ROOT, Head, copy_of_checkout, short_folder
+from heads import BIN, ROOT, Head, copy_of_checkout, running, short_folder
 from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
@@ -171,13 +171,8 @@ def test_set_up_installs_exactly_the_dependencies_of_the_project(tmp_path):
 
 @pytest.fixture(scope="module")
 def head():
-    with short_folder() as folder:
-        started = Head(folder)
-        try:
-            started.wait_until_ready()
-            yield started
-        finally:
-            started.end()
+    with short_folder() as folder, running(lambda: Head(folder)) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
