@@ -99,16 +99,8 @@ class Head:
         submission_id: str | None = None,
     ) -> subprocess.CompletedProcess[str]:
         named = ["--submission-id", submission_id] if submission_id else []
-        return self._ray_job(
-            "submit",
-            "--working-dir",
-            ".",
-            *named,
-            "--",
-            *entrypoint,
-            folder=working_dir,
-            environment=environment,
-        )
+        options = ["--working-dir", ".", *named, "--", *entrypoint]
+        return self._ray_job("submit", *options, folder=working_dir, environment=environment)
 
     def run(self, verb: str, *options: str, folder: Path) -> str:
         """What `ray job VERB` says; it succeeds."""
@@ -134,23 +126,29 @@ class Head:
 
     def end(self) -> None:
         """Every process that this head started has ended; other Rays of the machine are left alone."""
-        if self.process.poll() is not None:  # it has ended them
-            return
-        family = [
-            *psutil.Process(self.process.pid).children(recursive=True),
-            psutil.Process(self.process.pid),
-        ]
+        # By the folder too, which their command lines name: a start that failed may have left its first ones.
+        roots = [each for each in psutil.process_iter() if self._is_mine(each)]
+        below = [child for root in roots if root.is_running() for child in root.children(recursive=True)]
+        family = list({*roots, *below})
         self.process.terminate()
         _, alive = psutil.wait_procs(family, timeout=10)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=10)
 
+    def _is_mine(self, process: psutil.Process) -> bool:
+        try:
+            return process.pid == self.process.pid or any(
+                str(self.folder) in word for word in process.cmdline()
+            )
+        except psutil.Error:  # it has ended meanwhile
+            return False
+
 
 @contextmanager
 def running(start: Callable[[], Head]) -> Iterator[Head]:
-    """A head that `start` starts, until this is left. Ray gives a start half a minute, which a busy machine may
-    not have: then it is started anew."""
+    """A head that `start` starts, until this is left. Ray gives a start half a minute; where a busy machine needs
+    more it is started anew."""
     head = start()
     for _ in range(3):
         try:
