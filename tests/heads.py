@@ -147,7 +147,7 @@ class Head:
 
 @contextmanager
 def running(start: Callable[[], Head]) -> Iterator[Head]:
-    """A head that `start` starts, until this is left. Ray gives a start half a minute; where a busy machine needs
+    """A head that `start` starts, until this is left. Ray gives it half a minute; where a busy machine needs
     more it is started anew."""
     head = start()
     for _ in range(3):
