@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -225,3 +226,30 @@ def test_sources_on_s3_give_the_rows_of_local_ones(bucket, tmp_path):
     assert images == [("x/1", b"one"), ("x/2", b"two"), ("i", "no such image file"), ("k", b"three")]
     with pytest.raises(DataError, match="no such file or directory"):
         text_splits([bucket("gone")])
+
+
+def test_a_copy_of_a_folder_is_made_once_and_again_when_it_changes(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("REVISION_RAY_CACHE", str(tmp_path))
+    for name in ("a.json", "b.bin", "inner/c.bin"):
+        storage.write_bytes(bucket(f"model/{name}"), name.encode())
+    first = storage.local_copy(bucket("model"))
+    found = {path.name: path.read_text() for path in Path(first).iterdir()}
+    assert found == {"a.json": "a.json", "b.bin": "b.bin"}
+    assert storage.local_copy(bucket("model")) == first
+    storage.write_bytes(bucket("model/b.bin"), b"other")
+    second = storage.local_copy(bucket("model"))
+    assert Path(second, "b.bin").read_text() == "other"
+    assert Path(storage.local_copy(bucket("model/a.json"))).read_text() == "a.json"
+    assert not [name for name in os.listdir(tmp_path) if storage.TEMPORARY in name]
+
+
+def test_what_is_no_uri_is_no_copy_and_what_is_missing_is_named(bucket, tmp_path, monkeypatch):
+    assert storage.local_copy("org/model") == "org/model"
+    assert storage.local_copy(f"file://{tmp_path}") == str(tmp_path)
+    with pytest.raises(DataError, match="nothing/here.*: no such file or folder"):
+        storage.local_copy(bucket("nothing/here"))
+    storage.write_bytes(bucket("full/a.bin"), b"1")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REVISION_RAY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="REVISION_RAY_CACHE"):
+        storage.local_copy(bucket("full"))
