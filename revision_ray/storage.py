@@ -255,8 +255,8 @@ def local_copy(uri: str) -> str:
     """A path of this machine for the file or the folder of files at `uri`, which libraries can open that know
     no URIs. A path, or the name of a model on a hub, is returned as it is.
 
-    What lies on an object store is copied once, for as long as it does not change, to ~/.cache/revision_ray,
-    or where REVISION_RAY_CACHE says. Folders inside a folder are left out.
+    What lies on an object store is copied once, for as long as its files keep their sizes and times, to
+    ~/.cache/revision_ray, or where REVISION_RAY_CACHE says. Folders inside a folder are left out.
 
     Raises:
         DataError: nothing there, or it cannot be read, or there is no room for it.

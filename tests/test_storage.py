@@ -236,9 +236,9 @@ def test_a_copy_of_a_folder_is_made_once_and_again_when_it_changes(bucket, tmp_p
     found = {path.name: path.read_text() for path in Path(first).iterdir()}
     assert found == {"a.json": "a.json", "b.bin": "b.bin"}
     assert storage.local_copy(bucket("model")) == first
-    storage.write_bytes(bucket("model/b.bin"), b"other")
+    storage.write_bytes(bucket("model/b.bin"), b"longer")
     second = storage.local_copy(bucket("model"))
-    assert Path(second, "b.bin").read_text() == "other"
+    assert Path(second, "b.bin").read_text() == "longer"
     assert Path(storage.local_copy(bucket("model/a.json"))).read_text() == "a.json"
     assert not [name for name in os.listdir(tmp_path) if storage.TEMPORARY in name]
 
@@ -246,7 +246,7 @@ def test_a_copy_of_a_folder_is_made_once_and_again_when_it_changes(bucket, tmp_p
 def test_what_is_no_uri_is_no_copy_and_what_is_missing_is_named(bucket, tmp_path, monkeypatch):
     assert storage.local_copy("org/model") == "org/model"
     assert storage.local_copy(f"file://{tmp_path}") == str(tmp_path)
-    with pytest.raises(DataError, match="nothing/here.*: no such file or folder"):
+    with pytest.raises(DataError, match=r"nothing/here.*: no such file or folder"):
         storage.local_copy(bucket("nothing/here"))
     storage.write_bytes(bucket("full/a.bin"), b"1")
     (tmp_path / "file").write_text("")
