@@ -310,7 +310,8 @@ def every_job(head, checkout) -> subprocess.CompletedProcess:
 def test_every_job_answers_on_the_cluster_and_refuses_a_wrong_key(every_job, name):
     lines = every_job.stdout.splitlines()
     assert f"HELP 0 jobs/{name} usage: python jobs/{name} " in "\n".join(lines)
-    (wrong,) = [line for line in lines if line.startswith("WRONG ") and f" jobs/{name} " in line]
+    # Ray repeats the end of a failed job's log.
+    (wrong,) = {line for line in lines if line.startswith("WRONG ") and f" jobs/{name} " in line}
     assert wrong.startswith(f"WRONG 2 jobs/{name} ConfigError: ")
     assert "no_such_key" in wrong
 
@@ -323,24 +324,22 @@ def test_the_exit_code_of_the_last_line_is_the_jobs(every_job):
 
 # --- the pipeline, stopped --------------------------------------------------------------------------------
 
-STRATEGIES = ("none", "anchor", "anchor_trace", "realign", "gaussian_ot", "c3")
+FITS = {
+    f"{strategy}_{rows}": {"strategy": strategy, "max_rows": rows}
+    for rows in (100, 150, 200, 250)
+    for strategy in ("none", "anchor", "anchor_trace", "realign", "gaussian_ot")
+}
 
 
 @pytest.fixture(scope="module")
 def chain(stores) -> Path:
-    """Fits of every strategy, one behind the other."""
-    fits = {
-        f"fit_{name}": {
-            "fit": {
-                "strategy": name,
-                "texts": f"{stores}/texts",
-                "images": f"{stores}/images",
-                "output": "${output}/" + name,
-            }
-        }
-        for name in STRATEGIES
+    """Many fits, one behind the other."""
+    inputs = {"texts": f"{stores}/texts", "images": f"{stores}/images"}
+    stages = {
+        name: {"fit": {**settings, **inputs, "output": f"${{output}}/{name}"}}
+        for name, settings in FITS.items()
     }
-    (stores / "chain.yaml").write_text(yaml.safe_dump({"stages": fits}))
+    (stores / "chain.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     return stores / "chain.yaml"
 
 
@@ -361,25 +360,23 @@ def test_a_stopped_pipeline_is_submitted_again_and_goes_on(head, checkout, chain
     for _ in range(2400):
         if len(states(stopped)) >= 3 or head.status("first") not in ("PENDING", "RUNNING"):
             break
-        time.sleep(0.05)
+        time.sleep(0.1)
     head.run("stop", "first", folder=checkout)
     assert head.status("first") == "STOPPED"
-    finished = [name for name, state in states(stopped).items() if state == "finished"]
-    assert 2 <= len(finished) < len(STRATEGIES)
+    before = states(stopped)
+    finished = [name for name, state in before.items() if state == "finished"]
+    assert 2 <= len(finished) < len(FITS)
     again = head.submit(checkout, *line, f"output={stopped}", submission_id="again")
     assert again.returncode == 0, again.stdout
     assert head.status("again") == "SUCCEEDED"
     logs = head.run("logs", "again", folder=checkout)
-    skipped = re.findall(r"stage (\w+) \(fit\): skipped, unchanged since", logs)
-    assert skipped == finished
-    assert states(stopped) == {f"fit_{name}": "finished" for name in STRATEGIES}
-    (cut,) = [
-        name for name in (f"fit_{name}" for name in STRATEGIES) if f"stage {name} (fit): goes on" in logs
-    ]
-    assert cut == f"fit_{STRATEGIES[len(finished)]}"
+    assert re.findall(r"stage (\w+) \(fit\): skipped, unchanged since", logs) == finished
+    cut_off = [name for name, state in before.items() if state == "running"]
+    assert re.findall(r"stage (\w+) \(fit\): goes on, was cut off", logs) == cut_off
+    assert states(stopped) == dict.fromkeys(FITS, "finished")
     undisturbed = stores / "undisturbed"
     whole = head.submit(checkout, *line, f"output={undisturbed}")
     assert whole.returncode == 0, whole.stdout
-    for name in STRATEGIES:
+    for name in FITS:
         files = [output / name / "alignment.safetensors" for output in (stopped, undisturbed)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
