@@ -121,7 +121,7 @@ class Head:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=500,
+            timeout=1200,
         )
 
     def end(self) -> None:

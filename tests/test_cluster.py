@@ -306,6 +306,7 @@ def every_job(head, checkout) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", JOBS)
 def test_every_job_answers_on_the_cluster_and_refuses_a_wrong_key(every_job, name):
     lines = every_job.stdout.splitlines()
@@ -352,6 +353,7 @@ def states(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_stopped_pipeline_is_submitted_again_and_goes_on(head, checkout, chain, stores):
     line = ("python", "jobs/pipeline.py", str(chain))
     stopped = stores / "stopped"

@@ -44,7 +44,8 @@ from revision_ray.train.models import Architecture, load_model
 from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, pretrain
 from revision_ray.train.settings import Checkpoints, Logging, Optimisation, Workers
 
-pytestmark = pytest.mark.slow
+# The two ways are fixtures: minutes each, three times that on a machine with other work.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[1]
 Place = Callable[[str], str]
