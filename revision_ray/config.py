@@ -41,8 +41,8 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
     Raises:
         ConfigError: unknown key (the nearest one is named), wrong type, missing value, unreadable YAML.
     """
-    yamls = [argument for argument in argv if "=" not in argument]
-    overrides = [argument for argument in argv if "=" in argument]
+    overrides = [argument for argument in argv if _is_override(argument)]
+    yamls = [argument for argument in argv if not _is_override(argument)]
     if len(yamls) > 1:
         raise ConfigError(f"expected one YAML file and key=value overrides, found {len(yamls)}: {yamls}")
     for argument in yamls:
@@ -53,6 +53,12 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
         part = _read_override(argument) if argument in overrides else _read_yaml(argument)
         merged = _merged(merged, part, argument, schema)
     return _resolved(merged, schema)
+
+
+def _is_override(argument: str) -> bool:
+    """Whether it is key=value, and no URI with a query."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and "://" not in key
 
 
 def from_mapping(schema: type[Schema], values: Mapping[str, Any], name: str) -> Schema:

@@ -11,6 +11,7 @@ import json
 import os
 import posixpath
 import stat
+import tempfile
 import uuid
 from functools import lru_cache
 from typing import Any
@@ -248,6 +249,49 @@ def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def local_copy(uri: str) -> str:
+    """A path of this machine for the file or the folder of files at `uri`, which libraries can open that know
+    no URIs. A path, or the name of a model on a hub, is returned as it is.
+
+    What lies on an object store is copied once, for as long as its files keep their sizes and times, to
+    ~/.cache/revision_ray, or where REVISION_RAY_CACHE says. Folders inside a folder are left out.
+
+    Raises:
+        DataError: nothing there, or it cannot be read, or there is no room for it.
+    """
+    uri = absolute(uri) if uri.startswith("file://") else uri
+    if "://" not in uri:
+        return uri
+    single = info(uri)
+    files = [(uri, single)] if single.type == pafs.FileType.File else list_files(uri)
+    if not files:
+        raise DataError(f"{uri}: no such file or folder")
+    state = [f"{name_of(each)} {entry.size} {entry.mtime_ns}" for each, entry in files]
+    cache = os.path.expanduser(os.environ.get("REVISION_RAY_CACHE", "~/.cache/revision_ray"))
+    folder = os.path.join(cache, sha256(uri.encode(), *(line.encode() for line in state))[:32])
+    try:
+        if not os.path.isdir(folder):
+            _copy_whole(files, cache, folder)
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be copied to {cache} (REVISION_RAY_CACHE): {error}") from error
+    return os.path.join(folder, name_of(uri)) if single.type == pafs.FileType.File else folder
+
+
+def _copy_whole(files: list[tuple[str, pafs.FileInfo]], cache: str, folder: str) -> None:
+    os.makedirs(cache, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=cache, ignore_cleanup_errors=True) as temporary:
+        whole = os.path.join(temporary, "whole")
+        os.mkdir(whole)
+        for uri, _ in files:
+            filesystem, path = resolve(uri)
+            pafs.copy_files(path, os.path.join(whole, name_of(uri)), filesystem, _LOCAL)
+        try:
+            os.rename(whole, folder)
+        except OSError:
+            if not os.path.isdir(folder):  # else another process was faster
+                raise
 
 
 def read_json(uri: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from revision_ray import config
+from revision_ray import config, storage
 from revision_ray.config import MISSING, load
 from revision_ray.errors import ConfigError
 
@@ -286,3 +286,9 @@ def test_help_needs_no_value(run):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("usage: python count.py [CONFIG.yaml] key=value ...")
     assert "  rows: int = required\n      How many.\n" in result.stdout
+
+
+def test_a_uri_with_a_query_is_a_file_and_no_override(bucket):
+    storage.write_bytes(bucket("job.yaml"), b"seed: 7\n")
+    job = load(EmbedJob, [bucket("job.yaml"), "images=s3://b/x?scheme=http"])
+    assert (job.seed, job.images) == (7, "s3://b/x?scheme=http")

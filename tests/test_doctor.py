@@ -10,9 +10,7 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from revision_ray import storage
 from revision_ray.config import load
@@ -227,30 +225,19 @@ def test_storage_that_refuses_a_write_is_told(tmp_path):
     assert "failed" in found["write"]
 
 
-def test_an_object_store_is_tried_and_left_as_it_was(monkeypatch):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        options = f"scheme=http&region=us-east-1&endpoint_override=127.0.0.1:{server.get_host_and_port()[1]}"
-        pafs.FileSystem.from_uri(f"s3://?{options}&allow_bucket_creation=true")[0].create_dir("doctor")
-        storage.write_bytes(f"s3://doctor/runs/kept?{options}", b"")
-        folder = f"s3://doctor/runs/.doctor-1?{options}"
-        assert examine._write_drivers_file(folder, "t") is None
-        assert not examine._seen(folder, "node", "t")
-        assert probe.try_storage(asked(folder), "node") == {"read": "", "write": ""}
-        assert examine._seen(folder, "node", "t")
-        examine._remove(folder)
-        left = [
-            storage.name_of(uri) for uri, _ in storage.list_files(f"s3://doctor?{options}", recursive=True)
-        ]
-        assert left == ["kept"]
-        refused = examine._write_drivers_file(f"s3://nowhere/runs?{options}", "t")
-        assert refused
-        assert (refused.check, refused.status) == ("storage", "failed")
-    finally:
-        server.stop()
+def test_an_object_store_is_tried_and_left_as_it_was(bucket, s3_options):
+    storage.write_bytes(bucket("runs/kept"), b"")
+    folder = bucket("runs/.doctor-1")
+    assert examine._write_drivers_file(folder, "t") is None
+    assert not examine._seen(folder, "node", "t")
+    assert probe.try_storage(asked(folder), "node") == {"read": "", "write": ""}
+    assert examine._seen(folder, "node", "t")
+    examine._remove(folder)
+    left = [storage.name_of(uri) for uri, _ in storage.list_files(bucket("runs"), recursive=True)]
+    assert left == ["kept"]
+    refused = examine._write_drivers_file(f"s3://nowhere/runs?{s3_options}", "t")
+    assert refused
+    assert (refused.check, refused.status) == ("storage", "failed")
 
 
 def test_a_folder_is_a_model_with_configuration_and_weights(tmp_path):

@@ -11,7 +11,6 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
 
 from revision_ray import fence, storage
@@ -64,22 +63,6 @@ def holder(tmp_path):
     yield process, output
     process.kill()
     process.wait()
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """An S3-compatible server on loopback; the function that names a key of its bucket as a URI."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "none")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        pafs.FileSystem.from_uri(f"s3://?{options}&allow_bucket_creation=true")[0].create_dir("revision")
-        yield lambda key: f"s3://revision/{key}?{options}"
-    server.stop()
 
 
 def foreign_claim(output: Path, **settings) -> Path:

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
@@ -362,21 +361,6 @@ def test_a_flag_without_its_value_is_refused(argv):
 
 
 # --- object storage ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """URI of a bucket on a private S3 server, as a function of the key."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "none")
-        pafs.FileSystem.from_uri(f"s3://?{options}&allow_bucket_creation=true")[0].create_dir("revision")
-        yield lambda key: f"s3://revision/{key}?{options}"
-    server.stop()
 
 
 def test_everything_may_lie_on_s3(bucket):

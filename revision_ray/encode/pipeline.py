@@ -92,7 +92,7 @@ def encode_splits(splits: Sequence[Split], plan: Plan, resources: Resources) -> 
                     gpus,
                     resources.cpus_per_actor,
                 ),
-                batch_size=None,
+                batch_size=1,  # a block; for actors with GPUs Ray Data wants a number
                 batch_format="pyarrow",
                 zero_copy_batch=True,
                 num_cpus=resources.cpus_per_actor,

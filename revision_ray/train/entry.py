@@ -10,6 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.train import ScalingConfig
+
+
+def scaling(num_workers: int, gpus_per_worker: int | None, cpus_per_worker: float) -> ScalingConfig:
+    """The workers and what each asks of the cluster: GPUs as said, else one where the cluster has enough."""
+    gpus = gpus_per_worker
+    if gpus is None:
+        gpus = int(ray.cluster_resources().get("GPU", 0) >= num_workers)
+    resources = {"CPU": cpus_per_worker, **({"GPU": 1.0} if gpus else {})}
+    return ScalingConfig(num_workers=num_workers, use_gpu=bool(gpus), resources_per_worker=resources)
 
 
 def loop(function: Callable[[Any], dict[str, Any]], task: Any) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -24,7 +23,7 @@ from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, ConfigError, DataError, RevisionError
 from revision_ray.train import checkpoint, export, ingest
-from revision_ray.train.entry import loop
+from revision_ray.train.entry import loop, scaling
 from revision_ray.train.ingest import Source
 from revision_ray.train.joined_store import Kind
 from revision_ray.train.loop import Task, order_of, train
@@ -273,16 +272,13 @@ def _former(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= job.num_workers
-    resources = {"CPU": job.workers.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    placement = scaling(job.num_workers, job.workers.gpus_per_worker, job.workers.cpus_per_worker)
     environment = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-    if not use_gpu:
+    if not placement.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(
         **loop(train, task),
-        scaling_config=ScalingConfig(
-            num_workers=job.num_workers, use_gpu=use_gpu, resources_per_worker=resources
-        ),
+        scaling_config=placement,
         run_config=RunConfig(
             name="checkpoints",
             storage_path=output,
