@@ -1,6 +1,14 @@
-"""Faults for real clusters: machines that can be killed, and a saboteur that strikes at a point of a job's way."""
+"""Faults for real clusters: machines that can be killed, storage that falters, and a saboteur that strikes at a
+point of a job's way."""
 
+import contextlib
+import os
+import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -11,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.fs as pafs
 import ray
+from moto.server import DomainDispatcherApplication, create_backend_app
 from ray.cluster_utils import Cluster
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+ROOT = Path(__file__).parents[1]
 
 PATIENCE_SECONDS = 300.0  # of waits that end at once where nothing is wrong; the machine may be loaded
 
@@ -65,6 +78,13 @@ class Machines:
             except psutil.Error:
                 continue
         return found
+
+    def spilled_megabytes(self) -> int:
+        """What all raylets have spilled to disk so far, by Ray's own account."""
+        from ray._private.internal_api import memory_summary
+
+        found = re.search(r"Spilled (\d+) MiB", memory_summary(self.address, stats_only=True))
+        return int(found.group(1)) if found else 0
 
     def close(self) -> None:
         ray.shutdown()
@@ -151,5 +171,150 @@ def sabotage(
     return Recovery(first_sign=first_sign, seconds=work.seconds)
 
 
-def shards_of(output: Path) -> int:
-    return len(list(output.glob("part-*")))
+# --- strikes ----------------------------------------------------------------------------------------------
+
+
+def kill_a_machine(cluster: Machines, title: str, chance: random.Random) -> Callable[[Work], None]:
+    """One of the machines where `title` is at work dies, and another one comes, as from an autoscaler."""
+
+    def strike(work: Work) -> None:
+        count = len(cluster.nodes)
+        busy = wait_until(lambda: [node for node in cluster.nodes if cluster.workers(node, title)], work)
+        cluster.kill(chance.choice(busy))
+        cluster.replenish(count)
+
+    return strike
+
+
+def kill_a_worker(cluster: Machines, title: str, chance: random.Random) -> Callable[[Work], None]:
+    """One of the worker processes that are at `title` dies."""
+
+    def strike(work: Work) -> None:
+        at_work = wait_until(
+            lambda: [process for node in cluster.nodes for process in cluster.workers(node, title)], work
+        )
+        chance.choice(at_work).kill()
+
+    return strike
+
+
+def slow_a_machine(cluster: Machines, chance: random.Random, share: float = 0.1) -> Callable[[Work], None]:
+    """One machine's workers run for `share` of the time only, from now to the end of the job."""
+
+    def strike(work: Work) -> None:
+        node = chance.choice(cluster.nodes)
+
+        def hamper() -> None:
+            while not work.done:
+                for sign, seconds in ((signal.SIGSTOP, 0.5 * (1 - share)), (signal.SIGCONT, 0.5 * share)):
+                    for process in cluster.workers(node):
+                        with contextlib.suppress(psutil.Error):
+                            process.send_signal(sign)
+                    time.sleep(seconds)
+
+        threading.Thread(target=hamper, daemon=True).start()
+
+    return strike
+
+
+class Driver:
+    """A job of jobs/ in a process of its own, its driver, on the cluster."""
+
+    def __init__(self, cluster: Machines, name: str, *arguments: str) -> None:
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
+        # Not a pipe: a killed driver's would be held open by nobody, but a full one would stop it.
+        self.log = Path(tempfile.mkstemp(prefix="driver", dir=cluster.folder)[1])
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def wait(self) -> None:
+        assert self.process.wait(PATIENCE_SECONDS) == 0, self.log.read_text()[-3000:]
+
+
+def kill_and_submit_again(submit: Callable[[], Driver], progress: Callable[[], int], at: int) -> Recovery:
+    """The driver is killed when the job's progress has reached `at`; a second submission ends it."""
+    begun = time.monotonic()
+    first = submit()
+    deadline = begun + PATIENCE_SECONDS
+    while progress() < at:
+        assert first.process.poll() is None, (
+            f"it ended before it could be killed: {first.log.read_text()[-3000:]}"
+        )
+        assert time.monotonic() < deadline, "the job makes no progress"
+        time.sleep(0.005)
+    first.process.kill()
+    first.process.wait()
+    struck, before = time.monotonic(), progress()
+    second = submit()
+    while progress() <= before and second.process.poll() is None:
+        assert time.monotonic() < struck + PATIENCE_SECONDS, "no progress after the fault"
+        time.sleep(0.01)
+    first_sign = time.monotonic() - struck
+    second.wait()
+    return Recovery(first_sign=first_sign, seconds=time.monotonic() - begun)
+
+
+# --- storage ----------------------------------------------------------------------------------------------
+
+
+class Storage:
+    """An S3-compatible server on loopback, which answers 503 to the requests that `refuses` picks."""
+
+    def __init__(self) -> None:
+        self.refuses: Callable[[str, str], bool] = lambda method, path: False
+        self.refused = 0
+        self._s3 = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        options = f"endpoint_override=127.0.0.1:{self._server.server_port}&scheme=http&region=us-east-1"
+        pafs.FileSystem.from_uri(f"s3://?{options}&allow_bucket_creation=true")[0].create_dir("revision")
+        self._options = options
+
+    def uri(self, key: str) -> str:
+        return f"s3://revision/{key}?{self._options}"
+
+    def _answer(self, environ: dict[str, Any], start: Any) -> Any:
+        if not self.refuses(environ["REQUEST_METHOD"], environ["PATH_INFO"]):
+            return self._s3(environ, start)
+        self.refused += 1
+        if int(environ.get("CONTENT_LENGTH") or 0) or environ.get("wsgi.input_terminated"):
+            environ["wsgi.input"].read()
+        body = (
+            b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>"
+        )
+        start("503 Slow Down", [("Content-Length", str(len(body))), ("Content-Type", "application/xml")])
+        return [body]
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_request(self, *_: Any) -> None:
+        pass
+
+
+def first_reads(count: int) -> Callable[[str, str], bool]:
+    """The first `count` reads of every object."""
+    seen: dict[str, int] = {}
+    lock = threading.Lock()
+
+    def refuses(method: str, path: str) -> bool:
+        if method != "GET" or path.count("/") < 2:  # a listing
+            return False
+        with lock:
+            seen[path] = seen.get(path, 0) + 1
+            return seen[path] <= count
+
+    return refuses
+
+
+def refuse_writes(storage: Storage, seconds: float) -> Callable[[Work], None]:
+    """For `seconds` from now on nothing can be written."""
+
+    def strike(work: Work) -> None:
+        end = time.monotonic() + seconds
+        storage.refuses = lambda method, path: method in ("PUT", "POST") and time.monotonic() < end
+
+    return strike
