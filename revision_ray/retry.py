@@ -1,6 +1,6 @@
-"""Object stores falter: a request that failed for a passing reason is made again, some times, with longer waits.
+"""Object stores falter: a request that failed for a passing reason is made again, with longer waits.
 
-Passing are a server that is overloaded, restarting or not reached. What will be the same the next time (no such
+A server that is overloaded, restarts or is not reached will pass. What will be the same the next time (no such
 file, no permission, a wrong key) is raised at once.
 """
 
@@ -20,7 +20,8 @@ SECONDS_BETWEEN = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 # As the clients of S3, GCS and Azure name them in their messages; they set no errno.
 _PASSING = re.compile(
     r"HTTP status (408|425|429|500|502|503|504)\b"
-    r"|AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING)"
+    r"|AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
+    r"|THROTTLING)"
     r"|\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ServerBusy|InternalError|OperationTimedOut)\b"
 )
 

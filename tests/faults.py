@@ -1,5 +1,5 @@
-"""Faults for real clusters: machines that can be killed, storage that falters, and a saboteur that strikes at a
-point of a job's way."""
+"""Faults for real clusters: machines that can be killed, storage that falters, and strikes at a point of a
+job's progress."""
 
 import contextlib
 import os
@@ -169,6 +169,13 @@ def sabotage(
     first_sign = time.monotonic() - struck
     work.wait()
     return Recovery(first_sign=first_sign, seconds=work.seconds)
+
+
+def report(test: Any, recovery: Recovery, calm: float) -> None:
+    """What a fault cost, beside the seconds of a calm run, in the properties of the test and its output."""
+    figures = {"first_sign": recovery.first_sign, "seconds": recovery.seconds, "calm": calm}
+    test.user_properties += [(name, round(value, 1)) for name, value in figures.items()]
+    print(f"RECOVERY {test.name}:", *(f"{name} {value:.1f} s" for name, value in figures.items()))
 
 
 # --- strikes ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from faults import (
     kill_and_submit_again,
     machines,
     refuse_writes,
+    report,
     sabotage,
     slow_a_machine,
 )
@@ -48,7 +50,7 @@ NUM_SHARDS = FILES * ROWS_PER_FILE // ROWS_PER_SHARD
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Storage]:
-    """A server of objects. Its keys are in the environment, which machines that start later hand to workers."""
+    """A server of objects. Its keys are in the environment, which machines hand on to their workers."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "none")
@@ -126,17 +128,9 @@ def calm_store(cluster, encoder, captions, tmp_path_factory) -> tuple[dict[str, 
 
 
 @pytest.fixture
-def note(record_property, request) -> Callable[[Recovery, float], None]:
+def note(request) -> Callable[[Recovery, float], None]:
     """Writes down what a fault cost, beside the seconds of the calm run."""
-
-    def write(recovery: Recovery, calm: float) -> None:
-        figures = {"first_sign": recovery.first_sign, "seconds": recovery.seconds, "calm": calm}
-        for name, value in figures.items():
-            record_property(name, round(value, 1))
-        said = ", ".join(f"{name} {value:.1f} s" for name, value in figures.items())
-        print(f"RECOVERY {request.node.name}: {said}")
-
-    return write
+    return partial(report, request.node)
 
 
 def disturbed_embed(encoder, captions, calm_store, output, note, chance, strike) -> None:
@@ -249,7 +243,13 @@ def stores(tmp_path_factory) -> dict[str, str]:
 
 
 def fit_job(stores: dict[str, str], output: Any) -> FitJob:
-    return FitJob(**stores, output=str(output), strategy="gaussian_ot", centroid_steps=2)
+    return FitJob(
+        texts=stores["texts"],
+        images=stores["images"],
+        output=str(output),
+        strategy="gaussian_ot",
+        centroid_steps=2,
+    )
 
 
 def bits_of(output: Any) -> tuple[str, bytes, bytes]:

@@ -1,4 +1,4 @@
-"""Requests to an object store are made again while they fail for passing reasons, and at once given up else."""
+"""Requests to object stores are made again while they fail for passing reasons, and given up at once else."""
 
 import logging
 import os
@@ -89,7 +89,7 @@ def first(count: int, wanted: str):
     return refuses
 
 
-# pyarrow's S3 client asks 31 times in about six seconds before it gives up, and of a short read, whose buffer does
+# pyarrow's S3 client asks 31 times in six seconds before it gives up, and for a short read, whose buffer does
 # not hold the error's text, only once: more is left to us.
 BEYOND_THE_CLIENT = {"POST": 35, "PUT": 35, "HEAD": 35, "GET": 2}
 
