@@ -1,7 +1,7 @@
 """Object stores falter: a request that failed for a passing reason is made again, with longer waits.
 
-A server that is overloaded, restarts or is not reached will pass. What will be the same the next time (no such
-file, no permission, a wrong key) is raised at once.
+A server that is overloaded, restarts or is not reached will pass. What will be the same the next time (no
+such file, no permission, a wrong key) is raised at once.
 """
 
 import logging

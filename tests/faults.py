@@ -2,6 +2,7 @@
 job's progress."""
 
 import contextlib
+import logging
 import os
 import random
 import re
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 import pyarrow.fs as pafs
 import ray
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from ray.cluster_utils import Cluster
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -47,11 +48,11 @@ class Machines:
             },
         )
         self.nodes = [self.add() for _ in range(count)]
-        ray.init(address=self._cluster.address, logging_level="WARNING", log_to_driver=False)
+        ray.init(address=self._cluster.address, logging_level=logging.WARNING, log_to_driver=False)
 
     @property
     def address(self) -> str:
-        return self._cluster.address
+        return str(self._cluster.address)
 
     def add(self) -> Any:
         """One more machine, as an autoscaler would start it."""
