@@ -370,7 +370,7 @@ def test_every_read_fails_twice_during_a_fit(whole, store, stores, calm_fit, tmp
 def test_storage_that_refuses_writes_for_a_while_at_the_end_of_a_fit(
     whole, store, stores, calm_fit, results, note
 ):
-    """A fit writes when its last result is there; for longer than S3's client tries nothing can be written."""
+    """A fit writes when its last result is there; then nothing can be written for 12 seconds."""
     calm, calm_seconds = calm_fit
     output = store.uri("fit-refused")
     before = store.refused
