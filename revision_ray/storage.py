@@ -1,7 +1,8 @@
 """Bytes at URIs: local paths, s3://, gs:// through pyarrow filesystems. Every write is atomic.
 
 A local file is written beside its place, synced and renamed. On an object store one PUT (or a completed
-multipart upload) is atomic by itself; nothing appears before it is closed.
+multipart upload) is atomic by itself; nothing appears before it is closed. Requests to an object store that
+fail for a passing reason are made again (`retry`).
 """
 
 import errno
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from revision_ray.errors import DataError
+from revision_ray.retry import PatientReads, patiently
 
 TEMPORARY = ".tmp-"  # in the names of files and folders that no listing shows
 
@@ -54,7 +56,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     bucket = path.split("/", 1)[0]
     try:
         base = f"{scheme}://{bucket}" + (f"?{query}" if query else "")
-        return _filesystem_of(base), path.rstrip("/")
+        return patiently(uri, lambda: _filesystem_of(base)), path.rstrip("/")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(f"{uri}: {error}; use a local path, s3://bucket/path or gs://bucket/path") from error
 
@@ -96,7 +98,7 @@ def info(uri: str) -> pafs.FileInfo:
     """Type, size and modification time of what is at `uri` (type NotFound where nothing is)."""
     filesystem, path = resolve(uri)
     try:
-        return filesystem.get_file_info(path)
+        return patiently(uri, lambda: filesystem.get_file_info(path))
     except OSError as error:
         raise DataError(f"{uri}: cannot be looked up: {error}") from error
 
@@ -126,7 +128,7 @@ def _files_below(
     try:
         files = [
             (_uri_like(uri, entry.path), entry)
-            for entry in filesystem.get_file_info(selector)
+            for entry in patiently(uri, lambda: filesystem.get_file_info(selector))
             if entry.type == pafs.FileType.File and TEMPORARY not in entry.path[len(path) :]
         ]
     except OSError as error:
@@ -187,7 +189,7 @@ def _uri_like(uri: str, path: str) -> str:
 
 
 def open_input(uri: str) -> pa.NativeFile:
-    """A seekable binary file at `uri`; local files are memory-mapped.
+    """A seekable binary file at `uri`; local files are memory-mapped, reads of others made again on failure.
 
     Raises:
         DataError: nothing there, or it cannot be read.
@@ -199,7 +201,8 @@ def open_input(uri: str) -> pa.NativeFile:
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             return pa.memory_map(path) if status.st_size else pa.BufferReader(b"")
-        return filesystem.open_input_file(path)
+        file = patiently(uri, lambda: filesystem.open_input_file(path))
+        return pa.PythonFile(PatientReads(uri, file), mode="r")
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file") from error
     except OSError as error:
@@ -226,14 +229,18 @@ def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
         if filesystem is _LOCAL:
             _replace_local(path, content)
         else:
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(content)
+            patiently(uri, lambda: _put(filesystem, path, content))
     except OSError as error:
         room = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "refused"
         raise DataError(
             f"{uri}: writing {len(memoryview(content))} bytes failed ({room}): {error}; make room or name "
             "another output, then run the same command again: what was finished is kept"
         ) from error
+
+
+def _put(filesystem: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(content)
 
 
 def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
@@ -313,7 +320,7 @@ def write_json(uri: str, document: Any) -> None:
 def delete_file(uri: str) -> None:
     """Nothing stands at `uri` any more. For files that this library wrote itself."""
     filesystem, path = resolve(uri)
-    filesystem.delete_file(path)
+    patiently(uri, lambda: filesystem.delete_file(path))
 
 
 def sha256(*parts: bytes) -> str:

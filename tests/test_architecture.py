@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 # A part imports those of lines above its own, never its neighbours; single files of the first line may.
 LAYERS = [
-    {"errors", "storage", "fence", "config", "logs", "metrics", "progress", "cluster"},
+    {"errors", "retry", "storage", "fence", "config", "logs", "metrics", "progress", "cluster"},
     {"data"},
     {"encode", "align"},
     {"geometry"},
