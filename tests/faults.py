@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -79,13 +78,6 @@ class Machines:
             except psutil.Error:
                 continue
         return found
-
-    def spilled_megabytes(self) -> int:
-        """What all raylets have spilled to disk so far, by Ray's own account."""
-        from ray._private.internal_api import memory_summary
-
-        found = re.search(r"Spilled (\d+) MiB", memory_summary(self.address, stats_only=True))
-        return int(found.group(1)) if found else 0
 
     def close(self) -> None:
         ray.shutdown()

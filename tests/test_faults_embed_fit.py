@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from embedding_stores import cloud, write_store
 from faults import (
     Driver,
@@ -28,7 +27,6 @@ from faults import (
     sabotage,
     slow_a_machine,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tiny_encoder import WORDS, write_encoder
 
 from revision_ray import storage
@@ -383,37 +381,3 @@ def test_storage_that_refuses_writes_for_a_while_at_the_end_of_a_fit(
     assert store.refused > before
     assert bits_of(output) == calm
     note(recovery, calm_seconds)
-
-
-@ray.remote(num_cpus=0)
-def fill(size: int) -> np.ndarray:
-    return np.arange(size, dtype=np.uint8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["embed", "fit"])
-def test_object_stores_that_are_full_spill(
-    whole, encoder, captions, calm_store, stores, calm_fit, tmp_path, note, results, stage
-):
-    """Objects of others fill every machine's object store, so that what the job makes drives some to disk."""
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    held = [
-        fill.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(9_800_000)
-        for node in nodes
-        for _ in range(OBJECT_STORE // 10_000_000)
-    ]
-    ray.wait(held, num_returns=len(held), fetch_local=False)
-    before = whole.spilled_megabytes()
-    if stage == "embed":
-        work = Work(lambda: embed.run(embed_job(encoder, captions, tmp_path / "out")))
-        work.wait()
-        assert rows_of(tmp_path / "out") == calm_store[0]
-    else:
-        work = Work(lambda: fit.run(fit_job(stores, tmp_path / "out")))
-        work.wait()
-        assert bits_of(tmp_path / "out") == calm_fit[0]
-    print(f"spilled {before} MiB before, {whole.spilled_megabytes()} MiB after")
-    assert whole.spilled_megabytes() > before
-    assert (ray.get(held[0]) == np.arange(9_800_000, dtype=np.uint8)).all()
-    calm = calm_store[1] if stage == "embed" else calm_fit[1]
-    note(Recovery(first_sign=float("nan"), seconds=work.seconds), calm)
