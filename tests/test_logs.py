@@ -124,13 +124,13 @@ class Job:
     "A job."
     output: str = ""
     "Where."
-    fail: bool = False
-    "Whether."
+    refused: str = ""
+    "A place that is."
 
 def run(job):
     logging.getLogger("revision_ray.x").info("at work")
-    if job.fail:
-        raise DataError(f"{job.output}: refused")
+    if job.refused:
+        raise DataError(f"{job.refused}: refused")
     return "done"
 
 run_job(Job, run)
@@ -163,7 +163,7 @@ def test_a_job_says_its_name_and_run(run):
 
 
 def test_an_error_message_of_a_job_holds_no_secret(run):
-    result = run(f"output=s3://key:{SECRET}@bucket/x", "fail=true")
+    result = run(f"refused=s3://key:{SECRET}@bucket/x")
     assert result.returncode == 2
     assert SECRET not in result.stderr
     assert "s3://***@bucket/x: refused" in result.stderr

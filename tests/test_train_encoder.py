@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import signal
 import tarfile
 
 import numpy as np
@@ -229,8 +230,10 @@ def test_settings_that_cannot_be_are_refused(world, tmp_path, settings, message)
 
 def test_training_lowers_the_loss_and_open_clip_loads_the_folder(cluster, world, tmp_path):
     training = training_of(world, tmp_path / "encoder")
+    interrupt = signal.getsignal(signal.SIGINT)
     metrics, trained = train_encoder(training)
     assert trained
+    assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C does what it did before"
     assert metrics["last_loss"] < metrics["first_loss"]
     assert metrics["num_parameters"] == pytest.approx(1.8e6, rel=0.05)
 

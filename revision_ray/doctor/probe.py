@@ -21,7 +21,7 @@ from revision_ray.errors import DataError
 PACKAGES = (
     "ray", "torch", "torchvision", "transformers", "open_clip_torch", "deepspeed", "omegaconf", "pyarrow",
     "numpy", "scipy", "safetensors", "pillow", "protobuf", "sentencepiece", "threadpoolctl", "tqdm", "peft",
-    "tensorboardX", "jinja2", "tokenizers", "aiohttp", "fastapi", "pydantic",
+    "tensorboardX", "matplotlib", "jinja2", "tokenizers", "aiohttp", "fastapi", "pydantic",
 )  # fmt: skip
 DRIVERS_FILE = "driver"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")

@@ -27,7 +27,7 @@ from revision_ray.config import MISSING
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.miniature import encoder
 from revision_ray.progress import progress
-from revision_ray.train.entry import loop, scaling
+from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.monitor import Monitor, MonitorConfig, embed_pairs
 from revision_ray.train.pairs import Pair, batch_rows, content_hash, drawn_captions, pixels, read_pairs
 
@@ -145,9 +145,7 @@ def train_encoder(training: EncoderTraining) -> tuple[dict[str, Any], bool]:
         "model_config": model_config,
         "tokenizer": tokenizer.to_str(),
     }
-    metrics = _trainer(training, output, task).fit().return_value
-    assert metrics is not None  # the first worker returned them, or fit raised
-    return metrics, True
+    return fitted(_trainer(training, output, task)), True
 
 
 def _trainer(training: EncoderTraining, output: str, task: dict[str, Any]) -> TorchTrainer:

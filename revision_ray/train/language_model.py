@@ -28,7 +28,7 @@ from revision_ray.miniature import language_model
 from revision_ray.miniature.documents import Document, DocumentConfig, document
 from revision_ray.miniature.language_model import ModelSize, Rows
 from revision_ray.progress import progress
-from revision_ray.train.entry import loop, scaling
+from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.pairs import batch_rows
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,7 @@ def train_language_model(training: LanguageTraining) -> tuple[dict[str, Any], bo
     if (former := _former_metrics(output, identity)) is not None:
         return former, False
     task = {"training": training, "output": output, "identity": identity}
-    metrics = _trainer(training, output, task).fit().return_value
-    assert metrics is not None  # the worker returned them, or fit raised
-    return metrics, True
+    return fitted(_trainer(training, output, task)), True
 
 
 def _identity(training: LanguageTraining) -> dict[str, Any]:

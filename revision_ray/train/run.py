@@ -23,7 +23,7 @@ from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, ConfigError, DataError, RevisionError
 from revision_ray.train import checkpoint, export, ingest
-from revision_ray.train.entry import loop, scaling
+from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.ingest import Source
 from revision_ray.train.joined_store import Kind
 from revision_ray.train.loop import Task, order_of, train
@@ -289,11 +289,9 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
         ),
     )
     try:
-        figures = trainer.fit().return_value
+        return fitted(trainer)
     except TrainingFailedError as error:
         raise _cause(error) from None
-    assert figures is not None  # the first worker returned them, or fit raised
-    return figures
 
 
 def _cause(error: TrainingFailedError) -> Exception:
