@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,27 +231,30 @@ class Driver:
     def wait(self) -> None:
         assert self.process.wait(PATIENCE_SECONDS) == 0, self.log.read_text()[-3000:]
 
+    def close(self) -> None:
+        """The driver is gone, by SIGKILL where it still runs."""
+        self.process.kill()
+        self.process.wait()
+
 
 def kill_and_submit_again(submit: Callable[[], Driver], progress: Callable[[], int], at: int) -> Recovery:
     """The driver is killed when the job's progress has reached `at`; a second submission ends it."""
     begun = time.monotonic()
-    first = submit()
-    deadline = begun + PATIENCE_SECONDS
-    while progress() < at:
-        assert first.process.poll() is None, (
-            f"it ended before it could be killed: {first.log.read_text()[-3000:]}"
-        )
-        assert time.monotonic() < deadline, "the job makes no progress"
-        time.sleep(0.005)
-    first.process.kill()
-    first.process.wait()
+    with closing(submit()) as first:
+        deadline = begun + PATIENCE_SECONDS
+        while progress() < at:
+            assert first.process.poll() is None, (
+                f"it ended before it could be killed: {first.log.read_text()[-3000:]}"
+            )
+            assert time.monotonic() < deadline, "the job makes no progress"
+            time.sleep(0.005)
     struck, before = time.monotonic(), progress()
-    second = submit()
-    while progress() <= before and second.process.poll() is None:
-        assert time.monotonic() < struck + PATIENCE_SECONDS, "no progress after the fault"
-        time.sleep(0.01)
-    first_sign = time.monotonic() - struck
-    second.wait()
+    with closing(submit()) as second:
+        while progress() <= before and second.process.poll() is None:
+            assert time.monotonic() < struck + PATIENCE_SECONDS, "no progress after the fault"
+            time.sleep(0.01)
+        first_sign = time.monotonic() - struck
+        second.wait()
     return Recovery(first_sign=first_sign, seconds=time.monotonic() - begun)
 
 

@@ -1,4 +1,4 @@
-"""Stages 1 and 2 when machines, workers and drivers die or crawl: the outcome is that of a calm run."""
+"""Stages 1 and 2 when machines, workers and drivers die: the outcome is that of a calm run."""
 
 import json
 import random
@@ -22,7 +22,6 @@ from faults import (
     machines,
     report,
     sabotage,
-    slow_a_machine,
 )
 from tiny_language_model import WORDS, write_language_model
 
@@ -184,12 +183,11 @@ def disturbed(name: str, world: Path, calm: Calm, note, chance: random.Random, o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", list(STAGES))
-def test_a_machine_is_killed(whole, world, calm, note, name, seed):
-    chance = random.Random(seed)
+def test_a_machine_is_killed(whole, world, calm, note, name):
+    chance = random.Random(0)
     strike = kill_a_machine(whole, "RayTrainWorker", chance)
-    disturbed(name, world, calm, note, chance, f"machine-{name}-{seed}", strike)
+    disturbed(name, world, calm, note, chance, f"machine-{name}", strike)
 
 
 @pytest.mark.slow
@@ -198,14 +196,6 @@ def test_a_worker_is_killed(whole, world, calm, note, name):
     chance = random.Random(name)
     strike = kill_a_worker(whole, "RayTrainWorker", chance)
     disturbed(name, world, calm, note, chance, f"worker-{name}", strike)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(STAGES))
-def test_a_slow_machine(whole, world, calm, note, name):
-    chance = random.Random(name)
-    strike = slow_a_machine(whole, chance, share=0.25)
-    disturbed(name, world, calm, note, chance, f"slow-{name}", strike)
 
 
 @pytest.mark.slow
