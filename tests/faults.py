@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pyarrow.fs as pafs
 import ray
+import shared_cluster
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from ray.cluster_utils import Cluster
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -87,11 +88,12 @@ class Machines:
 
 @contextmanager
 def machines(count: int, **settings: Any) -> Iterator[Machines]:
-    started = Machines(count, **settings)
-    try:
-        yield started
-    finally:
-        started.close()
+    with shared_cluster.aside():
+        started = Machines(count, **settings)
+        try:
+            yield started
+        finally:
+            started.close()
 
 
 @dataclass

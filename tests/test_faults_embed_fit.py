@@ -233,7 +233,8 @@ def test_a_machine_is_killed_during_a_fit(whole, stores, calm_fit, tmp_path, res
     disturbed_fit(stores, calm_fit, tmp_path / "fit", results, note, chance, strike)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_a_worker_is_killed_during_a_fit(whole, stores, calm_fit, tmp_path, results, note, seed):
     chance = random.Random(seed)
     strike = kill_a_worker(whole, "_partial_moments", chance)
