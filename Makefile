@@ -14,7 +14,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 .PHONY: demo test test-slow check bench lock clean
 
 demo: $(READY)
-	$(BIN)/python jobs/demo.py configs/demo.yaml
+	$(BIN)/python jobs/pipeline.py configs/demo.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest

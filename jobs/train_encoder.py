@@ -1,22 +1,8 @@
 """Train a dual encoder from scratch on image-caption pairs, with Ray Train."""
 
-from revision_ray import cluster, config, storage
-from revision_ray.train.encoder import EncoderTraining, train_encoder
-
-
-def main(job: EncoderTraining) -> str:
-    cluster.connect()
-    metrics, trained = train_encoder(job)
-    config.save_resolved(job, storage.join(storage.absolute(job.output), "train_encoder.yaml"))
-    heldout = metrics["heldout"]
-    figure = f"; its way there: {storage.join(job.output, 'dynamics.png')}" if job.monitor.enabled else ""
-    return (
-        f"{'trained' if trained else 'already there'}: {job.output}; "
-        f"R@1 of {heldout['num_pairs']} held-out pairs {heldout['image_to_text_r1']:.3f} image to text, "
-        f"{heldout['text_to_image_r1']:.3f} text to image; modality gap {heldout['modality_gap']:.3f}, "
-        f"traces {heldout['image_trace']:.3f} (image) and {heldout['text_trace']:.3f} (text){figure}"
-    )
-
+from revision_ray.config import run_job
+from revision_ray.train import from_scratch
+from revision_ray.train.encoder import EncoderTraining
 
 if __name__ == "__main__":
-    config.run_job(EncoderTraining, main)
+    run_job(EncoderTraining, from_scratch.encoder)

@@ -5,18 +5,18 @@ import dataclasses
 import difflib
 import inspect
 import json
-import logging
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from revision_ray import storage
+from revision_ray import fence, logs, storage
 from revision_ray.errors import ConfigError, RevisionError
 
 __all__ = [
@@ -41,8 +41,8 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
     Raises:
         ConfigError: unknown key (the nearest one is named), wrong type, missing value, unreadable YAML.
     """
-    yamls = [argument for argument in argv if "=" not in argument]
-    overrides = [argument for argument in argv if "=" in argument]
+    overrides = [argument for argument in argv if _is_override(argument)]
+    yamls = [argument for argument in argv if not _is_override(argument)]
     if len(yamls) > 1:
         raise ConfigError(f"expected one YAML file and key=value overrides, found {len(yamls)}: {yamls}")
     for argument in yamls:
@@ -53,6 +53,12 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
         part = _read_override(argument) if argument in overrides else _read_yaml(argument)
         merged = _merged(merged, part, argument, schema)
     return _resolved(merged, schema)
+
+
+def _is_override(argument: str) -> bool:
+    """Whether it is key=value, and no URI with a query."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and "://" not in key
 
 
 def from_mapping(schema: type[Schema], values: Mapping[str, Any], name: str) -> Schema:
@@ -84,12 +90,24 @@ def _resolved(merged: DictConfig, schema: type[Schema]) -> Schema:
     try:
         resolved = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        key = error.full_key
-        raise ConfigError(f"{key}: a value is required; give it as {key}=VALUE") from error
+        key = error.full_key or ""
+        said = f"{key}: a value is required; give it as {key}=VALUE{_other_entry(merged, key)}"
+        raise ConfigError(said) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, schema)) from error
     assert isinstance(resolved, schema)
     return resolved
+
+
+def _other_entry(merged: DictConfig, key: str) -> str:
+    """Of a key in a mapping whose entries users name: that entry with the nearest name, which was meant."""
+    for length in range(1, len(names := key.split("."))):
+        above = OmegaConf.select(merged, ".".join(names[:length]), default=None)
+        if isinstance(above, DictConfig) and OmegaConf.get_type(above) is dict:
+            others = [str(name) for name in above if name != names[length]]
+            near = difflib.get_close_matches(names[length], others, n=1)
+            return f" (or was {'.'.join([*names[:length], near[0]])} meant?)" if near else ""
+    return ""
 
 
 def _read_yaml(uri: str) -> DictConfig:
@@ -150,9 +168,11 @@ def keys(schema: type, default: Any = None, prefix: str = "") -> list[tuple[str,
             shown = "required" if value == MISSING else json.dumps(value, default=str)
             name = field.type.__name__ if field.type in (str, int, float, bool) else str(field.type)
             rows.append((key, name.replace("typing.", ""), shown, explanations.get(field.name, "")))
+        # In a mapping every entry has a name of the user's.
+        below = f"{key}.NAME." if get_origin(field.type) is dict else f"{key}."
         for nested in inner:
             assert isinstance(nested, type)
-            rows += keys(nested, value if isinstance(value, nested) else None, key + ".")
+            rows += keys(nested, value if isinstance(value, nested) else None, below)
     return rows
 
 
@@ -206,6 +226,29 @@ def spelled_out(argv: Sequence[str], verbs: Verbs) -> list[str]:
     return given + rest
 
 
+def with_flags(argv: Sequence[str], flags: Mapping[str, str]) -> list[str]:
+    """`argv` with each of the `flags` as the key=value that it stands for; a {} in it is the flag's value,
+    the word that follows or stands behind its "=".
+
+    Raises:
+        ConfigError: a flag's value is missing.
+    """
+    given, words = [], list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        meaning = flags.get(name, "")
+        if not meaning or (equals and "{}" not in meaning):
+            given.append(word)
+            continue
+        if "{}" in meaning and not equals:
+            if not words or words[0].startswith("-"):
+                raise ConfigError(f"{name}: a value is required behind it")
+            value = words.pop(0)
+        given.append(meaning.replace("{}", value))
+    return given
+
+
 def run_job(
     schema: type[Schema],
     job: Callable[[Schema], str],
@@ -214,23 +257,29 @@ def run_job(
 ) -> None:
     """Parse the command line into `schema`, run `job`, say the result; exit 2 on an error of the user's.
 
-    `job` returns one line that says where the result is. `flags` are options that stand for a key=value.
-    `verbs` are words that may lead, each for action=VERB, with the keys that may follow without their names.
-    Errors of ours keep their traceback and exit 1.
+    `job` returns one line that says where the result is. `flags` are options that stand for a key=value (see
+    `with_flags`). `verbs` are words that may lead, each for action=VERB, with the keys that may follow
+    without their names. While it runs, no other job writes to its `output`. Errors of ours keep their
+    traceback and exit 1.
     """
-    argv = [(flags or {}).get(argument, argument) for argument in spelled_out(sys.argv[1:], verbs or {})]
+    argv = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in argv):
         sys.stdout.write(help_text(schema, os.path.relpath(sys.argv[0]), verbs) + "\n")
         return
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    logs.set_up()
     try:
-        result = job(load(schema, argv))
+        loaded = load(schema, with_flags(spelled_out(argv, verbs or {}), flags or {}))
+        stage = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+        with _alone(loaded), logs.working_for(stage, getattr(loaded, "output", "")):
+            result = job(loaded)
     except RevisionError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(logs.without_secrets(f"{type(error).__name__}: {error}\n"))
         sys.exit(2)
     sys.stdout.write(result.rstrip("\n") + "\n")
+
+
+def _alone(job: Any) -> AbstractContextManager[None]:
+    """The job is the only writer to its output. One that only shows something writes nothing."""
+    shows = getattr(job, "inspect", 0) or getattr(job, "dry_run", False)
+    output = getattr(job, "output", "")
+    return fence.writing(output) if output and not shows else nullcontext()

@@ -19,3 +19,7 @@ class AlignmentError(RevisionError):
 
 class CheckpointError(RevisionError):
     """A checkpoint is missing, damaged, or of another model."""
+
+
+class ClusterError(RevisionError):
+    """The cluster lacks what a job needs."""

@@ -8,15 +8,20 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from revision_ray.metrics import record_progress
+
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts `unit`s towards `total` and shows them; `note` holds further figures to show."""
+    """Counts `unit`s towards `total` and shows them; `note` holds further figures to show.
 
-    def __init__(self, name: str, total: int | None, unit: str) -> None:
-        self.name, self.total, self.unit = name, total, unit
+    They are counted for Prometheus, too, unless another of the workers that share the progress does that.
+    """
+
+    def __init__(self, name: str, total: int | None, unit: str, counted: bool = True) -> None:
+        self.name, self.total, self.unit, self.counted = name, total, unit, counted
         self.done = 0
         self._start = self._shown = time.monotonic()
         self._bar = (
@@ -25,6 +30,8 @@ class Progress:
 
     def advance(self, amount: int, note: str = "") -> None:
         self.done += amount
+        if self.counted:
+            record_progress(self.name, self.unit, amount, self.total, time.monotonic() - self._start)
         if self._bar is not None:
             self._bar.update(amount)
             self._bar.set_postfix_str(note, refresh=False)
@@ -44,12 +51,16 @@ class Progress:
         rate = self.done / seconds
         counted = f"{self.done:,}{share} {self.unit}"
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        log.info("%s: %s, %.1f s, %s/s%s", self.name, counted, seconds, speed, f", {note}" if note else "")
+        figures = {"done": self.done, "total": self.total, "unit": self.unit, "seconds": round(seconds, 3)}
+        note = f", {note}" if note else ""
+        log.info(
+            "%s: %s, %.1f s, %s/s%s", self.name, counted, seconds, speed, note, extra={"figures": figures}
+        )
 
 
 @contextmanager
-def progress(name: str, total: int | None, unit: str) -> Iterator[Progress]:
-    shown = Progress(name, total, unit)
+def progress(name: str, total: int | None, unit: str, counted: bool = True) -> Iterator[Progress]:
+    shown = Progress(name, total, unit, counted)
     try:
         yield shown
     finally:

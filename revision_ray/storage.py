@@ -1,7 +1,8 @@
 """Bytes at URIs: local paths, s3://, gs:// through pyarrow filesystems. Every write is atomic.
 
 A local file is written beside its place, synced and renamed. On an object store one PUT (or a completed
-multipart upload) is atomic by itself; nothing appears before it is closed.
+multipart upload) is atomic by itself; nothing appears before it is closed. Requests to an object store that
+fail for a passing reason are made again (`retry`).
 """
 
 import errno
@@ -11,6 +12,7 @@ import json
 import os
 import posixpath
 import stat
+import tempfile
 import uuid
 from functools import lru_cache
 from typing import Any
@@ -19,8 +21,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from revision_ray.errors import DataError
+from revision_ray.retry import PatientReads, patiently
 
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"  # in the names of files and folders that no listing shows
 
 
 def absolute(uri: str) -> str:
@@ -53,7 +56,7 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     bucket = path.split("/", 1)[0]
     try:
         base = f"{scheme}://{bucket}" + (f"?{query}" if query else "")
-        return _filesystem_of(base), path.rstrip("/")
+        return patiently(uri, lambda: _filesystem_of(base)), path.rstrip("/")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(f"{uri}: {error}; use a local path, s3://bucket/path or gs://bucket/path") from error
 
@@ -95,7 +98,7 @@ def info(uri: str) -> pafs.FileInfo:
     """Type, size and modification time of what is at `uri` (type NotFound where nothing is)."""
     filesystem, path = resolve(uri)
     try:
-        return filesystem.get_file_info(path)
+        return patiently(uri, lambda: filesystem.get_file_info(path))
     except OSError as error:
         raise DataError(f"{uri}: cannot be looked up: {error}") from error
 
@@ -125,8 +128,8 @@ def _files_below(
     try:
         files = [
             (_uri_like(uri, entry.path), entry)
-            for entry in filesystem.get_file_info(selector)
-            if entry.type == pafs.FileType.File and _TEMPORARY not in posixpath.basename(entry.path)
+            for entry in patiently(uri, lambda: filesystem.get_file_info(selector))
+            if entry.type == pafs.FileType.File and TEMPORARY not in entry.path[len(path) :]
         ]
     except OSError as error:
         raise DataError(f"{uri}: cannot be listed: {error}") from error
@@ -186,7 +189,7 @@ def _uri_like(uri: str, path: str) -> str:
 
 
 def open_input(uri: str) -> pa.NativeFile:
-    """A seekable binary file at `uri`; local files are memory-mapped.
+    """A seekable binary file at `uri`; local files are memory-mapped, reads of others made again on failure.
 
     Raises:
         DataError: nothing there, or it cannot be read.
@@ -198,7 +201,8 @@ def open_input(uri: str) -> pa.NativeFile:
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             return pa.memory_map(path) if status.st_size else pa.BufferReader(b"")
-        return filesystem.open_input_file(path)
+        file = patiently(uri, lambda: filesystem.open_input_file(path))
+        return pa.PythonFile(PatientReads(uri, file), mode="r")
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file") from error
     except OSError as error:
@@ -225,8 +229,7 @@ def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
         if filesystem is _LOCAL:
             _replace_local(path, content)
         else:
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(content)
+            patiently(uri, lambda: _put(filesystem, path, content))
     except OSError as error:
         room = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "refused"
         raise DataError(
@@ -235,11 +238,14 @@ def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
         ) from error
 
 
+def _put(filesystem: pafs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(content)
+
+
 def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = os.path.join(
-        os.path.dirname(path), f"{_TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}"
-    )
+    temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY}{uuid.uuid4().hex}-{os.path.basename(path)}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -250,6 +256,49 @@ def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def local_copy(uri: str) -> str:
+    """A path of this machine for the file or the folder of files at `uri`, which libraries can open that know
+    no URIs. A path, or the name of a model on a hub, is returned as it is.
+
+    What lies on an object store is copied once, for as long as its files keep their sizes and times, to
+    ~/.cache/revision_ray, or where REVISION_RAY_CACHE says. Folders inside a folder are left out.
+
+    Raises:
+        DataError: nothing there, or it cannot be read, or there is no room for it.
+    """
+    uri = absolute(uri) if uri.startswith("file://") else uri
+    if "://" not in uri:
+        return uri
+    single = info(uri)
+    files = [(uri, single)] if single.type == pafs.FileType.File else list_files(uri)
+    if not files:
+        raise DataError(f"{uri}: no such file or folder")
+    state = [f"{name_of(each)} {entry.size} {entry.mtime_ns}" for each, entry in files]
+    cache = os.path.expanduser(os.environ.get("REVISION_RAY_CACHE", "~/.cache/revision_ray"))
+    folder = os.path.join(cache, sha256(uri.encode(), *(line.encode() for line in state))[:32])
+    try:
+        if not os.path.isdir(folder):
+            _copy_whole(files, cache, folder)
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be copied to {cache} (REVISION_RAY_CACHE): {error}") from error
+    return os.path.join(folder, name_of(uri)) if single.type == pafs.FileType.File else folder
+
+
+def _copy_whole(files: list[tuple[str, pafs.FileInfo]], cache: str, folder: str) -> None:
+    os.makedirs(cache, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=cache, ignore_cleanup_errors=True) as temporary:
+        whole = os.path.join(temporary, "whole")
+        os.mkdir(whole)
+        for uri, _ in files:
+            filesystem, path = resolve(uri)
+            pafs.copy_files(path, os.path.join(whole, name_of(uri)), filesystem, _LOCAL)
+        try:
+            os.rename(whole, folder)
+        except OSError:
+            if not os.path.isdir(folder):  # else another process was faster
+                raise
 
 
 def read_json(uri: str) -> Any:
@@ -271,7 +320,7 @@ def write_json(uri: str, document: Any) -> None:
 def delete_file(uri: str) -> None:
     """Nothing stands at `uri` any more. For files that this library wrote itself."""
     filesystem, path = resolve(uri)
-    filesystem.delete_file(path)
+    patiently(uri, lambda: filesystem.delete_file(path))
 
 
 def sha256(*parts: bytes) -> str:

@@ -3,33 +3,44 @@
 import logging
 import os
 import secrets
-import shutil
-import tempfile
+import uuid
 
 # Without a token given to it, Ray writes one into the home directory. It reads these when it is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# For the S3 servers of the tests, before a cluster starts that has them; nobody's own are used.
+os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "none"
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
+import pyarrow.fs as pafs
 import pytest
-import ray
+import shared_cluster
 
 
 @pytest.fixture(scope="session")
 def cluster():
     """A private two-CPU Ray with one gigabyte of object store, shut down when the session ends."""
-    # A Unix socket path may have 107 bytes, and Ray puts about 70 of its own below this folder.
-    folder = tempfile.mkdtemp(prefix="rv", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=1_000_000_000,
-        logging_level=logging.WARNING,
-        _temp_dir=folder,
-        # Workers beyond one a CPU are ended when idle; tests take fractions, and each start costs seconds.
-        _system_config={"num_workers_soft_limit": 8},
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with shared_cluster.running():
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_options():
+    """The query of URIs that lie on an S3-compatible server on loopback, of this session alone."""
+    from moto.server import ThreadedMotoServer  # takes seconds
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_options):
+    """A bucket of the module's own: the function that names a key of it as a URI."""
+    name = f"revision-{uuid.uuid4().hex[:8]}"
+    pafs.FileSystem.from_uri(f"s3://?{s3_options}&allow_bucket_creation=true")[0].create_dir(name)
+    return lambda key: f"s3://{name}/{key}?{s3_options}"

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[1]
 
 # A part imports those of lines above its own, never its neighbours; single files of the first line may.
 LAYERS = [
-    {"errors", "storage", "config", "progress", "cluster"},
+    {"errors", "retry", "storage", "fence", "config", "logs", "metrics", "progress", "cluster"},
     {"data"},
     {"encode", "align"},
     {"geometry"},
     {"model", "miniature"},
     {"train", "evaluate", "serve"},
-    {"demo"},
+    {"pipeline", "doctor"},
     {"jobs"},
 ]
 
@@ -57,6 +57,7 @@ DISTRIBUTED = {
     "geometry/studies/sample_efficiency.py",
     "geometry/study.py",
     "miniature/render.py",
+    "miniature/studies.py",
 }
 
 
@@ -324,9 +325,13 @@ def schema_of(job: str) -> type:
     return getattr(module, ast.unparse(call.args[0]))
 
 
+# Named for what they make.
+CHAINS = {"demo": "pipeline"}
+
+
 def job_of(path: str) -> str:
     """`configs/fit_large.yaml` is a run of `jobs/fit.py`: the longest job name that it begins with."""
-    stem = Path(path).stem
+    stem = CHAINS.get(Path(path).stem, Path(path).stem)
     named = [job for job in JOBS if re.match(rf"{Path(job).stem}(_|$)", stem)]
     assert named, f"{path}: no job has this name; expected one of {JOBS}"
     return max(named, key=len)

@@ -5,10 +5,7 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 import tomllib
 import urllib.error
@@ -20,19 +17,17 @@ import boto3
 import botocore.session
 import botocore.validate
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from heads import BIN, ROOT, Head, copy_of_checkout, running, short_folder
 from moto.server import ThreadedMotoServer
 from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
-
+from revision_ray import fence
 
 # --- cluster.yaml -----------------------------------------------------------------------------------------
 
@@ -174,110 +169,16 @@ def test_set_up_installs_exactly_the_dependencies_of_the_project(tmp_path):
 # --- ray job submit ---------------------------------------------------------------------------------------
 
 
-class Head:
-    """A head node in processes of its own, with token authentication, and the line that submits to it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        token_path = folder / "token"
-        token_path.write_text(secrets.token_hex(32))
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.without_token = {**clean, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
-        self.with_token = {
-            **self.without_token,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token_path),
-        }
-        gcs, client, dashboard, agent = free_ports(4)
-        self.address = f"http://127.0.0.1:{dashboard}"
-        # Worker ports are below the system's own range, from which free_ports takes the others.
-        command = [
-            *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"),
-            *(f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={folder}"),
-            *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
-            *("--dashboard-host=127.0.0.1", "--object-store-memory=200000000"),
-            *("--min-worker-port=20000", "--max-worker-port=20999"),
-        ]
-        self.log = folder / "head.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, env=self.with_token, cwd=folder, stdout=log, stderr=subprocess.STDOUT
-            )
-
-    def wait_until_ready(self) -> None:
-        for _ in range(120):
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                self.get("/api/version", self.with_token)
-                return
-            except OSError:
-                time.sleep(0.5)
-        raise TimeoutError(self.log.read_text())
-
-    def get(self, path: str, environment: dict[str, str]) -> int:
-        request = urllib.request.Request(self.address + path)
-        if "RAY_AUTH_TOKEN_PATH" in environment:
-            token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-            request.add_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=5) as response:
-            return response.status
-
-    def submit(self, working_dir: Path, *entrypoint: str, environment: dict[str, str] | None = None):
-        command = [str(BIN / "ray"), "job", "submit", "--address", self.address, "--working-dir", "."]
-        return subprocess.run(
-            [*command, "--", *entrypoint],
-            env=environment or self.with_token,
-            cwd=working_dir,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=500,
-        )
-
-    def end(self) -> None:
-        """Every process that this head started has ended; other Rays of the machine are left alone."""
-        family = [
-            *psutil.Process(self.process.pid).children(recursive=True),
-            psutil.Process(self.process.pid),
-        ]
-        self.process.terminate()
-        _, alive = psutil.wait_procs(family, timeout=10)
-        for process in alive:
-            process.kill()
-        psutil.wait_procs(alive, timeout=10)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def head():
-    # A short path: Ray's Unix sockets below it may have 107 bytes in all.
-    folder = Path(tempfile.mkdtemp(prefix="rv", dir="/tmp"))
-    started = Head(folder)
-    try:
-        started.wait_until_ready()
+    with short_folder() as folder, running(lambda: Head(folder)) as started:
         yield started
-    finally:
-        started.end()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """The files that a clone has and a job needs, with a heavy environment and old runs beside them."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in ("revision_ray", "jobs", "configs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (".gitignore", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
+    """What a clone has, with a heavy environment and old runs beside it."""
+    folder = copy_of_checkout(tmp_path_factory.mktemp("checkout"))
     for heavy in (".venv/lib/library.so", "runs/demo/checkpoint.safetensors", ".git/objects/pack"):
         (folder / heavy).parent.mkdir(parents=True)
         (folder / heavy).write_bytes(bytes(1_000_000))
@@ -312,17 +213,38 @@ def stores(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def submitted(head, checkout, stores) -> dict[str, subprocess.CompletedProcess]:
-    """Three jobs, handed to the cluster at the same time."""
+    """Four jobs, handed to the cluster at the same time, while this process writes to the output of one."""
     fit = ("python", "jobs/fit.py", "configs/fit.yaml")
     lines = {
         # -P keeps the current directory off the path, as with a script in jobs/.
         "where": ("python", "-P", "-c", WHERE),
         "fit": (*fit, f"texts={stores}/texts", f"images={stores}/images", f"output={stores}/fit"),
         "typo": (*fit, "txets=nowhere"),
+        "second": (*fit, f"texts={stores}/texts", f"images={stores}/images", f"output={stores}/held"),
     }
-    with ThreadPoolExecutor(len(lines)) as pool:
+    with ThreadPoolExecutor(len(lines)) as pool, fence.writing(f"{stores}/held"):
         results = pool.map(lambda line: head.submit(checkout, *line), lines.values())
         return dict(zip(lines, results, strict=True))
+
+
+def test_a_second_submission_to_one_output_is_refused(submitted, stores):
+    result = submitted["second"]
+    assert result.returncode != 0
+    assert f"DataError: {stores}/held: another job writes there (process {os.getpid()} on " in result.stdout
+    assert "exit code 2" in result.stdout
+    assert not (stores / "held").exists()
+
+
+@pytest.mark.slow
+def test_after_that_a_submission_is_accepted_and_another_one_finds_it_done(head, checkout, submitted, stores):
+    """The first has given the output free; a re-submission of what has finished keeps it."""
+    fit = ("python", "jobs/fit.py", "configs/fit.yaml")
+    for said in ("realign fitted on", "holds this fit already"):
+        result = head.submit(
+            checkout, *fit, f"texts={stores}/texts", f"images={stores}/images", f"output={stores}/held"
+        )
+        assert result.returncode == 0, result.stdout
+        assert said in result.stdout
 
 
 def test_driver_and_workers_import_the_package_that_was_submitted(head, submitted):
@@ -363,3 +285,100 @@ def test_without_the_token_nothing_is_accepted(head, checkout):
     stranger.write_text(secrets.token_hex(32))
     with pytest.raises(urllib.error.HTTPError, match="403"):
         head.get("/api/jobs/", {"RAY_AUTH_TOKEN_PATH": str(stranger)})
+
+
+# --- every job --------------------------------------------------------------------------------------------
+
+JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
+# Two at a time: each takes seconds to import what it needs.
+EVERY_JOB = """
+ls jobs/*.py | xargs -P 2 -I{} sh -c '
+    out=$(python {} --help 2>&1); echo "HELP $? {}" $(echo "$out" | head -1)
+    out=$(python {} no_such_key=1 2>&1); echo "WRONG $? {}" $(echo "$out" | tail -1)'
+exit 7
+"""
+
+
+@pytest.fixture(scope="module")
+def every_job(head, checkout) -> subprocess.CompletedProcess:
+    """Each job on the cluster, asked for its keys and given a key that it does not have."""
+    return head.submit(checkout, "sh", "-c", EVERY_JOB)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_answers_on_the_cluster_and_refuses_a_wrong_key(every_job, name):
+    lines = every_job.stdout.splitlines()
+    assert f"HELP 0 jobs/{name} usage: python jobs/{name} " in "\n".join(lines)
+    # Ray repeats the end of a failed job's log.
+    (wrong,) = {line for line in lines if line.startswith("WRONG ") and f" jobs/{name} " in line}
+    assert wrong.startswith(f"WRONG 2 jobs/{name} ConfigError: ")
+    assert "no_such_key" in wrong
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_the_last_line_is_the_jobs(every_job):
+    assert every_job.returncode != 0
+    assert "exit code 7" in every_job.stdout
+
+
+# --- the pipeline, stopped --------------------------------------------------------------------------------
+
+FITS = {
+    f"{strategy}_{rows}": {"strategy": strategy, "max_rows": rows}
+    for rows in (100, 150, 200, 250)
+    for strategy in ("none", "anchor", "anchor_trace", "realign", "gaussian_ot")
+}
+
+
+@pytest.fixture(scope="module")
+def chain(stores) -> Path:
+    """Many fits, one behind the other."""
+    inputs = {"texts": f"{stores}/texts", "images": f"{stores}/images"}
+    stages = {
+        name: {"fit": {**settings, **inputs, "output": f"${{output}}/{name}"}}
+        for name, settings in FITS.items()
+    }
+    (stores / "chain.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    return stores / "chain.yaml"
+
+
+def states(output: Path) -> dict[str, str]:
+    ledger = output / "ledger.json"
+    return {
+        name: record["state"]
+        for name, record in (json.loads(ledger.read_text())["stages"] if ledger.exists() else {}).items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_stopped_pipeline_is_submitted_again_and_goes_on(head, checkout, chain, stores):
+    line = ("python", "jobs/pipeline.py", str(chain))
+    stopped = stores / "stopped"
+    head.run("submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--",
+             *line, f"output={stopped}", folder=checkout)  # fmt: skip
+    for _ in range(2400):
+        if len(states(stopped)) >= 3 or head.status("first") not in ("PENDING", "RUNNING"):
+            break
+        time.sleep(0.1)
+    head.run("stop", "first", folder=checkout)
+    assert head.status("first") == "STOPPED"
+    before = states(stopped)
+    finished = [name for name, state in before.items() if state == "finished"]
+    assert 2 <= len(finished) < len(FITS)
+    again = head.submit(checkout, *line, f"output={stopped}", submission_id="again")
+    assert again.returncode == 0, again.stdout
+    assert head.status("again") == "SUCCEEDED"
+    logs = head.run("logs", "again", folder=checkout)
+    assert set(re.findall(r"stage (\w+) \(fit\): skipped, unchanged since", logs)) == set(finished)
+    cut_off = [name for name, state in before.items() if state == "running"]
+    assert re.findall(r"stage (\w+) \(fit\): goes on, was cut off", logs) == cut_off
+    assert states(stopped) == dict.fromkeys(FITS, "finished")
+    undisturbed = stores / "undisturbed"
+    whole = head.submit(checkout, *line, f"output={undisturbed}")
+    assert whole.returncode == 0, whole.stdout
+    for name in FITS:
+        files = [output / name / "alignment.safetensors" for output in (stopped, undisturbed)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from revision_ray import config
+from revision_ray import config, storage
 from revision_ray.config import MISSING, load
 from revision_ray.errors import ConfigError
 
@@ -150,6 +150,34 @@ def test_help_holds_every_key_with_type_default_and_explanation():
         assert lines[lines.index(key) + 1] == explanation
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    path: str = MISSING
+    """Where it lies."""
+    size: int = 1
+    """How large it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """Entries that users name."""
+
+    entries: dict[str, Inner] = field(default_factory=dict)
+    """Each with a name of its own."""
+
+
+def test_a_misspelt_name_of_an_entry_is_noticed(tmp_path):
+    """It would be a new entry, which lacks what it must have."""
+    (tmp_path / "run.yaml").write_text("entries: {first: {path: a}, second: {path: b}}")
+    assert load(Named, [str(tmp_path / "run.yaml"), "entries.first.path=c"]).entries["first"].path == "c"
+    with pytest.raises(ConfigError, match=r"frist\.path: a value .*\(or was entries\.first meant\?\)"):
+        load(Named, [str(tmp_path / "run.yaml"), "entries.frist.size=3"])
+
+
+def test_keys_of_entries_stand_below_a_name():
+    assert [key for key, *_ in config.keys(Named)] == ["entries.NAME.path", "entries.NAME.size"]
+
+
 # --- as a user meets it -----------------------------------------------------------------------------------
 
 JOB = '''
@@ -258,3 +286,9 @@ def test_help_needs_no_value(run):
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("usage: python count.py [CONFIG.yaml] key=value ...")
     assert "  rows: int = required\n      How many.\n" in result.stdout
+
+
+def test_a_uri_with_a_query_is_a_file_and_no_override(bucket):
+    storage.write_bytes(bucket("job.yaml"), b"seed: 7\n")
+    job = load(EmbedJob, [bucket("job.yaml"), "images=s3://b/x?scheme=http"])
+    assert (job.seed, job.images) == (7, "s3://b/x?scheme=http")

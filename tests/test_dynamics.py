@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_world import MONITOR, lines, write_world
 from tensorboardX.proto.event_pb2 import Event
 
 from revision_ray import config
@@ -15,8 +16,7 @@ from revision_ray.errors import ConfigError, DataError
 from revision_ray.geometry import dynamics_figure
 from revision_ray.geometry.dynamics import GapDynamics, Gradients, Residuals, averaged, leak_of_moments
 from revision_ray.geometry.fixed_frame import leak_ref, reference_frame
-from revision_ray.miniature import dataset, encoder
-from revision_ray.miniature.dataset import DatasetConfig
+from revision_ray.miniature import encoder
 from revision_ray.train.encoder import EncoderTraining, learning_rate, train_encoder
 from revision_ray.train.monitor import MonitorConfig
 
@@ -232,20 +232,7 @@ def test_a_file_without_records_is_refused(tmp_path, content):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Directories of 64 pairs and of 60 held-out pairs of the miniature world."""
-    output = tmp_path_factory.mktemp("world")
-    settings = DatasetConfig(output=str(output), num_pairs=64, num_heldout=60, num_images=0, num_texts=0)
-    for part in dataset.parts(settings):
-        dataset.write_part(settings, part)
-    return output
-
-
-MONITOR = MonitorConfig(
-    every_steps=2, num_probe=51, freeze_step=2, gradient_batches=2, late_window=2, top_components=16
-)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return write_world(tmp_path_factory.mktemp("world"), 64, 60)
 
 
 # --- settings ---------------------------------------------------------------------------------------------

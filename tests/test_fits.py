@@ -27,7 +27,7 @@ from revision_ray.align.alignment import (
     save_alignment,
 )
 from revision_ray.align.moments import Moments, gap_standard_error, of_block
-from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
+from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.data.store import Store
 from revision_ray.errors import AlignmentError, ConfigError, DataError
@@ -58,16 +58,15 @@ def make_fit(
     config = StrategyConfig(strategy=strategy, **settings)
     affine = fit_map(text, image, config)
     ids = [str(row) for row in range(len(texts_ND))]
-    drifted = np.empty((0, dim))
-    if STRATEGIES[strategy].centroid_step:
-        drifted = of_block(texts_ND, affine=affine, ids=ids)[0].centroid[None]
-        affine = affine.with_centroid_step(image.centroid - drifted[0])
+    affine, steps = centroid_steps(
+        affine, image, config, lambda _, affine: of_block(texts_ND, affine=affine, ids=ids)[0]
+    )
     fitted = Alignment(
         strategy=config,
         affine=affine,
         text_centroid=text.centroid,
         image_centroid=image.centroid,
-        drifted_centroids=drifted,
+        drifted_centroids=np.array([step.centroid for step in steps]).reshape(-1, dim),
         text_trace=text.trace,
         image_trace=image.trace,
         num_texts=text.count,

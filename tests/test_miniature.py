@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from revision_ray.errors import ConfigError, DataError
-from revision_ray.miniature import dataset, language, world
+from revision_ray.miniature import conversations, dataset, language, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.render import render
 from revision_ray.miniature.world import Scene, Thing, WorldConfig
@@ -349,6 +349,39 @@ def test_an_unfinished_run_is_finished_and_leftovers_of_another_are_refused(clus
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"pairs/part-00001\.tar: is no file of this dataset"):
         render(dataclasses.replace(config, num_pairs=4))
+
+
+def written_world(folder) -> str:
+    """A tiny world on disk, written without Ray."""
+    config = tiny(folder)
+    entries = [entry for part in dataset.parts(config) for entry in dataset.write_part(config, part)]
+    dataset.write_manifest(config, entries)
+    return str(folder)
+
+
+def test_conversations_ask_about_the_worlds_images_in_their_order(tmp_path):
+    made = written_world(tmp_path / "world")
+    job = conversations.ConversationsJob(world=made, num_samples=7, output=str(tmp_path / "out"))
+    said = conversations.run(job)
+    file = tmp_path / "out" / conversations.FILE
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    first = dataset.SPLITS.index("images") * dataset.SCENES_PER_SPLIT
+    asked = [one for number in range(5) for one in dataset.questions(tiny(made), first + number)][:7]
+    assert [record["id"] for record in records] == [one["id"] for one in asked]
+    for record, one in zip(records, asked, strict=True):
+        human, gpt = (turn["value"] for turn in record["conversations"])
+        assert (human, gpt) == (f"<image>\n{one['text']}", one["answer"])
+        assert record["image"] == one["scene"]
+    assert said == f"7 questions about {len({r['image'] for r in records})} images: {file}"
+    time = file.stat().st_mtime_ns
+    conversations.run(job)
+    assert file.stat().st_mtime_ns == time, "what stands is not written again: later stages go by its time"
+
+
+def test_conversations_ask_for_a_finished_world(tmp_path):
+    job = conversations.ConversationsJob(world=str(tmp_path), output=str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"name the output of jobs/render\.py"):
+        conversations.run(job)
 
 
 def test_images_as_folder_parquet_and_tar_are_the_same_images():

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import multiprocessing
 
 import numpy as np
@@ -10,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from small_world import MONITOR, lines, write_world
 
 # Few imports: each worker process that a test starts makes them again.
-from revision_ray.miniature import dataset, encoder
-from revision_ray.miniature.dataset import DatasetConfig
+from revision_ray.miniature import encoder
 from revision_ray.train import monitor as monitoring
 from revision_ray.train.gradients import GradientSums
-from revision_ray.train.monitor import Monitor, MonitorConfig
+from revision_ray.train.monitor import Monitor
 from revision_ray.train.pairs import read_pairs
 
 
@@ -78,16 +77,7 @@ class Towers(torch.nn.Module):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A directory of 60 held-out pairs of the miniature world."""
-    output = tmp_path_factory.mktemp("world")
-    settings = DatasetConfig(output=str(output), num_pairs=0, num_heldout=60, num_images=0, num_texts=0)
-    for part in dataset.parts(settings):
-        dataset.write_part(settings, part)
-    return output
-
-
-MONITOR = MonitorConfig(
-    every_steps=2, num_probe=51, freeze_step=2, gradient_batches=2, late_window=2, top_components=16
-)
+    return write_world(tmp_path_factory.mktemp("world"), 0, 60)
 
 
 def monitor_of(world, output, model):
@@ -118,10 +108,6 @@ def probes_of_two(rank, rendezvous, world, output, results):
     results.put(rank)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow

@@ -259,7 +259,7 @@ def test_a_stream_says_what_the_whole_answer_says(client):
     assert text == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
-    assert len(chunks) > 20, "it came in pieces"
+    assert len(chunks) >= 4, "the role, the first token at once, the others in pieces, the end"
     assert last.choices == []
     assert last.usage == whole.usage
     assert whole.usage.completion_tokens == 40

@@ -1,8 +1,7 @@
-"""The files under configs/serve, and the metrics that the dashboard shows."""
+"""The Serve applications of configs/, and the metrics that a server exports."""
 
 import ast
 import asyncio
-import json
 import re
 import threading
 import time
@@ -20,17 +19,18 @@ from revision_ray.serve import metrics
 from revision_ray.serve.settings import ServeJob, is_loopback
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "configs" / "serve"
+DEPLOY = ROOT / "configs" / "serve" / "deploy.yaml"
+RAYSERVICE = ROOT / "configs" / "cluster" / "kuberay" / "rayservice.yaml"
 
 
 def rayservice() -> dict:
-    return next(yaml.safe_load_all((FOLDER / "rayservice.yaml").read_text()))["spec"]
+    return next(yaml.safe_load_all(RAYSERVICE.read_text()))["spec"]
 
 
 def deployed(name: str) -> dict:
     """The Serve config inside the file."""
     if name == "deploy.yaml":
-        return yaml.safe_load((FOLDER / name).read_text())
+        return yaml.safe_load(DEPLOY.read_text())
     return yaml.safe_load(rayservice()["serveConfigV2"])
 
 
@@ -91,7 +91,6 @@ def test_the_cluster_of_the_rayservice_is_guarded_and_starts_no_gpu_by_itself():
     pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned
     assert cluster["rayVersion"] == pinned[1]
-    assert f"rayproject/ray:{pinned[1]}-" in (FOLDER / "rayservice.yaml").read_text()
 
 
 def test_every_replica_fits_the_pods_of_the_rayservice():
@@ -105,66 +104,6 @@ def test_every_replica_fits_the_pods_of_the_rayservice():
     assert sum(part.num_gpus for part in on_gpu) <= float(sizes["gpu"]["nvidia.com/gpu"])
     assert sum(part.num_cpus for part in on_gpu) <= float(sizes["gpu"]["cpu"])
     assert parts.ingress.num_cpus <= float(sizes["cpu"]["cpu"])
-
-
-# --- the dashboard ----------------------------------------------------------------------------------------
-
-
-def dashboard() -> dict:
-    return json.loads((FOLDER / "grafana.json").read_text())
-
-
-def series(name: str, kind: str) -> set[str]:
-    return {name + suffix for suffix in ("_bucket", "_count", "_sum")} if kind == "histogram" else {name}
-
-
-def test_every_metric_of_the_dashboard_is_one_of_ours_and_every_one_of_ours_is_shown():
-    known = {name: series(name, kind) for name, kind in metrics.exported().items()}
-    queries = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
-    shown = set(re.findall(r"\bray_\w+", " ".join(queries)))
-    assert shown <= set().union(*known.values())
-    assert [name for name, names in known.items() if not names & shown] == []
-
-
-def test_queries_use_only_tags_that_the_metric_has():
-    tags = {
-        "ray_" + metrics.PREFIX + each.name: set(each.tags) for each in vars(metrics.instruments()).values()
-    }
-    for panel in dashboard()["panels"]:
-        for target in panel.get("targets", []):
-            query = target["expr"]
-            names = {name.removesuffix("_bucket") for name in re.findall(r"\bray_\w+", query)}
-            used = set(re.findall(r"(\w+)=", query)) | set(
-                re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])
-            )
-            for grouped in re.findall(r"by \(([^)]*)\)", query):
-                used |= set(grouped.split(", "))
-            assert used - {"le"} <= set().union(*(tags[name] for name in names)), query
-
-
-def test_the_dashboard_can_be_imported():
-    """Into any Grafana: the data source is chosen there, panels have ids of their own and do not overlap."""
-    document = dashboard()
-    (variable,) = document["templating"]["list"]
-    assert (variable["type"], variable["query"], variable["name"]) == (
-        "datasource",
-        "prometheus",
-        "datasource",
-    )
-    assert len({panel["id"] for panel in document["panels"]}) == len(document["panels"])
-    cells: set[tuple[int, int]] = set()
-    for panel in document["panels"]:
-        for target in panel.get("targets", []):
-            assert target["datasource"]["uid"] == "${datasource}"
-        place = panel["gridPos"]
-        assert place["x"] + place["w"] <= 24
-        own = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not own & cells, panel["title"]
-        cells |= own
 
 
 # --- metrics ----------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from revision_ray.serve.drift import (
     Drift,
     Monitor,
 )
+from revision_ray.serve.metrics import SERVE_PREFIX
 
 DIM = 24
 
@@ -283,11 +284,13 @@ def test_fits_of_another_encoder_are_refused():
 
 
 def test_the_monitor_reads_fits_and_sets_the_gauges(tmp_path, monkeypatch):
-    seen = {}
+    seen, exported = {}, f"ray_{SERVE_PREFIX}"
+
+    def record(self, value, tags=None):
+        seen[self.exported.removeprefix(exported)] = value
+
     monkeypatch.setattr(drift, "_PUBLISH_S", 0.05)
-    monkeypatch.setattr(
-        "revision_ray.serve.metrics.Gauge.set", lambda self, value, tags=None: seen.update({self.name: value})
-    )
+    monkeypatch.setattr("revision_ray.metrics.Gauge.set", record)
     uris = []
     for name, each in (("own", fit()), ("other", fit(2.0, "x-rays"))):
         uris.append(str(tmp_path / name))

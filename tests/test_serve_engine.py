@@ -111,7 +111,7 @@ def answers_of(family: str, limits: tuple[int, ...]) -> list[str]:
 async def engine_of(
     kind: str = "continuous", model: Any = None, tokenizer: Any = TOKENIZER, **others: Any
 ) -> AsyncIterator[Engine]:
-    others = {"num_slots": 4, "max_length": CONTEXT, "batch_wait_s": 0.05, **others}
+    others = {"num_slots": 4, "max_length": CONTEXT, "batch_wait_s": 0.05, "piece_interval_s": 0.0, **others}
     engine = make_engine(model or model_of(), tokenizer, EngineConfig(kind=kind, **others))
     try:
         yield engine
@@ -519,6 +519,44 @@ def test_a_reader_that_goes_frees_its_slot_within_a_step(kind):
             assert engine.figures() | {"step_s": 0} == {"running": 0, "waiting": 0, "slots": 2, "step_s": 0}
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_between_two_pieces_go_together_and_the_last_waits_for_nothing(kind):
+    async def check() -> None:
+        async with engine_of(kind, piece_interval_s=3600.0) as engine:
+            async with asyncio.timeout(60):  # not the interval: an answer that has ended is handed out
+                few = await pieces_of(engine, PROMPTS[0], greedy())
+            assert len(few) <= 2
+            assert few[-1].finish_reason is not None
+            named = await pieces_of(engine, PROMPTS[0], greedy(top_logprobs=0))
+        async with engine_of(kind) as engine:
+            each = await pieces_of(engine, PROMPTS[0], greedy())
+        assert len(each) > 2
+        for pieces in (few, named):
+            assert "".join(piece.text for piece in pieces) == "".join(piece.text for piece in each)
+            assert pieces[-1].num_tokens == each[-1].num_tokens
+        assert sum(piece.token is not None for piece in named) == named[-1].num_tokens
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_behind_text_that_waits_follows_it(kind):
+    said = []
+
+    async def read_and_close(engine: Engine) -> None:
+        async for piece in engine.stream(PROMPTS[0], greedy(max_tokens=CONTEXT)):
+            said.append(piece.text)
+            await engine.close()
+
+    async def check() -> None:
+        async with engine_of(kind, piece_interval_s=3600.0) as engine:
+            with pytest.raises(RuntimeError, match="closed"):
+                await read_and_close(engine)
+        assert said
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -225,11 +225,11 @@ def test_ten_thousand_requests_break_nothing_and_leave_nothing_behind(served):
         before = memory()
         both_kinds(sender, NUM_REQUESTS - num_warm, 2)
         after = memory()
+    statuses = Counter(sender.statuses)
+    growth = {name: (after[name] - before[name]) / 2**20 for name in after.keys() & before.keys()}
+    print(f"{sender.num_sent} requests, answers by status {dict(statuses)}, growth in MiB {growth}")
     assert not sender.wrong, f"{len(sender.wrong)} answers are wrong:\n\n" + "\n\n".join(sender.wrong[:5])
     assert sender.num_sent >= NUM_REQUESTS
-    statuses = Counter(sender.statuses)
     assert statuses[200] > NUM_REQUESTS / 10, f"too few reach the models to tell anything: {statuses}"
     assert before.keys() == after.keys(), "a replica died"
-    growth = {name: (after[name] - before[name]) / 2**20 for name in after}
-    print(f"{sender.num_sent} requests, answers by status {dict(statuses)}, growth in MiB {growth}")
     assert sum(after.values()) - sum(before.values()) < GROWTH_BYTES, growth

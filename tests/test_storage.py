@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -14,22 +15,6 @@ from revision_ray import storage
 from revision_ray.data.schema import ImageRow, TextRow
 from revision_ray.data.sources import image_splits, read_images, read_texts, text_splits
 from revision_ray.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """URI of a bucket on a private S3 server, as a function of the key."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    keep = {name: os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test")
-    options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-    pafs.FileSystem.from_uri(f"s3://?{options}&allow_bucket_creation=true")[0].create_dir("revision")
-    yield lambda key: f"s3://revision/{key}?{options}"
-    server.stop()
-    for name, value in keep.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def test_written_bytes_are_read_back_and_parents_are_made(tmp_path):
@@ -241,3 +226,30 @@ def test_sources_on_s3_give_the_rows_of_local_ones(bucket, tmp_path):
     assert images == [("x/1", b"one"), ("x/2", b"two"), ("i", "no such image file"), ("k", b"three")]
     with pytest.raises(DataError, match="no such file or directory"):
         text_splits([bucket("gone")])
+
+
+def test_a_copy_of_a_folder_is_made_once_and_again_when_it_changes(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("REVISION_RAY_CACHE", str(tmp_path))
+    for name in ("a.json", "b.bin", "inner/c.bin"):
+        storage.write_bytes(bucket(f"model/{name}"), name.encode())
+    first = storage.local_copy(bucket("model"))
+    found = {path.name: path.read_text() for path in Path(first).iterdir()}
+    assert found == {"a.json": "a.json", "b.bin": "b.bin"}
+    assert storage.local_copy(bucket("model")) == first
+    storage.write_bytes(bucket("model/b.bin"), b"longer")
+    second = storage.local_copy(bucket("model"))
+    assert Path(second, "b.bin").read_text() == "longer"
+    assert Path(storage.local_copy(bucket("model/a.json"))).read_text() == "a.json"
+    assert not [name for name in os.listdir(tmp_path) if storage.TEMPORARY in name]
+
+
+def test_what_is_no_uri_is_no_copy_and_what_is_missing_is_named(bucket, tmp_path, monkeypatch):
+    assert storage.local_copy("org/model") == "org/model"
+    assert storage.local_copy(f"file://{tmp_path}") == str(tmp_path)
+    with pytest.raises(DataError, match=r"nothing/here.*: no such file or folder"):
+        storage.local_copy(bucket("nothing/here"))
+    storage.write_bytes(bucket("full/a.bin"), b"1")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REVISION_RAY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="REVISION_RAY_CACHE"):
+        storage.local_copy(bucket("full"))

@@ -363,7 +363,11 @@ def test_shards_that_a_manifest_lists_stay_when_data_are_added(cluster, tmp_path
     assert {"a", "b", "c", "d"} <= stored(tmp_path).keys()
 
 
-def test_ids_are_compared_across_partitions_of_the_shuffle(cluster, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shares", [[1, 1, 1], [2, 1], [3]])
+def test_ids_are_compared_across_tasks_and_partitions_of_the_shuffle(cluster, tmp_path, monkeypatch, shares):
+    starts = [sum(shares[:number]) for number in range(len(shares))]
+    ranges = [range(start, start + size) for start, size in zip(starts, shares, strict=True)]
+    monkeypatch.setattr(duplicates, "_shares", lambda number: ranges)
     monkeypatch.setattr(duplicates, "_ROWS_PER_PARTITION", 100)
     uris = []
     for number in range(3):
@@ -373,6 +377,15 @@ def test_ids_are_compared_across_partitions_of_the_shuffle(cluster, tmp_path, mo
         uris.append(str(path))
     found = duplicates.find_repeated(uris)
     assert found == {1: dict.fromkeys(range(50), True), 2: dict.fromkeys(range(50), False)}
+
+
+@pytest.mark.parametrize("number", [1, 7, 8, 9, 100, 10_000])
+def test_every_shard_is_in_one_share(monkeypatch, number):
+    monkeypatch.setattr(duplicates.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    shares = duplicates._shares(number)
+    assert [place for share in shares for place in share] == list(range(number))
+    assert max(map(len, shares)) <= duplicates._SHARDS_PER_TASK
+    assert len(shares) >= min(number, 8), "enough for every CPU"
 
 
 def test_images_are_compared_by_their_embeddings(cluster, tmp_path):

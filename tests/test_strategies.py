@@ -12,7 +12,7 @@ from revision_ray.align.exact_sum import ExactSum
 from revision_ray.align.frame import fixed_frame, inverse_root, of_symmetric, shrunk
 from revision_ray.align.moments import Moments, of_block
 from revision_ray.align.rows import noise_rows
-from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
+from revision_ray.align.strategies import StrategyConfig, centroid_steps, fit_map
 from revision_ray.errors import AlignmentError, ConfigError
 
 TEXT_ND, IMAGE_ND = cloud(4000, 16, "text"), cloud(3000, 16, "image")
@@ -42,10 +42,9 @@ def fitted(settings: dict[str, Any], text: Moments = TEXT, image: Moments = IMAG
     """The map with its centroid steps, mu' taken from TEXT_ND."""
     config = StrategyConfig(**settings)
     affine = fit_map(text, image, config)
-    for _ in range(config.centroid_steps if STRATEGIES[config.strategy].centroid_step else 0):
-        drifted = of_block(TEXT_ND, affine=affine, ids=IDS)[0].centroid
-        affine = affine.with_centroid_step(image.centroid - drifted)
-    return affine
+    return centroid_steps(
+        affine, image, config, lambda _, affine: of_block(TEXT_ND, affine=affine, ids=IDS)[0]
+    )[0]
 
 
 def by_hand(settings: dict[str, Any]) -> np.ndarray:

@@ -17,7 +17,7 @@ from revision_ray.align.affine import Affine
 from revision_ray.align.map_reduce import Sample, draw_sample, moments_here, read_sampled, store_moments
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.data.store import Store, open_stores
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.errors import AlignmentError, ConfigError, DataError
 from revision_ray.geometry import study
 from revision_ray.geometry.studies import caption_length, domain_transfer, inputs, labels, sample_efficiency
 from revision_ray.geometry.studies.c3_sigma import C3Sigma
@@ -521,7 +521,7 @@ def test_inputs_that_cannot_serve_are_refused(cluster, job, tmp_path):
     with pytest.raises(DataError, match="has 20 rows and 5 would be held out"):
         study.run(bad(job, texts=few, domains={}, lengths={}))
     other = write_store(tmp_path / "other", cloud(80, DIM + 1, "image"), "image")
-    with pytest.raises(DataError, match="dimensions are 12 and 13"):
+    with pytest.raises(AlignmentError, match="texts have dimension 12, images 13"):
         study.run(bad(job, images=other))
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "precision.json").write_text("{}")

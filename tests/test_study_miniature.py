@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import tiny_encoder
 
-from revision_ray.demo import studies
-from revision_ray.demo.studies import Miniature, MiniatureStudyJob
 from revision_ray.encode import embed
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.geometry.studies.cross_modal_probe import Probe
 from revision_ray.geometry.studies.labels import read_labels
-from revision_ray.miniature import dataset, world
+from revision_ray.miniature import dataset, studies, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.render import render
+from revision_ray.miniature.studies import Miniature, MiniatureStudyJob
 from revision_ray.miniature.world import Scene, Thing
 
 THING = Thing(shape="star", colour="red", size="small", x=20, y=20, radius=9, angle=0)

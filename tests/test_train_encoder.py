@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import signal
 import tarfile
 
 import numpy as np
@@ -14,11 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from small_world import write_world
 from torch.nn.parallel import DistributedDataParallel
 
 from revision_ray.errors import ConfigError, DataError
-from revision_ray.miniature import dataset, encoder
-from revision_ray.miniature.dataset import DatasetConfig
+from revision_ray.miniature import encoder
 from revision_ray.train.encoder import EncoderTraining, learning_rate, train_encoder
 from revision_ray.train.pairs import batch_rows, drawn_captions, pixels, read_pairs
 
@@ -28,11 +29,7 @@ CAPTIONS = ["a red circle", "A blue square, on grass", "two red stars on sand"]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Directories of 96 pairs and of 40 held-out pairs of the miniature world."""
-    output = tmp_path_factory.mktemp("world")
-    config = DatasetConfig(output=str(output), num_pairs=96, num_heldout=40, num_images=0, num_texts=0)
-    for part in dataset.parts(config):
-        dataset.write_part(config, part)
-    return output
+    return write_world(tmp_path_factory.mktemp("world"), 96, 40)
 
 
 def training_of(world, output, **settings) -> EncoderTraining:
@@ -233,8 +230,10 @@ def test_settings_that_cannot_be_are_refused(world, tmp_path, settings, message)
 
 def test_training_lowers_the_loss_and_open_clip_loads_the_folder(cluster, world, tmp_path):
     training = training_of(world, tmp_path / "encoder")
+    interrupt = signal.getsignal(signal.SIGINT)
     metrics, trained = train_encoder(training)
     assert trained
+    assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C does what it did before"
     assert metrics["last_loss"] < metrics["first_loss"]
     assert metrics["num_parameters"] == pytest.approx(1.8e6, rel=0.05)
 

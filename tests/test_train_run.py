@@ -26,7 +26,7 @@ from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from revision_ray.train.export_job import export_checkpoint
-from revision_ray.train.models import Architecture
+from revision_ray.train.models import Architecture, new_model
 from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, inspect, pretrain
 from revision_ray.train.settings import Checkpoints, Logging, Lora, Optimisation, Workers, Zero
 
@@ -252,6 +252,30 @@ def test_any_checkpoint_exports(world, unbroken, tmp_path):
         assert torch.equal(exported.state_dict()[name], value), name
     with pytest.raises(CheckpointError, match="there are checkpoint-"):
         export_checkpoint(str(unbroken), "checkpoint-99", str(tmp_path / "none"))
+
+
+def test_a_run_exports_what_it_began_with(world, unbroken, tmp_path):
+    """The baseline without stage 1: a projector of the run's seed that nothing has trained."""
+    from transformers import AutoModelForImageTextToText
+
+    exported = AutoModelForImageTextToText.from_pretrained(
+        export_checkpoint(str(unbroken), "start", str(tmp_path / "start"))
+    ).state_dict()
+    torch.manual_seed(0)
+    job = stage_one(world, "unbroken")
+    begun, _ = new_model(
+        job.model,
+        job.architecture,
+        embedding_dim=DIM,
+        alignment={},
+        image_tower=None,
+        dtype=torch.float32,
+        attention=None,
+    )
+    final = AutoModelForImageTextToText.from_pretrained(unbroken / "model").state_dict()
+    for name, value in begun.state_dict().items():
+        assert torch.equal(exported[name], value), name
+        assert torch.equal(exported[name], final[name]) == (not name.startswith("projector.")), name
 
 
 def test_the_best_checkpoint_by_held_out_loss_is_kept_apart(world, unbroken, tmp_path):

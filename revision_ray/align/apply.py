@@ -90,6 +90,39 @@ def check_store(store: Store, alignment: Alignment, allow_other_encoder: bool) -
     alignment.check_encoder(store.encoder, store.embedding_dim, where, allow_other_encoder)
 
 
+def open_pair(texts: str | Sequence[str], images: str | Sequence[str]) -> tuple[Store, Store]:
+    """The text and the image store, of one dual encoder.
+
+    Raises:
+        DataError: a store is missing, damaged or of the other modality.
+        AlignmentError: the two are not of one encoder.
+    """
+    text = open_stores([texts] if isinstance(texts, str) else texts, "text")
+    image = open_stores([images] if isinstance(images, str) else images, "image")
+    check_pair(text, image)
+    return text, image
+
+
+def check_pair(texts: Store, images: Store, allow_other_encoder: bool | None = None) -> None:
+    """Texts and images are of one dual encoder. `allow_other_encoder`: the job's setting, where it has one.
+
+    Raises:
+        AlignmentError: the dimensions differ, or the encoders do and that is not allowed.
+    """
+    where = f"{', '.join(texts.uris)} and {', '.join(images.uris)}"
+    if texts.embedding_dim != images.embedding_dim:
+        raise AlignmentError(
+            f"{where}: texts have dimension {texts.embedding_dim}, images {images.embedding_dim}; both sides "
+            "must come from the same dual encoder"
+        )
+    if texts.encoder.fingerprint != images.encoder.fingerprint and not allow_other_encoder:
+        allow = ", or set allow_other_encoder=true if you know that they share a space"
+        raise AlignmentError(
+            f"{where}: texts were made by {texts.encoder}, images by {images.encoder}; embed both with one "
+            f"encoder{'' if allow_other_encoder is None else allow}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlignJob:
     """Write an aligned copy of a text store. Training needs none: it aligns in its ingest."""

@@ -21,6 +21,11 @@ def sampling_floor(trace: float, num_fitted: int, num_sampled: int) -> float:
     return math.sqrt(unbiased_trace(trace, num_fitted) * (1 / num_sampled + 1 / num_fitted))
 
 
+def gap_floor(text_trace: float, num_texts: int, image_trace: float, num_images: int) -> float:
+    """Root mean square distance that sampling alone leaves between the centroids of texts and images."""
+    return math.sqrt(text_trace / max(num_texts - 1, 1) + image_trace / max(num_images - 1, 1))
+
+
 def unbiased_trace(trace: float, num_rows: int) -> float:
     """The trace of a sample is N / (N - 1) too small on average."""
     return max(trace, 0.0) * num_rows / max(num_rows - 1, 1)

@@ -4,8 +4,7 @@ texts, images --moments--> map --texts again--> mu' (each centroid step) --texts
 """
 
 import logging
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,9 +20,11 @@ from revision_ray.align.alignment import (
     load_moments,
     save_alignment,
 )
+from revision_ray.align.apply import check_pair
+from revision_ray.align.domain import gap_floor
 from revision_ray.align.map_reduce import Sample, draw_sample, store_moments
-from revision_ray.align.moments import Moments, gap_standard_error
-from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
+from revision_ray.align.moments import Moments, gap_standard_error, modality_gap
+from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
 from revision_ray.cluster import one_thread
 from revision_ray.config import MISSING
 from revision_ray.data.rejected import REJECTED, check_rejected, read_rejected, write_rejected
@@ -82,7 +83,9 @@ def run(job: FitJob) -> str:
     if storage.exists(storage.join(output, artifact.DOCUMENT)):
         return _reuse(output, job.domain, strategy, inputs, texts, images)
     _check_unused(output)
-    _check_pair(texts, images, job.allow_other_encoder)
+    if texts.alignment:
+        raise AlignmentError(f"{texts.uris[0]}: is aligned already; fit on the store that it was made from")
+    check_pair(texts, images, job.allow_other_encoder)
     text, image, inputs = _both_moments(job, strategy, inputs, texts, images, output)
     for side, moments in (("text", text), ("image", image)):
         if moments.count < ROWS_TO_SETTLE:
@@ -112,22 +115,20 @@ def fit(
     Raises:
         AlignmentError: a side is empty or does not vary.
     """
+
+    def measure(name: str, affine: Affine) -> Moments:
+        return store_moments(texts, name, affine=affine, sample=drift_sample)[0]
+
     with one_thread():  # the eigenvectors of second moments have other bits on more threads
         affine = fit_map(text, image, strategy)
-    drifted: list[np.ndarray] = []
-    num_steps = strategy.centroid_steps if STRATEGIES[strategy.strategy].centroid_step else 0
-    aligned = None
-    for step in range(num_steps):
-        aligned, _ = store_moments(texts, f"mu' step {step + 1}", affine=affine, sample=drift_sample)
-        drifted.append(aligned.centroid)
-        affine = affine.with_centroid_step(image.centroid - aligned.centroid)
-    after, _ = store_moments(texts, "gap after", affine=affine, sample=drift_sample)
+    affine, drifted = centroid_steps(affine, image, strategy, measure)
+    after = measure("gap after", affine=affine)
     return Alignment(
         strategy=strategy,
         affine=affine,
         text_centroid=text.centroid,
         image_centroid=image.centroid,
-        drifted_centroids=np.array(drifted).reshape(num_steps, text.embedding_dim),
+        drifted_centroids=np.array([step.centroid for step in drifted]).reshape(-1, text.embedding_dim),
         text_trace=text.trace,
         image_trace=image.trace,
         num_texts=text.count,
@@ -138,7 +139,7 @@ def fit(
         modality_gap=_gap(text, image, after, affine),
         text_centroid_standard_error=text.centroid_standard_error,
         image_centroid_standard_error=image.centroid_standard_error,
-        drifted_centroid_standard_error=aligned.centroid_standard_error if aligned else 0.0,
+        drifted_centroid_standard_error=drifted[-1].centroid_standard_error if drifted else 0.0,
         inputs=Inputs(texts=texts.uris, images=images.uris),
     )
 
@@ -146,12 +147,10 @@ def fit(
 def _gap(text: Moments, image: Moments, after: Moments, affine: Affine) -> Gap:
     spread = after.trace if affine.unit_output else text.trace * affine.scale**2
     return Gap(
-        before=float(np.linalg.norm(image.centroid - text.centroid)),
-        after=float(np.linalg.norm(image.centroid - after.centroid)),
+        before=modality_gap(text, image),
+        after=modality_gap(after, image),
         before_standard_error=gap_standard_error(text, image),
-        after_standard_error=math.sqrt(
-            spread / max(after.count - 1, 1) + image.trace / max(image.count - 1, 1)
-        ),
+        after_standard_error=gap_floor(spread, after.count, image.trace, image.count),
     )
 
 
@@ -223,21 +222,6 @@ def _check_unused(output: str) -> None:
     strangers = [uri for uri, _ in storage.list_files(output) if storage.name_of(uri) not in ours]
     if strangers:
         raise AlignmentError(f"{output}: holds files that are no fit ({strangers[0]}); name another output")
-
-
-def _check_pair(texts: Store, images: Store, allow_other_encoder: bool) -> None:
-    if texts.embedding_dim != images.embedding_dim:
-        raise AlignmentError(
-            f"texts have dimension {texts.embedding_dim}, images {images.embedding_dim}; both sides must "
-            "come from the same dual encoder"
-        )
-    if texts.alignment:
-        raise AlignmentError(f"{texts.uris[0]}: is aligned already; fit on the store that it was made from")
-    if texts.encoder.fingerprint != images.encoder.fingerprint and not allow_other_encoder:
-        raise AlignmentError(
-            f"texts were made by {asdict(texts.encoder)}, images by {asdict(images.encoder)}; embed both "
-            "with one encoder, or set allow_other_encoder=true if you know that they share a space"
-        )
 
 
 def _both_moments(

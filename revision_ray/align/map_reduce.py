@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from revision_ray import metrics
 from revision_ray.align import moments
 from revision_ray.align.affine import Affine
 from revision_ray.align.moments import Moments
@@ -101,7 +102,9 @@ def store_moments(
     ) as shown:
         for result in _run(groups, work):
             total.merge(Moments.from_bytes(result["moments"]))
-            rejected += [Rejected(**row) for row in json.loads(result["rejected"])]
+            found = [Rejected(**row) for row in json.loads(result["rejected"])]
+            rejected += found
+            metrics.record(rejected=len(found))
             shown.advance(result["num_rows"])
     total.shard_hashes = store.shard_hashes
     return total, sorted(rejected, key=lambda row: (row.uri, row.id))
@@ -166,7 +169,7 @@ def _sum_groups(
             num_rows += len(block_ND)
             ids = None
             if affine is not None and affine.needs_ids:
-                ids = _ids(group, positions_N)
+                ids = read_group_ids(group, positions_N)
             offset = moments.bucket_offset(group.shard_hash, group.index)
             invalid = sums.add(block_ND, ids, offset)
             if invalid:
@@ -183,14 +186,9 @@ def read_sampled(group: RowGroup, sample: Sample | None, embedding_dim: int) -> 
     return block_ND[positions_N], positions_N
 
 
-def _ids(group: RowGroup, positions_N: np.ndarray) -> list[str]:
-    ids = read_group_ids(group)
-    return [ids[position] for position in positions_N.tolist()]
-
-
 def reasons(group: RowGroup, positions_N: np.ndarray, embedding_dim: int) -> list[Rejected]:
     """Why the rows at these positions of a row group have no place in a fit."""
-    ids = _ids(group, positions_N)
+    ids = read_group_ids(group, positions_N)
     found = shards.describe_rows(group.uri, group.index, positions_N.tolist(), embedding_dim)
     return [
         Rejected(id=row_id, uri=f"{group.uri}:row group {group.index}, row {position}", reason=reason)

@@ -269,6 +269,11 @@ def jackknife_standard_error(estimates: np.ndarray) -> np.ndarray:
     return np.sqrt((len(estimates) - 1) / len(estimates) * squares)
 
 
+def modality_gap(text: Moments, image: Moments) -> float:
+    """The Euclidean distance of the two centroids."""
+    return float(np.linalg.norm(image.centroid - text.centroid))
+
+
 def gap_standard_error(text: Moments, image: Moments) -> float:
     """Standard error of ||mu_x - mu_y||: delete-a-group jackknife over the buckets of each side; NaN where a
     side has too few rows to form two."""

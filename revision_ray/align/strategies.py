@@ -99,3 +99,15 @@ def fit_map(text: Moments, image: Moments, config: StrategyConfig) -> Affine:
         AlignmentError: dimensions differ, a side is empty, or a side does not vary.
     """
     return replace(STRATEGIES[config.strategy].fit(text, image, config), seed=config.seed)
+
+
+def centroid_steps(
+    affine: Affine, image: Moments, config: StrategyConfig, measure: Callable[..., Moments]
+) -> tuple[Affine, list[Moments]]:
+    """The map with its centroid steps (arXiv 2602.07026 sec. 4.3, repeated), and the moments before each of
+    the aligned texts, which are those of `measure(name, affine=map)`."""
+    drifted: list[Moments] = []
+    for step in range(config.centroid_steps if STRATEGIES[config.strategy].centroid_step else 0):
+        drifted.append(measure(f"mu' step {step + 1}", affine=affine))
+        affine = affine.with_centroid_step(image.centroid - drifted[-1].centroid)
+    return affine, drifted

@@ -92,6 +92,14 @@ class ConversationSource:
             raise ConfigError(f"weight={self.weight}; expected a number from 0 on")
 
 
+def source_of(entry: str) -> ConversationSource:
+    """The part of a mixture that URI or URI*REPEAT names: how often an epoch sees each record."""
+    uri, star, repeat = entry.rpartition("*")
+    if star and repeat.replace(".", "", 1).isdigit():
+        return ConversationSource(uri=storage.absolute(uri), repeat=float(repeat))
+    return ConversationSource(uri=storage.absolute(entry))
+
+
 def expand(source: ConversationSource) -> list[ConversationSource]:
     """The parts that `source` stands for: those of a meta JSON, times its own repeat; else itself alone.
 

@@ -21,6 +21,10 @@ from revision_ray.data.shards import EmbeddingTable, Footer, Layout
 
 # About 200 MB of hashes to a partition.
 _ROWS_PER_PARTITION = 8_000_000
+# Every task leaves a part for every partition, and this process holds a reference to each: with a task a
+# shard, a store of 1e9 rows would leave 15 million of them.
+_SHARDS_PER_TASK = 64
+_TASKS_PER_CPU = 4
 _HASHES = np.dtype([("high", "<u8"), ("low", "<u8"), ("content", "<u8"), ("shard", "<u4"), ("row", "<u4")])
 
 # Row positions of one shard whose id occurs earlier: True where the content is the same too.
@@ -30,11 +34,12 @@ Repeated = dict[int, bool]
 def find_repeated(uris: Sequence[str]) -> dict[int, Repeated]:
     """For each shard (by its place in `uris`) the rows whose id stands earlier, in it or in another shard."""
     connect()
+    shares = _shares(len(uris))
     with user_errors():
-        num_rows = sum(ray.get([_count.remote(uri) for uri in uris]))
+        num_rows = sum(ray.get([_count.remote([uris[place] for place in share]) for share in shares]))
         partitions = 1 + num_rows // _ROWS_PER_PARTITION
         hashed: Any = _hashes.options(num_returns=partitions)
-        columns = [hashed.remote(uri, place, partitions) for place, uri in enumerate(uris)]
+        columns = [hashed.remote([(uris[place], place) for place in share], partitions) for share in shares]
         parts = [[column] for column in columns] if partitions == 1 else columns
         found = [_repeated.remote(*[part[p] for part in parts]) for p in range(partitions)]
         merged: dict[int, Repeated] = defaultdict(dict)
@@ -44,13 +49,28 @@ def find_repeated(uris: Sequence[str]) -> dict[int, Repeated]:
     return dict(merged)
 
 
-@ray.remote(num_cpus=0.5)
-def _count(uri: str) -> int:
-    return shards.read_footer(uri).num_rows
+def _shares(number: int) -> list[range]:
+    """The places of `number` shards in parts of which a task takes one."""
+    tasks = max(1, int(ray.cluster_resources().get("CPU", 1))) * _TASKS_PER_CPU
+    size = min(_SHARDS_PER_TASK, max(1, number // tasks))
+    return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 
 @ray.remote(num_cpus=0.5)
-def _hashes(uri: str, place: int, partitions: int) -> np.ndarray | list[np.ndarray]:
+def _count(uris: list[str]) -> int:
+    return sum(shards.read_footer(uri).num_rows for uri in uris)
+
+
+@ray.remote(num_cpus=0.5)
+def _hashes(placed: list[tuple[str, int]], partitions: int) -> np.ndarray | list[np.ndarray]:
+    rows = np.concatenate([_hashes_of(uri, place) for uri, place in placed])
+    if partitions == 1:
+        return rows
+    chosen = rows["high"] % np.uint64(partitions)
+    return [rows[chosen == partition] for partition in range(partitions)]
+
+
+def _hashes_of(uri: str, place: int) -> np.ndarray:
     ids = shards.read_columns(uri, ["id"]).column("id").to_pylist()
     rows = np.empty(len(ids), _HASHES)
     rows["shard"], rows["row"] = place, np.arange(len(ids))
@@ -58,10 +78,7 @@ def _hashes(uri: str, place: int, partitions: int) -> np.ndarray | list[np.ndarr
     halves = np.frombuffer(digests, "<u8").reshape(-1, 2)
     rows["high"], rows["low"] = halves[:, 0], halves[:, 1]
     rows["content"] = np.frombuffer(_contents(uri), "<u8")
-    if partitions == 1:
-        return rows
-    chosen = rows["high"] % np.uint64(partitions)
-    return [rows[chosen == partition] for partition in range(partitions)]
+    return rows
 
 
 def _contents(uri: str) -> bytes:

@@ -157,9 +157,10 @@ def entry_of(name: str, footer: Footer) -> ShardEntry:
 
 
 def _content_hash(columns: dict[str, pa.Array]) -> str:
-    """Of the values and not of the file, so that it outlives a change of Parquet writer."""
+    """Of the values and not of the file, so that it outlives a change of Parquet writer; of the rows and not
+    of where their sources lay, so that it outlives a move of these."""
     parts = []
-    for name in sorted(columns):
+    for name in sorted(columns.keys() - {"uri"}):
         parts.append(name.encode())
         for buffer in columns[name].buffers():
             parts.append(b"" if buffer is None else memoryview(buffer))

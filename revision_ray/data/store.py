@@ -69,9 +69,16 @@ def read_group(group: RowGroup, embedding_dim: int) -> np.ndarray:
     return block_ND
 
 
-def read_group_ids(group: RowGroup) -> list[str]:
-    """The ids of a row group, as text whatever the column's type."""
-    return [str(row_id) for row_id in shards.read_columns(group.uri, ["id"], group.index)["id"].to_pylist()]
+def read_group_ids(group: RowGroup, positions_N: np.ndarray | None = None) -> list[str]:
+    """The ids of a row group, or of its rows at these positions, as text whatever the column's type."""
+    column = shards.read_columns(group.uri, ["id"], group.index)["id"]
+    ids = [str(row_id) for row_id in column.to_pylist()]
+    return ids if positions_N is None else [ids[position] for position in positions_N.tolist()]
+
+
+def shares(groups: Sequence[RowGroup], size: int) -> list[Sequence[RowGroup]]:
+    """The row groups, in order, `size` of them together."""
+    return [groups[at : at + size] for at in range(0, len(groups), size)]
 
 
 def open_stores(uris: Sequence[str], modality: Modality) -> Store:

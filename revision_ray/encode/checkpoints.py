@@ -35,13 +35,17 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def folder_of(model: str, revision: str | None, patterns: Sequence[str] = METADATA) -> str:
-    """The local folder of checkpoint `model`; of a hub id, the files that match `patterns` are downloaded.
+    """The local folder of checkpoint `model`: itself, or a copy of what lies at a URI, or of those files of a
+    hub id that match `patterns`.
 
     Raises:
         ConfigError: neither a folder nor a hub repository that can be reached or is cached.
+        DataError: nothing lies at the URI.
     """
     if os.path.isdir(model):
         return model
+    if "://" in model:
+        return storage.local_copy(model)
     try:
         # Checkpoints keep copies for other runtimes in subfolders: nobody here reads those.
         return huggingface_hub.snapshot_download(

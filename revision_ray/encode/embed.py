@@ -128,9 +128,7 @@ def _located(encoder: EncoderConfig) -> EncoderConfig:
 
 
 def _identity(encoder: EncoderConfig) -> EncoderIdentity:
-    name = "/".join(
-        part.rstrip("/").split("/")[-1] for part in (encoder.model, encoder.pretrained or "") if part
-    )
+    name = "/".join(storage.name_of(part) for part in (encoder.model, encoder.pretrained or "") if part)
     return EncoderIdentity(name=f"{encoder.kind}:{name}", fingerprint=backend(encoder).fingerprint(encoder))
 
 

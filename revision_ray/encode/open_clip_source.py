@@ -12,6 +12,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+from revision_ray import storage
 from revision_ray.encode import checkpoints
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import ConfigError
@@ -52,6 +53,7 @@ def source_of(config: EncoderConfig) -> Source:
         repository = model.removeprefix(_HUB)
         folder = checkpoints.folder_of(repository, config.revision)
         return _local(config, os.path.join(folder, _CONFIG), partial(_download, repository, config.revision))
+    model = storage.local_copy(model)
     if os.path.isdir(model):
         return _local(config, os.path.join(model, _CONFIG), None)
     if model.endswith(".json"):
@@ -154,6 +156,7 @@ def _download_tag(model: str, tag: dict[str, Any]) -> str:
 
 
 def _file(path: str) -> str:
+    path = storage.local_copy(path)
     if not os.path.isfile(path):
         raise ConfigError(
             f"encoder.pretrained={path!r}: no such file; with a configuration of your own it is a path"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from revision_ray import storage
+from revision_ray import metrics, storage
 from revision_ray.cluster import connect, data_context, pipeline_rows, user_errors
 from revision_ray.data import images, shards, sources
 from revision_ray.data.schema import ImageRow, Rejected, Split, TextRow
@@ -92,7 +92,7 @@ def encode_splits(splits: Sequence[Split], plan: Plan, resources: Resources) -> 
                     gpus,
                     resources.cpus_per_actor,
                 ),
-                batch_size=None,
+                batch_size=1,  # a block; for actors with GPUs Ray Data wants a number
                 batch_format="pyarrow",
                 zero_copy_batch=True,
                 num_cpus=resources.cpus_per_actor,
@@ -106,6 +106,9 @@ def encode_splits(splits: Sequence[Split], plan: Plan, resources: Resources) -> 
         with progress(f"encode {plan.modality}s", None, "rows") as shown, pipeline_rows(dataset) as units:
             for unit in units:
                 encoded += unit["num_rows"]
+                metrics.record(
+                    rejected=unit["num_rejected"], truncated=unit["num_truncated"], tokens=unit["num_tokens"]
+                )
                 shown.advance(
                     unit["num_rows"], f"rejected {unit['num_rejected']}" if unit["num_rejected"] else ""
                 )
@@ -244,20 +247,25 @@ class Encode:
         self.tower: Any = module.image_tower(encoder) if modality == "image" else module.text_tower(encoder)
 
     def __call__(self, units: pa.Table) -> pa.Table:
-        encoded = []
+        encoded, num_tokens = [], []
         for unit in units.to_batches(max_chunksize=1):
             payload = unit.column("payload")[0].as_buffer()
             shape = unit.column("shape")[0].as_py()
             if self.modality == "image":
                 pixels_NCHW = np.frombuffer(payload, np.uint8).reshape(shape)
                 embedding_ND = encode_images(self.tower, pixels_NCHW, self.batch_size)
+                num_tokens.append(0)
             else:
                 tokens = np.split(np.frombuffer(payload, np.int32), np.cumsum(shape)[:-1]) if shape else []
                 embedding_ND = encode_texts(self.tower, tokens, self.batch_size)
+                num_tokens.append(sum(shape))
             encoded.append(embedding_ND.astype(np.float32, copy=False).tobytes())
-        return units.select(["footer", "rows"]).append_column(
-            "embedding", pa.array(encoded, pa.large_binary())
-        ).append_column("embedding_dim", pa.array([self.tower.embedding_dim] * len(encoded)))  # fmt: skip
+        columns = {
+            "embedding": pa.array(encoded, pa.large_binary()),
+            "embedding_dim": pa.array([self.tower.embedding_dim] * len(encoded)),
+            "num_tokens": pa.array(num_tokens, pa.int64()),
+        }
+        return pa.table({**{name: units.column(name) for name in ("footer", "rows")}, **columns})
 
 
 def encode_images(tower: Any, pixels_NCHW: np.ndarray, batch_size: int) -> np.ndarray:
@@ -277,6 +285,10 @@ def encode_texts(tower: Any, tokens: list[np.ndarray], batch_size: int) -> np.nd
     return embedding_ND
 
 
+# What is told of each unit that was written.
+_COUNTED = ("num_rows", "num_rejected", "num_truncated", "num_tokens")
+
+
 class Write:
     """Units of embeddings to shards of the store."""
 
@@ -285,7 +297,7 @@ class Write:
 
     def __call__(self, units: pa.Table) -> pa.Table:
         written = [self._write(unit) for unit in units.to_pylist()]
-        return pa.table({key: [row[key] for row in written] for key in ("num_rows", "num_rejected")})
+        return pa.table({key: [row[key] for row in written] for key in _COUNTED})
 
     def _write(self, unit: dict[str, Any]) -> dict[str, int]:
         footer = replace(shards.parse_footer(unit["footer"]), embedding_dim=unit["embedding_dim"])
@@ -299,4 +311,9 @@ class Write:
         table = EmbeddingTable(ids=rows["id"], embedding_ND=embedding_ND, columns=columns)
         uri = storage.join(self.plan.output, shard_name(footer.split, footer.index))
         shards.write_shard(uri, table, footer, self.plan.layout)
-        return {"num_rows": footer.num_rows, "num_rejected": len(footer.rejected)}
+        return {
+            "num_rows": footer.num_rows,
+            "num_rejected": len(footer.rejected),
+            "num_truncated": footer.num_truncated,
+            "num_tokens": unit["num_tokens"],
+        }

@@ -20,6 +20,7 @@ from revision_ray import storage
 from revision_ray.cluster import data_context, pipeline_rows, user_errors
 from revision_ray.data.images import UndecodableImage
 from revision_ray.data.store import Store, read_group, read_group_ids
+from revision_ray.encode import checkpoints
 from revision_ray.errors import DataError
 from revision_ray.evaluate.questions import Item, content_key
 from revision_ray.evaluate.responder import Dtype, Responder
@@ -35,7 +36,8 @@ _META = b"revision_ray.evaluate"
 class Actors:
     """The model in actors: how many, on what, and how it runs. `num_gpus` and `num_cpus` are those of one."""
 
-    folder: str
+    model: str
+    """Absolute path, URI, or hub id: each actor looks for it on its own node."""
     dtype: Dtype
     batch_size: int
     max_new_tokens: int
@@ -45,7 +47,7 @@ class Actors:
 
     def responder(self) -> Responder:
         return Responder(
-            self.folder,
+            checkpoints.folder_with_weights(self.model, None),
             dtype=self.dtype,
             max_new_tokens=self.max_new_tokens,
             num_threads=None if self.num_gpus else max(1, int(self.num_cpus)),

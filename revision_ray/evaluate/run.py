@@ -35,7 +35,7 @@ class EvaluateJob:
     interval beside controls that do not show the image."""
 
     model: str = MISSING
-    """Folder of a saved model, or a hub id."""
+    """Folder or URI of a saved model, or a hub id."""
     benchmarks: list[str] = MISSING
     """Names: miniature, mme, mmstar, science_qa, real_world_qa, mmmu, mmmu_pro_standard, mmmu_pro_vision,
     visulogic, logic_vista, crpe, pope, hallusion_bench."""
@@ -100,14 +100,14 @@ def run(job: EvaluateJob) -> str:
     store = _store(job.images, _model_config(folder), folder)
     fingerprint = _fingerprint(folder)
     _claim(output, job, fingerprint, store, found)
-    actors = _actors(job, folder)
+    actors = _actors(job)
     prepare(output, found, actors, store, lambda _, items: sample(items, job.max_items, job.seed))
     prepared = {name: load_prepared(output, name) for name in job.benchmarks}
     first = job.benchmarks[0]
     images = picture.choose(found[first], prepared[first], job.num_pictures)
     captioning = _captioning(job, actors)
     if captioning is not actors:
-        fingerprint = _fingerprint(captioning.folder)
+        fingerprint = _fingerprint(_folder(captioning.model))
     captions = ask.captions(first, prepared[first], job.caption_prompt, list(images), fingerprint)
     parts = []
     if images and captioning is not actors:
@@ -141,8 +141,7 @@ def _captioning(job: EvaluateJob, actors: Actors) -> Actors:
     """
     if not job.caption_model:
         return actors
-    folder = _folder(job.caption_model)
-    expected, found = _model_config(actors.folder), _model_config(folder)
+    expected, found = _model_config(_folder(actors.model)), _model_config(_folder(job.caption_model))
     if found.embedding_dim != expected.embedding_dim:
         raise CheckpointError(
             f"caption_model={job.caption_model}: takes embeddings of {found.embedding_dim} dimensions, "
@@ -150,13 +149,17 @@ def _captioning(job: EvaluateJob, actors: Actors) -> Actors:
         )
     if fingerprint := (expected.alignment or {}).get("image_fingerprint"):
         check_encoder(found, fingerprint)
-    return replace(actors, folder=folder, max_new_tokens=job.max_caption_tokens)
+    return replace(actors, model=_placed(job.caption_model), max_new_tokens=job.max_caption_tokens)
 
 
 def _folder(model: str) -> str:
-    """The local folder of a saved model: `model` itself, or where the hub's copy lies."""
-    found = checkpoints.folder_with_weights(os.path.abspath(model) if os.path.exists(model) else model, None)
-    return os.path.abspath(found)
+    """The local folder of a saved model: `model` itself, or where the copy lies of a URI or of a hub id."""
+    return os.path.abspath(checkpoints.folder_with_weights(_placed(model), None))
+
+
+def _placed(model: str) -> str:
+    """A local folder by its absolute path: actors run in folders of their own. A URI or hub id as it is."""
+    return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def _fingerprint(folder: str) -> str:
@@ -196,14 +199,14 @@ def _store(uri: str | None, model: ReVisionConfig, folder: str) -> Store | None:
     return store
 
 
-def _actors(job: EvaluateJob, folder: str) -> Actors:
+def _actors(job: EvaluateJob) -> Actors:
     total = ray.cluster_resources()
     gpus = job.gpus_per_actor
     if gpus is None:
         gpus = 1.0 if total.get("GPU", 0) else 0.0
     most = total.get("GPU", 1) / gpus if gpus else total.get("CPU", 1) / 2 / job.cpus_per_actor
     return Actors(
-        folder=folder,
+        model=_placed(job.model),
         dtype=job.dtype,
         batch_size=job.batch_size,
         max_new_tokens=job.max_new_tokens,

@@ -3,7 +3,6 @@
 arXiv 2602.07026, Fig. 1 and sec. 3. PNG and SVG; the same records give the same bytes.
 """
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 
 from revision_ray import storage
 from revision_ray.errors import DataError
+from revision_ray.geometry.plots import rendered
 
 Records = Sequence[dict[str, Any]]
 BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#d9730d", "#2f8f5b", "#b3262e", "#6b7280"
@@ -82,15 +82,9 @@ def draw(records: Records) -> dict[str, bytes]:
         for axes, panel in zip(grid.flat, _PANELS, strict=True):
             panel(axes, records)
         figure.suptitle(_title(records), fontsize=11, x=0.01, ha="left")
-        png = _rendered(figure, "png", dpi=130, metadata={"Software": None})
+        png = rendered(figure, "png", dpi=130)
         figure.set_layout_engine("none")  # places are found; finding them again takes as long as drawing
-        return {"png": png, "svg": _rendered(figure, "svg", metadata={"Date": None})}
-
-
-def _rendered(figure: Figure, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, **options)
-    return buffer.getvalue()
+        return {"png": png, "svg": rendered(figure, "svg")}
 
 
 def _title(records: Records) -> str:
@@ -183,8 +177,7 @@ def _spectra(axes: Axes, records: Records) -> None:
             kept = values[values > values[0] * 1e-12] / values[0]
             axes.plot(np.arange(1, len(kept) + 1), kept, color=colour, label=label)
     axes.set_yscale("log")
-    axes.set_xlabel("rank of the eigenvalue")
-    axes.set_ylabel("eigenvalue over the largest")
+    axes.set(xlabel="rank of the eigenvalue", ylabel="eigenvalue over the largest")
     axes.legend()
 
 
@@ -232,9 +225,8 @@ def _finish(
     frozen = records[-1]["frozen_at"]
     if frozen is not None:
         axes.axvline(frozen, color=GREY, linestyle="--", linewidth=1)
+    axes.set(xlabel="step of the optimizer", ylabel=ylabel)
     axes.set_xlim(0, max(records[-1]["step"], 1))
-    axes.set_xlabel("step of the optimizer")
-    axes.set_ylabel(ylabel)
     axes.set_ylim(bottom=bottom, top=top)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()

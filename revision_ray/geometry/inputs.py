@@ -10,13 +10,13 @@ import numpy as np
 from revision_ray import storage
 from revision_ray.align.affine import Affine
 from revision_ray.align.alignment import Alignment, load_alignment, load_moments
-from revision_ray.align.apply import check_store
+from revision_ray.align.apply import check_store, open_pair
 from revision_ray.align.map_reduce import draw_sample, store_moments
 from revision_ray.align.moments import Moments
 from revision_ray.align.strategies import STRATEGIES
 from revision_ray.config import MISSING
 from revision_ray.data.rejected import REJECTED, check_rejected, write_rejected
-from revision_ray.data.store import Store, open_stores
+from revision_ray.data.store import Store
 from revision_ray.errors import AlignmentError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -121,15 +121,9 @@ def open_inputs(sources: Sources, output: str, max_rejected_fraction: float) -> 
         DataError: a store is missing, damaged or of the other modality.
         AlignmentError: a fit is missing or damaged, or stores and fits are of other encoders or dimensions.
     """
-    reference = open_stores(_listed(sources.texts), "text"), open_stores(_listed(sources.images), "image")
-    measured = reference
+    measured = reference = open_pair(sources.texts, sources.images)
     if sources.heldout_texts is not None and sources.heldout_images is not None:
-        measured = (
-            open_stores(_listed(sources.heldout_texts), "text"),
-            open_stores(_listed(sources.heldout_images), "image"),
-        )
-    for texts, images in (reference, measured):
-        _check_pair(texts, images)
+        measured = open_pair(sources.heldout_texts, sources.heldout_images)
     _check_same(measured[0], reference[0])
     fits = [_opened(storage.absolute(uri), *measured) for uri in sources.alignments]
     if not any(fit.strategy == "none" for fit in fits):
@@ -146,22 +140,6 @@ def open_inputs(sources: Sources, output: str, max_rejected_fraction: float) -> 
         output=output,
         max_rejected_fraction=max_rejected_fraction,
     )
-
-
-def _listed(uris: str | list[str]) -> list[str]:
-    return [uris] if isinstance(uris, str) else uris
-
-
-def _check_pair(texts: Store, images: Store) -> None:
-    if texts.embedding_dim != images.embedding_dim:
-        raise AlignmentError(
-            f"texts have dimension {texts.embedding_dim}, images {images.embedding_dim}; both sides must "
-            "come from the same dual encoder"
-        )
-    if texts.encoder.fingerprint != images.encoder.fingerprint:
-        raise AlignmentError(
-            f"texts were made by {texts.encoder}, images by {images.encoder}; embed both with one encoder"
-        )
 
 
 def _check_same(heldout: Store, reference: Store) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import ray
 
 from revision_ray.align.affine import Affine
+from revision_ray.align.domain import gap_floor
 from revision_ray.align.moments import Moments
 from revision_ray.cluster import one_thread, user_errors
 from revision_ray.errors import ConfigError
@@ -180,8 +181,7 @@ def _sampled(
     after_ND = _aligned(affine, rows)
     gap_D = sample.image.centroid - text.centroid
     shares = len(image_ND) / sample.image.count, len(after_ND) / text.count
-    spread = float(np.trace(text.covariance))
-    floor = math.sqrt(spread / max(text.count - 1, 1) + sample.image.trace / max(sample.image.count - 1, 1))
+    floor = gap_floor(float(np.trace(text.covariance)), text.count, sample.image.trace, sample.image.count)
     cells = {
         "modality_gap": cell(
             float(np.linalg.norm(gap_D)),

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -100,9 +100,7 @@ def _svg(name: str, panel: Panel) -> str:
         canvas = Canvas(figsize=(panel.width, panel.height), layout="constrained")
         FigureCanvasSVG(canvas)
         _draw(canvas.add_subplot(), panel, ink)
-        sink = io.StringIO()
-        canvas.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = sink.getvalue()
+        svg = rendered(canvas, "svg", transparent=True).decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
@@ -142,8 +140,13 @@ def png(figure: Figure) -> bytes:
         FigureCanvasAgg(canvas)
         for place, panel in enumerate(figure.panels):
             _draw(canvas.add_subplot(rows, columns, place + 1), panel, ink)
-        sink = io.BytesIO()
-        canvas.savefig(sink, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+        return rendered(canvas, "png", dpi=_DPI, facecolor="white")
+
+
+def rendered(canvas: Canvas, form: Literal["png", "svg"], **options: Any) -> bytes:
+    """The file of a figure, without what differs from one drawing to the next."""
+    sink = io.BytesIO()
+    canvas.savefig(sink, format=form, metadata={{"png": "Software", "svg": "Date"}[form]: None}, **options)
     return sink.getvalue()
 
 
@@ -166,6 +169,13 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: quoted(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
 
 
 def dots(
@@ -191,10 +201,7 @@ def dots(
         for at, name in marks:
             axes.axvline(at * factor, color=ink(SOFT), linewidth=0.9, linestyle=(0, (2, 2)))
             axes.text(at * factor, -0.55, f"{name} ", color=ink(SOFT), fontsize=7.5, va="center", ha="right")
-        axes.set_yticks(range(len(drawn)), [label for label, _, _ in drawn])
-        axes.set_ylim(len(drawn) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
+        _name_rows(axes, [label for label, _, _ in drawn])
         if log:
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
@@ -202,8 +209,7 @@ def dots(
             most = max([found.get("high", found["value"]) * factor for _, _, found in drawn], default=1.0)
             most = max([most or 1.0, *(at * factor for at, _ in marks)])
             axes.set_xlim(-0.04 * most, 1.08 * most)
-        axes.set_title(title)
-        axes.set_xlabel(axis)
+        axes.set(title=title, xlabel=axis)
 
     return Panel(draw, alt, width=3.4, height=0.95 + 0.26 * max(len(rows), 3))
 
@@ -221,10 +227,7 @@ def scatter(
                       markeredgewidth=edge, label=name)  # fmt: skip
         axes.set_xlim(*limits[0])
         axes.set_ylim(*limits[1])
-        axes.set_aspect("equal")
-        axes.set_title(title)
-        axes.set_xlabel(axes_names[0])
-        axes.set_ylabel(axes_names[1])
+        axes.set(aspect="equal", title=title, xlabel=axes_names[0], ylabel=axes_names[1])
         if any(axes_names):
             axes.locator_params(nbins=5)
         else:
@@ -259,9 +262,7 @@ def curves(
             _plain_ticks(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel(axes_names[0])
-        axes.set_ylabel(axes_names[1])
-        axes.set_title(title)
+        axes.set(title=title, xlabel=axes_names[0], ylabel=axes_names[1])
         if not small:
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.2)
 
@@ -282,12 +283,8 @@ def stacked(
             left = [sum(values[:number]) for _, values in rows]
             axes.barh(range(len(rows)), [values[number] for _, values in rows], left=left, color=ink(style),
                       label=name, height=0.62)  # fmt: skip
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel(axis)
-        axes.set_title(title)
+        _name_rows(axes, [label for label, _ in rows])
+        axes.set(title=title, xlabel=axis)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
     return Panel(draw, alt, width=6.8, height=1.0 + 0.32 * max(len(rows), 4))
@@ -303,10 +300,7 @@ def agreement(title: str, style: Style, x: Any, y: Any, axes_names: tuple[str, s
         axes.plot(x, y, style.marker, color=ink(style), markersize=3, alpha=0.7, markeredgewidth=edge)
         axes.set_xlim(-most, most)
         axes.set_ylim(-most, most)
-        axes.set_aspect("equal")
+        axes.set(aspect="equal", title=title, xlabel=axes_names[0], ylabel=axes_names[1])
         axes.locator_params(nbins=5)
-        axes.set_xlabel(axes_names[0])
-        axes.set_ylabel(axes_names[1])
-        axes.set_title(title)
 
     return Panel(draw, alt, width=3.4, height=3.2)

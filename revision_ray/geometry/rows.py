@@ -3,6 +3,9 @@
 Shapes: N rows, D embedding dim.
 """
 
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
 
 from revision_ray.errors import DataError
@@ -11,6 +14,12 @@ from revision_ray.errors import DataError
 UNIT_TOLERANCE = 1e-3
 # What is shorter has no direction, as in align/rows.py.
 SMALLEST_NORM = 1e-8
+
+
+def id_keys(ids: Sequence[str], key: bytes = b"") -> np.ndarray:
+    """uint64 (N,): a hash of every id, another one under another key."""
+    digests = (hashlib.blake2b(row_id.encode(), digest_size=8, key=key).digest() for row_id in ids)
+    return np.frombuffer(b"".join(digests), "<u8")
 
 
 def finite_rows(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) -> np.ndarray:

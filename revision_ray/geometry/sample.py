@@ -5,7 +5,6 @@ Tasks read; only what was drawn reaches the driver. Everything is a function of 
 Shapes: N rows, D embedding dim.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import ray
 from revision_ray.align.map_reduce import Sample, draw_sample, read_sampled
 from revision_ray.align.rows import SMALLEST_NORM
 from revision_ray.cluster import connect, user_errors
-from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids
+from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids, shares
+from revision_ray.geometry.rows import id_keys
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,9 @@ def draw_rows(store: Store, num_rows: int, seed: int) -> Rows:
     connect()
     sample = draw_sample(store, num_rows, seed)
     groups = [g for g in store.row_groups if sample is None or (g.shard_hash, g.index) in sample.rows]
+    tasks = [_drawn.remote(s, sample, store.embedding_dim) for s in shares(groups, _ROW_GROUPS_PER_TASK)]
     with user_errors():
-        parts = ray.get([_drawn.remote(share, sample, store.embedding_dim) for share in _shares(groups)])
+        parts = ray.get(tasks)
     rows = _valid([i for ids, _ in parts for i in ids], np.concatenate([block for _, block in parts]))
     if rows.share_off_unit:
         log.warning(
@@ -118,10 +119,6 @@ def draw_pairs(texts: Store, images: Store, num_pairs: int, seed: int) -> Pairs 
     return Pairs(text=text.take(good), image=image.take(good), num_matched=len(common), share_searched=share)
 
 
-def _shares(groups: Sequence[RowGroup]) -> list[Sequence[RowGroup]]:
-    return [groups[at : at + _ROW_GROUPS_PER_TASK] for at in range(0, len(groups), _ROW_GROUPS_PER_TASK)]
-
-
 def _has_direction(rows_ND: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         norms_N = np.linalg.norm(rows_ND.astype(np.float64), axis=1)
@@ -141,17 +138,18 @@ def _drawn(
     ids, blocks = [], []
     for group in groups:
         block_ND, positions_N = read_sampled(group, sample, embedding_dim)
-        found = read_group_ids(group)
-        ids += [found[position] for position in positions_N.tolist()]
+        ids += read_group_ids(group, positions_N)
         blocks.append(np.array(block_ND))
     return ids, np.concatenate(blocks)
 
 
 def _hashed(store: Store, share: float, seed: int) -> np.ndarray:
     """(H,) hashes and places of the ids whose hash falls into the share, sorted by hash, each once."""
-    shares = _shares(store.row_groups)
     parts = ray.get(
-        [_hashes.remote(s, at * _ROW_GROUPS_PER_TASK, share, seed) for at, s in enumerate(shares)]
+        [
+            _hashes.remote(groups, at * _ROW_GROUPS_PER_TASK, share, seed)
+            for at, groups in enumerate(shares(store.row_groups, _ROW_GROUPS_PER_TASK))
+        ]
     )
     rows = np.sort(np.concatenate(parts), order=["hash", "group", "row"])
     first = np.ones(len(rows), bool)
@@ -164,11 +162,7 @@ def _hashes(groups: Sequence[RowGroup], first_group: int, share: float, seed: in
     limit, key = int(share * 2**64), seed.to_bytes(8, "little", signed=True)
     parts = []
     for place, group in enumerate(groups, first_group):
-        digests = b"".join(
-            hashlib.blake2b(row_id.encode(), digest_size=8, key=key).digest()
-            for row_id in read_group_ids(group)
-        )
-        hashes = np.frombuffer(digests, "<u8")
+        hashes = id_keys(read_group_ids(group), key)
         chosen = np.flatnonzero(hashes < limit) if limit < 2**64 else np.arange(len(hashes))
         rows = np.empty(len(chosen), _HASHED)
         rows["hash"], rows["group"], rows["row"] = hashes[chosen], place, chosen
@@ -193,5 +187,4 @@ def _read(store: Store, places: np.ndarray) -> Rows:
 
 @ray.remote(num_cpus=0.5)
 def _at(group: RowGroup, rows: np.ndarray, embedding_dim: int) -> tuple[list[str], np.ndarray]:
-    ids = read_group_ids(group)
-    return [ids[row] for row in rows.tolist()], read_group(group, embedding_dim)[rows]
+    return read_group_ids(group, rows), read_group(group, embedding_dim)[rows]

@@ -257,8 +257,8 @@ def _c3_sigma(opened: _Opened) -> dict[str, Any]:
 
 def _write(output: str, name: str, asked: dict[str, Any], result: dict[str, Any]) -> str:
     module = _MODULES[name]
-    figure = getattr(plots, name)(result)
-    return results.write(output, name, asked, result, module.table(result), module.reading(result), figure)
+    images = plots.files(getattr(plots, name), result)
+    return results.write(output, name, asked, result, module.table(result), module.reading(result), images)
 
 
 def _asked(name: str, opened: _Opened) -> dict[str, Any]:

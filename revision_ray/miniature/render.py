@@ -5,25 +5,34 @@ import dataclasses
 import ray
 from ray.exceptions import RayTaskError
 
-from revision_ray import storage
+from revision_ray import config, storage
+from revision_ray.cluster import connect
 from revision_ray.errors import DataError
 from revision_ray.miniature import dataset
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.progress import progress
 
 
-def render(config: DatasetConfig) -> bool:
+def run(job: DatasetConfig) -> str:
+    """The world stands at the job's output, beside its settings."""
+    connect()
+    rendered = render(job)
+    config.save_resolved(job, storage.join(storage.absolute(job.output), "render.yaml"))
+    return f"{'rendered' if rendered else 'already there'}: {job.output}"
+
+
+def render(settings: DatasetConfig) -> bool:
     """The dataset stands at its output; False when it stood there already and nothing was rendered.
 
     Raises:
         DataError: the output holds another dataset, foreign files, or refuses to be written.
     """
-    config = dataclasses.replace(config, output=storage.absolute(config.output))
-    if dataset.finished(config):
+    settings = dataclasses.replace(settings, output=storage.absolute(settings.output))
+    if dataset.finished(settings):
         return False
-    planned = dataset.parts(config)
-    write = ray.remote(num_cpus=config.cpus_per_task)(dataset.write_part)
-    running = {write.remote(config, part): part for part in planned}
+    planned = dataset.parts(settings)
+    write = ray.remote(num_cpus=settings.cpus_per_task)(dataset.write_part)
+    running = {write.remote(settings, part): part for part in planned}
     entries = []
     with progress("render", sum(part.num_rows for part in planned), "scenes") as shown:
         while running:
@@ -36,5 +45,5 @@ def render(config: DatasetConfig) -> bool:
                         raise error.cause from error
                     raise
                 shown.advance(running.pop(task).num_rows)
-    dataset.write_manifest(config, entries)
+    dataset.write_manifest(settings, entries)
     return True

@@ -52,7 +52,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one step adds to an answer."""
+    """What one step adds to an answer, or several together."""
 
     text: str
     """May be empty while a character or a stop string is undecided."""

@@ -109,7 +109,15 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _POST_ERRORS = _errors(400, 401, 404, 408, 413, 415, 422, 429, 503)
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+# In OpenAPI before 3.2 the schema of an event stream is that of each event.
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {"type": "string", "description": "a chat.completion.chunk as JSON; last, [DONE]"}
+    },
+}
+_EVENTS = {"text/event-stream": {"schema": _EVENT}}
 
 
 def asgi_app(ingress: Ingress) -> ASGIApp:

@@ -9,22 +9,18 @@ Outside a Ray process the instruments do nothing.
 
 import asyncio
 import functools
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import aiohttp
 import ray
-from ray.util import metrics
 
-PREFIX = "revision_ray_serve_"
-# What Ray puts before every name that it exports.
-EXPORTED_PREFIX = "ray_" + PREFIX
-# Families that `exposition` hands on: ours, and Ray Serve's own (replicas, queues, latencies).
-RELAYED = ("ray_revision_ray_", "ray_serve_")
+from revision_ray.metrics import PREFIX, Counter, Gauge, Histogram, instruments_in
+
+SERVE_PREFIX = PREFIX + "serve_"
+# Families that `exposition` hands on: the server's, and Ray Serve's own (replicas, queues, latencies).
+RELAYED = ("ray_" + SERVE_PREFIX, "ray_serve_")
 _TIMEOUT_S = 2.0
-
-Tags = Mapping[str, str] | None
 
 _SECONDS = [0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60]
 _TOKEN_SECONDS = [
@@ -46,50 +42,6 @@ _TOKEN_SECONDS = [
     5,
 ]
 _BATCH_SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256]
-
-
-class Counter:
-    """A sum that only grows. Adding nothing is allowed, which Ray's own counter refuses."""
-
-    kind = "counter"
-
-    def __init__(self, name: str, about: str, tags: tuple[str, ...] = ()) -> None:
-        self.name, self.tags = name, tags
-        self._counter = metrics.Counter(PREFIX + name, about, tags)
-
-    def inc(self, value: float = 1, tags: Tags = None) -> None:
-        if value > 0:
-            self._counter.inc(float(value), dict(tags or {}))
-
-
-class Gauge:
-    """The last value of each process; those of several replicas are told apart by Ray's tags."""
-
-    kind = "gauge"
-
-    def __init__(self, name: str, about: str, tags: tuple[str, ...] = ()) -> None:
-        self.name, self.tags = name, tags
-        self._gauge = metrics.Gauge(PREFIX + name, about, tags)
-
-    def set(self, value: float, tags: Tags = None) -> None:
-        if math.isfinite(value):
-            self._gauge.set(float(value), dict(tags or {}))
-
-
-class Histogram:
-    """How often values fell between boundaries."""
-
-    kind = "histogram"
-
-    def __init__(
-        self, name: str, about: str, boundaries: Sequence[float], tags: tuple[str, ...] = ()
-    ) -> None:
-        self.name, self.tags = name, tags
-        self._histogram = metrics.Histogram(PREFIX + name, about, list(boundaries), tags)
-
-    def observe(self, value: float, tags: Tags = None) -> None:
-        if math.isfinite(value):
-            self._histogram.observe(float(value), dict(tags or {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,41 +84,52 @@ class Instruments:
 def instruments() -> Instruments:
     """The instruments of this process, made once."""
     return Instruments(
-        requests=Counter("requests_total", "Answered requests.", ("route", "status")),
-        rejected=Counter("rejected_total", "Requests that were refused, by cause.", ("cause",)),
-        queue_depth=Gauge("queue_depth", "Prompts that wait for a slot of the language model."),
-        running=Gauge("running", "Prompts that have a slot of the language model."),
-        batch_size=Histogram("batch_size", "Rows that were computed together.", _BATCH_SIZES, ("part",)),
+        requests=Counter(SERVE_PREFIX + "requests_total", "Answered requests.", ("route", "status")),
+        rejected=Counter(
+            SERVE_PREFIX + "rejected_total", "Requests that were refused, by cause.", ("cause",)
+        ),
+        queue_depth=Gauge(
+            SERVE_PREFIX + "queue_depth", "Prompts that wait for a slot of the language model."
+        ),
+        running=Gauge(SERVE_PREFIX + "running", "Prompts that have a slot of the language model."),
+        batch_size=Histogram(
+            SERVE_PREFIX + "batch_size", "Rows that were computed together.", _BATCH_SIZES, ("part",)
+        ),
         time_to_first_token=Histogram(
-            "time_to_first_token_seconds", "From a prompt's way to the model to its first token.", _SECONDS
+            SERVE_PREFIX + "time_to_first_token_seconds",
+            "From a prompt's way to the model to its first token.",
+            _SECONDS,
         ),
         time_per_output_token=Histogram(
-            "time_per_output_token_seconds",
+            SERVE_PREFIX + "time_per_output_token_seconds",
             "A token, from the first to the last of an answer.",
             _TOKEN_SECONDS,
         ),
-        image_cache=Counter("image_cache_total", "Images that were looked up by content.", ("result",)),
-        prompt_tokens=Counter("prompt_tokens_total", "Tokens of prompts, visual ones included."),
-        completion_tokens=Counter("completion_tokens_total", "Tokens of answers."),
-        visual_tokens=Counter("visual_tokens_total", "Tokens that stood for images."),
+        image_cache=Counter(
+            SERVE_PREFIX + "image_cache_total", "Images that were looked up by content.", ("result",)
+        ),
+        prompt_tokens=Counter(
+            SERVE_PREFIX + "prompt_tokens_total", "Tokens of prompts, visual ones included."
+        ),
+        completion_tokens=Counter(SERVE_PREFIX + "completion_tokens_total", "Tokens of answers."),
+        visual_tokens=Counter(SERVE_PREFIX + "visual_tokens_total", "Tokens that stood for images."),
         drift_centroid_distance=Gauge(
-            "drift_centroid_distance", "Served images' centroid to the fit's image centroid."
+            SERVE_PREFIX + "drift_centroid_distance", "Served images' centroid to the fit's image centroid."
         ),
         drift_sampling_floor=Gauge(
-            "drift_sampling_floor", "Distance to expect from sampling alone, were the images the fit's."
+            SERVE_PREFIX + "drift_sampling_floor",
+            "Distance to expect from sampling alone, were the images the fit's.",
         ),
         drift_trace_ratio=Gauge(
-            "drift_trace_ratio", "Trace of the served images over the fit's image trace."
+            SERVE_PREFIX + "drift_trace_ratio", "Trace of the served images over the fit's image trace."
         ),
-        drift_images=Gauge("drift_images", "Served images that the drift rests on."),
+        drift_images=Gauge(SERVE_PREFIX + "drift_images", "Served images that the drift rests on."),
     )
 
 
 def exported() -> dict[str, str]:
     """Name in the exposition -> counter, gauge or histogram, for each of our families."""
-    made = instruments()
-    each = (getattr(made, field.name) for field in fields(made))
-    return {"ray_" + PREFIX + instrument.name: instrument.kind for instrument in each}
+    return {each.exported: each.kind for each in instruments_in(instruments())}
 
 
 async def exposition(timeout_s: float = _TIMEOUT_S) -> str:
@@ -184,7 +147,7 @@ async def exposition(timeout_s: float = _TIMEOUT_S) -> str:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session:
         texts = await asyncio.gather(*(_fetch(session, url) for url in urls))
     answered = sum(text is not None for text in texts)
-    name = EXPORTED_PREFIX + "exporters"
+    name = "ray_" + SERVE_PREFIX + "exporters"
     return relay(text for text in texts if text is not None) + (
         f"# HELP {name} Nodes whose metrics are in this answer, and those that kept silent.\n"
         f"# TYPE {name} gauge\n"

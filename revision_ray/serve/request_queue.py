@@ -8,11 +8,13 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,14 @@ class Request:
         self.seen_V: torch.Tensor | None = None
         """Where a repetition penalty applies."""
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self.all_said = asyncio.Event()
+        """The last piece lies in the queue."""
+
+    def say(self, piece: Piece | Exception) -> None:
+        """`piece` is on its way to the reader. In the event loop."""
+        self.pieces.put_nowait(piece)
+        if isinstance(piece, Exception) or piece.finish_reason is not None:
+            self.all_said.set()
 
 
 class QueuedEngine(ABC):
@@ -92,12 +102,13 @@ class QueuedEngine(ABC):
             self._task = asyncio.create_task(self._run(), context=contextvars.Context())
         try:
             while True:
-                piece = await self._next(request)
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-                if piece.finish_reason is not None:
-                    return
+                for piece in self._together(request, await self._next(request)):
+                    if isinstance(piece, Exception):
+                        raise piece
+                    yield piece
+                    if piece.finish_reason is not None:
+                        return
+                await self._pause(request)
         finally:
             request.ended = True
             with contextlib.suppress(ValueError):
@@ -165,6 +176,29 @@ class QueuedEngine(ABC):
             taken[-1].started = True
         return taken
 
+    def _together(self, request: Request, first: Piece | Exception) -> list[Piece | Exception]:
+        """`first` and what waits behind it, its texts as one piece unless each token goes by itself."""
+        said = [first]
+        while not request.pieces.empty():
+            said.append(request.pieces.get_nowait())
+        pieces = [piece for piece in said if isinstance(piece, Piece)]
+        if self._each_by_itself(request) or len(pieces) < 2:
+            return said
+        joined = replace(pieces[-1], text="".join(piece.text for piece in pieces))
+        return [joined, *(error for error in said if isinstance(error, Exception))]
+
+    def _each_by_itself(self, request: Request) -> bool:
+        return request.top_logprobs is not None or not self.config.piece_interval_s
+
+    async def _pause(self, request: Request) -> None:
+        """Until the reader may hear more: the interval has passed, or the answer has ended."""
+        if self._each_by_itself(request):
+            return
+        seconds = self.config.piece_interval_s * math.sqrt(max(1, self._num_running()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await request.all_said.wait()
+
     async def _next(self, request: Request) -> Piece | Exception:
         """Waits in the queue as long as it takes, then for a piece as long as one may take."""
         while True:
@@ -184,7 +218,7 @@ class QueuedEngine(ABC):
         for request in requests:
             if not request.ended:
                 request.ended = True
-                request.pieces.put_nowait(RuntimeError(message))
+                request.say(RuntimeError(message))
 
     def _num_running(self) -> int:
         return sum(not request.ended for request in self._running)
@@ -284,4 +318,4 @@ class QueuedEngine(ABC):
 
 def _hand_over(handed: Sequence[tuple[Request, Piece | Exception]]) -> None:
     for request, piece in handed:
-        request.pieces.put_nowait(piece)
+        request.say(piece)

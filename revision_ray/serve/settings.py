@@ -26,6 +26,10 @@ class EngineConfig:
     """Prompt tokens taken into one step, so that streams that run are not held up (continuous)."""
     batch_wait_s: float = 0.01
     """How long a batch waits for company (generate)."""
+    piece_interval_s: float = 0.08
+    """Least time between two pieces of an answer's text, times the root of the number of answers that run;
+    tokens in between wait and go together, for passing a piece on takes CPU time from the model. 0: every
+    token by itself."""
     token_timeout_s: float = 60.0
     """A step that takes longer fails its requests, and the replica's health check."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -37,7 +41,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_slots", "max_length", "max_prefill_tokens", "num_threads")
-        _at_least(self, 0, "max_waiting", "batch_wait_s")
+        _at_least(self, 0, "max_waiting", "batch_wait_s", "piece_interval_s")
         _positive(self, "token_timeout_s")
 
 

@@ -10,14 +10,14 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import LoggingConfig, RunConfig, ScalingConfig
+from ray.train import LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +27,7 @@ from revision_ray.config import MISSING
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.miniature import encoder
 from revision_ray.progress import progress
-from revision_ray.train.entry import loop
+from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.monitor import Monitor, MonitorConfig, embed_pairs
 from revision_ray.train.pairs import Pair, batch_rows, content_hash, drawn_captions, pixels, read_pairs
 
@@ -77,6 +77,9 @@ class EncoderTraining:
     """Of weights, order and captions."""
     num_workers: int = 1
     """Ray Train workers; on GPUs one GPU each."""
+    gpus_per_worker: Literal[0, 1] | None = None
+    """GPUs of a worker; by default 1 where the cluster has as many as workers, else 0. On a cluster that
+    starts GPU nodes on demand, say 1."""
     cpus_per_worker: float = 2.0
     """CPUs reserved for a worker, which computes on as many threads."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -142,19 +145,13 @@ def train_encoder(training: EncoderTraining) -> tuple[dict[str, Any], bool]:
         "model_config": model_config,
         "tokenizer": tokenizer.to_str(),
     }
-    metrics = _trainer(training, output, task).fit().return_value
-    assert metrics is not None  # the first worker returned them, or fit raised
-    return metrics, True
+    return fitted(_trainer(training, output, task)), True
 
 
 def _trainer(training: EncoderTraining, output: str, task: dict[str, Any]) -> TorchTrainer:
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= training.num_workers
-    resources = {"CPU": training.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
     return TorchTrainer(
         **loop(_train, task),
-        scaling_config=ScalingConfig(
-            num_workers=training.num_workers, use_gpu=use_gpu, resources_per_worker=resources
-        ),
+        scaling_config=scaling(training.num_workers, training.gpus_per_worker, training.cpus_per_worker),
         # Threads that spin while they wait take the cores from those that work.
         run_config=RunConfig(
             name="encoder",
@@ -168,7 +165,7 @@ def _trainer(training: EncoderTraining, output: str, task: dict[str, Any]) -> To
 def _identity(training: EncoderTraining, pairs: Sequence[Pair], heldout: Sequence[Pair]) -> dict[str, Any]:
     """What decides the encoder: settings and content, not where it lies or on how many CPUs it is made."""
     settings = dataclasses.asdict(training)
-    for key in ("data", "heldout", "output", "cpus_per_worker", "monitor", "warmup_ratio"):
+    for key in ("data", "heldout", "output", "gpus_per_worker", "cpus_per_worker", "monitor", "warmup_ratio"):
         settings.pop(key)
     settings["warmup_steps"] = training.steps_to_peak
     if not training.minimum_learning_rate:
@@ -227,7 +224,7 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
     monitor = _monitor(task, model, tokenizer)
 
     start, losses = time.monotonic(), []
-    with progress("train encoder", training.num_steps, "steps") as shown:
+    with progress("train encoder", training.num_steps, "steps", counted=rank == 0) as shown:
         for step in range(training.num_steps):
             if monitor is not None:
                 monitor.probe(step, losses)

@@ -6,10 +6,44 @@ name and a reference. Import nothing heavy here.
 """
 
 import importlib
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.train import ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+
+def scaling(num_workers: int, gpus_per_worker: int | None, cpus_per_worker: float) -> ScalingConfig:
+    """The workers and what each asks of the cluster: GPUs as said, else one where the cluster has enough."""
+    gpus = gpus_per_worker
+    if gpus is None:
+        gpus = int(ray.cluster_resources().get("GPU", 0) >= num_workers)
+    resources = {"CPU": cpus_per_worker, **({"GPU": 1.0} if gpus else {})}
+    return ScalingConfig(num_workers=num_workers, use_gpu=bool(gpus), resources_per_worker=resources)
+
+
+def fitted(trainer: DataParallelTrainer) -> dict[str, Any]:
+    """What the first worker returned, once the run of `trainer` has ended.
+
+    Ray Train takes Ctrl-C for the end of a run that went well, exit code 0, and leaves its handler behind.
+
+    Raises:
+        KeyboardInterrupt: the run was interrupted.
+        TrainingFailedError: a worker failed more often than the trainer allows.
+    """
+    former = signal.getsignal(signal.SIGINT)
+    try:
+        figures = trainer.fit().return_value
+    except SystemExit as ended:
+        raise KeyboardInterrupt from ended
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, former)
+    assert isinstance(figures, dict)
+    return figures
 
 
 def loop(function: Callable[[Any], dict[str, Any]], task: Any) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""A checkpoint of a run as a model, without the workers that wrote it."""
+"""A checkpoint of a run as a model, without the workers that wrote it; or the model that it began with."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from ray.train import Checkpoint
 
 from revision_ray import config, storage
+from revision_ray.config import MISSING
 from revision_ray.errors import CheckpointError
 from revision_ray.train import export, models
 from revision_ray.train.best import BEST, best_checkpoint
@@ -13,10 +15,29 @@ from revision_ray.train.run import FinetuneJob, PretrainJob, alignment_identity
 from revision_ray.train.zero import dtype_of
 
 _PREFIX = "checkpoint-"
+START = "start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """Export a checkpoint. A run exports its last one by itself, to OUTPUT/model."""
+
+    run: str = MISSING
+    """Output of jobs/pretrain.py or jobs/finetune.py."""
+    checkpoint: str | None = None
+    """Name of a folder in RUN/checkpoints, or best: of the lowest held-out loss; or start: the model as the
+    run began with it (of stage 1, with an untrained projector). The latest if not given."""
+    output: str = MISSING
+    """Directory of the model."""
+
+
+def run(job: ExportJob) -> str:
+    return f"model: {export_checkpoint(job.run, job.checkpoint, job.output)}"
 
 
 def export_checkpoint(run: str, name: str | None, output: str) -> str:
-    """The model of checkpoint `name` of the run (the latest if None, or "best") stands at `output`.
+    """The model of checkpoint `name` of the run (the latest if None, or "best", "start") stands at
+    `output`.
 
     Raises:
         CheckpointError: no such run or checkpoint, or a damaged one.
@@ -28,18 +49,21 @@ def export_checkpoint(run: str, name: str | None, output: str) -> str:
         raise CheckpointError(
             f"{run}: holds no checkpoints; name the output of jobs/pretrain.py or finetune.py"
         )
-    if name == BEST:
+    if name == START:
+        chosen = found[-1]
+    elif name == BEST:
         chosen = best_checkpoint(run)
         if chosen is None:
             raise CheckpointError(f"{run}: kept no best checkpoint; that takes held-out data (heldout=...)")
     else:
         chosen = found[-1] if name is None else storage.join(folder, name)
-    if name != BEST and chosen not in found:
+    if name not in (BEST, START) and chosen not in found:
         names = ", ".join(storage.name_of(uri) for uri in found)
         raise CheckpointError(f"{chosen}: no such checkpoint; there are {names}")
     with Checkpoint(chosen).as_directory() as local:
         model, processor = _start_of(run, local)
-        export.from_checkpoint(model, local)
+        if name != START:
+            export.from_checkpoint(model, local)
     models.merge_lora(model)
     export.write(model, processor, output)
     return output

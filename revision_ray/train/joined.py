@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from revision_ray import storage
+from revision_ray import metrics, storage
 from revision_ray.cluster import connect, data_context, user_errors
 from revision_ray.data.conversations import (
     BAD_CONVERSATION,
@@ -103,6 +103,7 @@ def join(
             encoder=images.encoder if images else EncoderIdentity(),
             max_rejected_fraction=max_rejected_fraction,
         )
+        metrics.record(rejected=sum(open_joined(output).rejected.values()))
     return open_joined(output)
 
 

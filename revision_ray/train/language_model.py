@@ -17,7 +17,7 @@ import ray
 import ray.train.torch
 import torch
 import transformers
-from ray.train import LoggingConfig, RunConfig, ScalingConfig
+from ray.train import LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,7 +28,7 @@ from revision_ray.miniature import language_model
 from revision_ray.miniature.documents import Document, DocumentConfig, document
 from revision_ray.miniature.language_model import ModelSize, Rows
 from revision_ray.progress import progress
-from revision_ray.train.entry import loop
+from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.pairs import batch_rows
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,7 @@ def train_language_model(training: LanguageTraining) -> tuple[dict[str, Any], bo
     if (former := _former_metrics(output, identity)) is not None:
         return former, False
     task = {"training": training, "output": output, "identity": identity}
-    metrics = _trainer(training, output, task).fit().return_value
-    assert metrics is not None  # the worker returned them, or fit raised
-    return metrics, True
+    return fitted(_trainer(training, output, task)), True
 
 
 def _identity(training: LanguageTraining) -> dict[str, Any]:
@@ -118,11 +116,9 @@ def _former_metrics(output: str, identity: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _trainer(training: LanguageTraining, output: str, task: dict[str, Any]) -> TorchTrainer:
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    resources = {"CPU": training.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
     return TorchTrainer(
         **loop(_train, task),
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=scaling(1, None, training.cpus_per_worker),
         # Threads that spin while they wait take the cores from those that work.
         run_config=RunConfig(
             name="language_model",

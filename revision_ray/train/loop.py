@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
 
+from revision_ray import logs
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import DataError
 from revision_ray.progress import Progress, progress
@@ -31,7 +32,8 @@ from revision_ray.train.plan import Order
 from revision_ray.train.rejections import Rejections
 from revision_ray.train.samples import Formatter
 from revision_ray.train.settings import Lora, Training
-from revision_ray.train.step import StepResult, heldout_loss, train_step
+from revision_ray.train.step import heldout_loss, train_step
+from revision_ray.train.window import Window
 from revision_ray.train.zero import Engine, build_engine, dtype_of, sharded_loading
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ def train(task: Task) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     training = task.training
-    _prepare_process(training, rank)
+    _prepare_process(task, rank)
     device = ray.train.torch.get_device()
     model, processor = _model(task, device)
     models.freeze(model, task.stage, task.lora)
@@ -96,7 +98,7 @@ def train(task: Task) -> dict[str, Any]:
     writer = open_writer(task.output, training.logging, state.step, task.resolved) if rank == 0 else Writer()
     rejections = Rejections(task.output, rank, state.step)
     try:
-        with progress(task.stage, task.num_steps, "steps") as shown:
+        with progress(task.stage, task.num_steps, "steps", counted=rank == 0) as shown:
             shown.done = state.step
             stream = _stream(task, formatter, share, state.step)
             _run(task, engine, state, stream, heldout, writer, rejections, shown, processor)
@@ -111,10 +113,12 @@ def train(task: Task) -> dict[str, Any]:
     }
 
 
-def _prepare_process(training: Training, rank: int) -> None:
+def _prepare_process(task: Task, rank: int) -> None:
+    training = task.training
     torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
     level = logging.INFO if rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", force=True)
+    logs.set_up(level, "%(message)s")
+    logs.work_for(task.stage, task.output)
     # Others speak up for warnings alone: Ray Train repeats what the run says itself.
     for handler in logging.getLogger().handlers:
         handler.addFilter(
@@ -215,6 +219,8 @@ def _run(
         due = last or state.step - saved >= training.checkpoints.every_steps
         if state.step % training.logging.every_steps == 0 or last:
             writer.write(state.step, window.figures(engine))
+            if dist.get_rank() == 0:
+                window.record()
             rejections.flush()
             window = Window()
             _check_rejected(state, training, last)
@@ -300,49 +306,4 @@ def _checkpoint(task: Task, engine: Engine, state: State) -> None:
             {"step": state.step, "loss": state.last_loss, "heldout_loss": state.heldout_loss},
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_dir_name=f"checkpoint-{state.step:08d}",
-        )
-
-
-@dataclass
-class Window:
-    """Figures over the steps since the last line of metrics."""
-
-    losses: list[float] = field(default_factory=list)
-    targets: int = 0
-    tokens: int = 0
-    slots: int = 0
-    samples: int = 0
-    ingest_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    gradient_norm: float = 0.0
-
-    def add(self, result: StepResult, ingest_seconds: float, compute_seconds: float) -> None:
-        self.losses.append(result.loss)
-        self.targets += result.num_targets
-        self.tokens += result.num_tokens
-        self.slots += result.num_slots
-        self.samples += result.num_samples
-        self.ingest_seconds += ingest_seconds
-        self.compute_seconds += compute_seconds
-        self.gradient_norm = result.gradient_norm
-
-    def figures(self, engine: Engine) -> dict[str, float]:
-        seconds = max(self.ingest_seconds + self.compute_seconds, 1e-9)
-        return {
-            "loss": sum(self.losses) / len(self.losses),
-            "learning_rate": max(group["lr"] for group in engine.deepspeed.optimizer.param_groups),
-            "gradient_norm": self.gradient_norm,
-            "tokens_per_second": self.tokens / seconds,
-            "samples_per_second": self.samples / seconds,
-            "padding_share": 1 - self.tokens / self.slots if self.slots else 0.0,
-            "ingest_share": self.ingest_seconds / seconds,
-        }
-
-    def note(self, engine: Engine) -> str:
-        figures = self.figures(engine)
-        return (
-            f"loss {figures['loss']:.3f}, {figures['tokens_per_second']:.0f} tokens/s, "
-            f"{figures['samples_per_second']:.1f} samples/s, padding {figures['padding_share']:.0%}, "
-            f"ingest {figures['ingest_share']:.0%}, lr {figures['learning_rate']:.1e}, "
-            f"|g| {figures['gradient_norm']:.2f}"
         )

@@ -1,17 +1,18 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard by default, W&B and MLflow where asked for."""
 
 import json
-import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from revision_ray import storage
 from revision_ray.train.optional import optional
 from revision_ray.train.settings import Logging
 
-log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
 
@@ -66,20 +67,25 @@ def json_lines(uri: str, steps_done: int) -> Callable[[int, dict[str, Any]], Non
 def add_tensorboard(writer: Writer, output: str, purge_step: int | None = None) -> None:
     """Events go to OUTPUT/tensorboard; earlier ones from `purge_step` on are no longer shown."""
     folder = storage.join(output, "tensorboard")
-    if "://" in folder and not folder.startswith("s3://"):
-        log.warning(
-            "no TensorBoard events: they can be written to local paths and s3:// only, not %s", folder
-        )
-        return
-    events: Any = optional("tensorboardX", "logging.tensorboard").SummaryWriter(folder, purge_step=purge_step)
+    # Object stores cannot append: events are written here, and what there is by then goes there.
+    local = tempfile.mkdtemp() if "://" in folder else folder
+    events: Any = optional("tensorboardX", "logging.tensorboard").SummaryWriter(local, purge_step=purge_step)
 
     def write(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             events.add_scalar(name, value, step)
         events.flush()
+        if local != folder:
+            for path in Path(local).iterdir():
+                storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
+
+    def close() -> None:
+        events.close()
+        if local != folder:
+            shutil.rmtree(local, ignore_errors=True)
 
     writer.sinks.append(write)
-    writer.closers.append(events.close)
+    writer.closers.append(close)
 
 
 def _add_wandb(writer: Writer, project: str, output: str, resolved: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
+from revision_ray import storage
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import ConfigError
 from revision_ray.model.build import build_model
@@ -54,6 +55,7 @@ def new_model(
         ConfigError: the language model, its tokenizer or the image tower cannot be loaded.
         AlignmentError: the image tower is of another encoder than the fit.
     """
+    language_model = storage.local_copy(language_model)
     tokenizer = load_tokenizer(language_model)
     processor = ReVisionProcessor(tokenizer, num_visual_tokens=architecture.num_visual_tokens)
     model = build_model(
@@ -84,7 +86,7 @@ def load_tokenizer(folder: str) -> Any:
         ConfigError: there is none, or it has no end token.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(storage.local_copy(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={folder}: its tokenizer cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -101,12 +103,13 @@ def load_model(
     """The model that an earlier stage exported, and its processor.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model. DataError: nothing lies at its URI.
     """
+    local = storage.local_copy(folder)
     try:
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-        model = ReVisionForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
-        processor = AutoProcessor.from_pretrained(folder)
+        model = ReVisionForConditionalGeneration.from_pretrained(local, dtype=dtype, **options)
+        processor = AutoProcessor.from_pretrained(local)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model={folder}: is no model of jobs/pretrain.py ({error}); name its OUTPUT/model"

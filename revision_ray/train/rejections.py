@@ -2,7 +2,7 @@
 
 import json
 
-from revision_ray import storage
+from revision_ray import metrics, storage
 from revision_ray.train.ingest import Step
 
 
@@ -23,6 +23,7 @@ class Rejections:
                 json.dumps({"step": step.step, "id": row_id, "cause": cause, "detail": detail})
             )
         self._changed = self._changed or bool(found)
+        metrics.record(rejected=len(step.rejected), truncated=len(step.truncated))
         return len(found)
 
     def flush(self) -> None:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -18,13 +17,13 @@ from revision_ray import config, storage
 from revision_ray.align.alignment import load_alignment
 from revision_ray.cluster import connect
 from revision_ray.config import MISSING
-from revision_ray.data.conversations import ConversationSource
+from revision_ray.data.conversations import source_of
 from revision_ray.encode import embed
 from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, ConfigError, DataError, RevisionError
 from revision_ray.train import checkpoint, export, ingest
-from revision_ray.train.entry import loop
+from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.ingest import Source
 from revision_ray.train.joined_store import Kind
 from revision_ray.train.loop import Task, order_of, train
@@ -164,19 +163,11 @@ def _conversations(job: FinetuneJob, data: Sequence[str]) -> Source:
 
 
 def _joined(job: PretrainJob | FinetuneJob, data: Sequence[str], kind: Kind) -> Source:
-    parts = [_part_of(entry) for entry in data]
+    parts = [source_of(entry) for entry in data]
     cache = storage.join(storage.absolute(job.output), "joined")
     return ingest.conversation_source(
         parts, job.images, cache, kind=kind, max_rejected_fraction=job.max_rejected_fraction
     )
-
-
-def _part_of(entry: str) -> ConversationSource:
-    """URI or URI*REPEAT: how often an epoch sees each record."""
-    uri, star, repeat = entry.rpartition("*")
-    if star and repeat.replace(".", "", 1).isdigit():
-        return ConversationSource(uri=storage.absolute(uri), repeat=float(repeat))
-    return ConversationSource(uri=storage.absolute(entry))
 
 
 def alignment_identity(uri: str) -> dict[str, Any]:
@@ -281,16 +272,13 @@ def _former(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= job.num_workers
-    resources = {"CPU": job.workers.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    placement = scaling(job.num_workers, job.workers.gpus_per_worker, job.workers.cpus_per_worker)
     environment = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-    if not use_gpu:
+    if not placement.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(
         **loop(train, task),
-        scaling_config=ScalingConfig(
-            num_workers=job.num_workers, use_gpu=use_gpu, resources_per_worker=resources
-        ),
+        scaling_config=placement,
         run_config=RunConfig(
             name="checkpoints",
             storage_path=output,
@@ -301,11 +289,9 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
         ),
     )
     try:
-        figures = trainer.fit().return_value
+        return fitted(trainer)
     except TrainingFailedError as error:
         raise _cause(error) from None
-    assert figures is not None  # the first worker returned them, or fit raised
-    return figures
 
 
 def _cause(error: TrainingFailedError) -> Exception:

@@ -76,6 +76,9 @@ class Zero:
 class Workers:
     """Ray Train's workers and what happens when one dies."""
 
+    gpus_per_worker: Literal[0, 1] | None = None
+    """GPUs of a worker; by default 1 where the cluster has as many as workers, else 0. On a cluster that
+    starts GPU nodes on demand, say 1."""
     cpus_per_worker: float = 1.0
     """CPUs reserved for a worker. Leave some of the cluster for the ingest, which starves without any."""
     max_failures: int = 3

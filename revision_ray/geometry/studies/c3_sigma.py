@@ -10,6 +10,7 @@ from typing import Any
 from revision_ray.align.affine import Affine
 from revision_ray.align.baselines import fit_c3
 from revision_ray.align.map_reduce import Sample, draw_sample, moments_here
+from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.errors import ConfigError
 from revision_ray.geometry import neighbours, probe, spectra
@@ -18,7 +19,6 @@ from revision_ray.geometry.studies.inputs import (
     Stores,
     derived_seed,
     fit_rest,
-    gap,
     gathered,
     moments_of,
     num_rows,
@@ -64,7 +64,7 @@ def run(
     measure = remote(_figures)
     found = gathered([measure(stores, affine, few, settings.k) for affine in maps])
     curves = {
-        "gap": [gap(text, image) for text, _ in found],
+        "gap": [modality_gap(text, image) for text, _ in found],
         "alpha": [spectra.spectrum_exponent(spectrum(text)) for text, _ in found],
         "mixing_rate": [mixing for _, mixing in found],
     }

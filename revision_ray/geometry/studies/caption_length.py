@@ -18,20 +18,24 @@ import numpy as np
 
 from revision_ray.align import moments
 from revision_ray.align.map_reduce import Sample, draw_sample, read_sampled
-from revision_ray.align.moments import Moments, gap_standard_error
+from revision_ray.align.moments import Moments, gap_standard_error, modality_gap
 from revision_ray.align.strategies import StrategyConfig
-from revision_ray.cluster import connect
 from revision_ray.data import shards
-from revision_ray.data.store import RowGroup, Store
+from revision_ray.data.store import RowGroup, Store, shares
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.geometry import probe, spectra
 from revision_ray.geometry.studies.cross_modal_probe import Probe, fitted_maps, probe_rows, tested
-from revision_ray.geometry.studies.inputs import derived_seed, gap, gathered, moments_of, remote, spectrum
+from revision_ray.geometry.studies.inputs import (
+    GROUPS_PER_TASK,
+    derived_seed,
+    gathered,
+    moments_of,
+    remote,
+    spectrum,
+)
 from revision_ray.geometry.studies.labels import Labels
 
 log = logging.getLogger(__name__)
-
-_GROUPS_PER_TASK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,21 +164,16 @@ def _figures(name: str, part: _Part, image: Moments) -> dict[str, Any]:
         "mean_words": part.num_words / count,
         "effective_rank": spectra.effective_rank(spectrum(part.moments)),
         "trace": part.moments.trace,
-        "raw_gap": gap(part.moments, image),
+        "raw_gap": modality_gap(part.moments, image),
         "raw_gap_standard_error": error if math.isfinite(error) else None,
         "truncated": None if part.num_truncated is None else part.num_truncated / count,
     }
 
 
-def _shares(groups: Sequence[RowGroup]) -> list[list[RowGroup]]:
-    connect()
-    return [list(groups[at : at + _GROUPS_PER_TASK]) for at in range(0, len(groups), _GROUPS_PER_TASK)]
-
-
 def _word_counts(store: Store) -> Counter[int]:
     """How many texts have how many words."""
     count = remote(_count_words)
-    return sum(gathered([count(share) for share in _shares(store.row_groups)]), Counter())
+    return sum(gathered([count(share) for share in shares(store.row_groups, GROUPS_PER_TASK)]), Counter())
 
 
 def _count_words(groups: Sequence[RowGroup]) -> Counter[int]:
@@ -202,7 +201,8 @@ def _by_length(store: Store, sample: Sample | None, edges: Sequence[int]) -> lis
     groups = [group for group in store.row_groups if sample is None or sample.size(group)]
     add_up = remote(_sum_by_length)
     totals = _empty(edges, store.embedding_dim)
-    for parts in gathered([add_up(s, sample, list(edges), store.embedding_dim) for s in _shares(groups)]):
+    tasks = [add_up(s, sample, list(edges), store.embedding_dim) for s in shares(groups, GROUPS_PER_TASK)]
+    for parts in gathered(tasks):
         for total, part in zip(totals, parts, strict=True):
             total.merge(part)
     return [total for total in totals if total.moments.count]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from revision_ray.align.map_reduce import draw_sample
+from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.errors import ConfigError
-from revision_ray.geometry.studies.inputs import Stores, fit_rest, gap, moments_of, num_rows, sampling_floor
+from revision_ray.geometry.studies.inputs import Stores, fit_rest, moments_of, num_rows, sampling_floor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ def run(stores: Stores, settings: CentroidSteps, seed: int) -> dict[str, Any]:
     for step in range(settings.steps + 1):
         aligned = moments_of(stores.texts, f"step {step}", affine=affine, sample=rest)
         unseen = moments_of(stores.texts, "held-out texts", affine=affine, sample=stores.heldout_texts)
-        on_fit.append(gap(aligned, fitted.image))
-        held_out.append(gap(unseen, image))
+        on_fit.append(modality_gap(aligned, fitted.image))
+        held_out.append(modality_gap(unseen, image))
         floor = sampling_floor(unseen, image)
         affine = affine.with_centroid_step(fitted.image.centroid - aligned.centroid)
     return {

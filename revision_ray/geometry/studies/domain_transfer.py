@@ -6,9 +6,10 @@ arXiv 2602.07026, app. E.3.
 from collections.abc import Mapping
 from typing import Any
 
+from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.errors import DataError
-from revision_ray.geometry.studies.inputs import Stores, fit_rest, gap, moments_of, num_rows, sampling_floor
+from revision_ray.geometry.studies.inputs import Stores, fit_rest, moments_of, num_rows, sampling_floor
 
 
 def run(domains: Mapping[str, Stores], strategy: StrategyConfig) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def run(domains: Mapping[str, Stores], strategy: StrategyConfig) -> dict[str, An
             at = domains[measured_on]
             name = f"{fitted_on} on {measured_on}"
             aligned = moments_of(at.texts, name, affine=affine, sample=at.heldout_texts)
-            row.append(gap(aligned, images[measured_on]))
+            row.append(modality_gap(aligned, images[measured_on]))
             if measured_on == fitted_on:
                 floors.append(sampling_floor(aligned, images[measured_on]))
         gaps.append(row)
@@ -38,7 +39,7 @@ def run(domains: Mapping[str, Stores], strategy: StrategyConfig) -> dict[str, An
         "strategy": strategy.strategy,
         "domains": names,
         "gap": gaps,
-        "raw": [gap(texts[name], images[name]) for name in names],
+        "raw": [modality_gap(texts[name], images[name]) for name in names],
         "floor": floors,
         "num_heldout_texts": [num_rows(domains[name].heldout_texts) for name in names],
         "num_heldout_images": [num_rows(domains[name].heldout_images) for name in names],

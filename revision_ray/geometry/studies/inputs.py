@@ -2,20 +2,22 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 
+from revision_ray.align import apply
 from revision_ray.align.affine import Affine
 from revision_ray.align.map_reduce import Sample, draw_sample, moments_here, store_moments
 from revision_ray.align.moments import Moments
-from revision_ray.align.strategies import STRATEGIES, StrategyConfig, fit_map
+from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
 from revision_ray.cluster import connect, one_thread, user_errors
 from revision_ray.data.rejected import check_rejected
-from revision_ray.data.store import Store, open_stores
+from revision_ray.data.store import Store
 from revision_ray.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 # Rows without a direction have no place in a statistic; more than this share of them is a fault of the store.
 _MOST_REJECTED = 0.001
 _FEWEST_HELD_OUT = 8
+# Row groups that a task of a study reads.
+GROUPS_PER_TASK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,26 +55,13 @@ def open_pair(texts: str | Sequence[str], images: str | Sequence[str]) -> tuple[
     """The text and the image store, of one encoder.
 
     Raises:
-        DataError: a store is missing or of another modality, or the two do not belong together.
+        DataError: a store is missing or of another modality, or the texts are aligned already.
+        AlignmentError: the two do not belong together.
     """
-    opened = (
-        open_stores([texts] if isinstance(texts, str) else texts, "text"),
-        open_stores([images] if isinstance(images, str) else images, "image"),
-    )
-    first, second = opened
-    where = f"{', '.join(first.uris)} and {', '.join(second.uris)}"
-    if first.embedding_dim != second.embedding_dim:
-        raise DataError(
-            f"{where}: dimensions are {first.embedding_dim} and {second.embedding_dim}; both sides must come "
-            "from one dual encoder"
-        )
-    if first.encoder.fingerprint != second.encoder.fingerprint:
-        raise DataError(
-            f"{where}: encoders are {first.encoder} and {second.encoder}; embed both with one encoder"
-        )
-    if first.alignment:
-        raise DataError(f"{first.uris[0]}: is aligned already; study the store that it was made from")
-    return opened
+    text, image = apply.open_pair(texts, images)
+    if text.alignment:
+        raise DataError(f"{text.uris[0]}: is aligned already; study the store that it was made from")
+    return text, image
 
 
 def hold_out(texts: Store, images: Store, most: int, seed: int) -> Stores:
@@ -129,41 +120,32 @@ class Fitted:
 
 def fit_rest(stores: Stores, config: StrategyConfig) -> Fitted:
     """The strategy fitted to every row that is not held out, by map-reduce."""
-    second = STRATEGIES[config.strategy].second
     text_sample = draw_sample(stores.texts, stores.texts.num_rows, config.seed, stores.heldout_texts)
     image_sample = draw_sample(stores.images, stores.images.num_rows, config.seed, stores.heldout_images)
-    text = moments_of(stores.texts, "texts", second=second, sample=text_sample)
-    image = moments_of(stores.images, "images", second=second, sample=image_sample)
-    with one_thread():
-        affine = fit_map(text, image, config)
-    for step in range(_num_steps(config)):
-        aligned = moments_of(stores.texts, f"mu' step {step + 1}", affine=affine, sample=text_sample)
-        affine = affine.with_centroid_step(image.centroid - aligned.centroid)
-    return Fitted(affine=affine, text=text, image=image)
+    return _fitted(stores, config, text_sample, image_sample, moments_of)
 
 
 def fit_here(stores: Stores, config: StrategyConfig, size: int, seed: int) -> Fitted:
     """The strategy fitted in this process to `size` rows a side that are not held out."""
-    second = STRATEGIES[config.strategy].second
     text_sample = draw_sample(stores.texts, size, derived_seed(seed, 0), stores.heldout_texts)
     image_sample = draw_sample(stores.images, size, derived_seed(seed, 1), stores.heldout_images)
-    text, _ = moments_here(stores.texts, second=second, sample=text_sample)
-    image, _ = moments_here(stores.images, second=second, sample=image_sample)
+    return _fitted(stores, config, text_sample, image_sample, lambda s, _, **how: moments_here(s, **how)[0])
+
+
+def _fitted(
+    stores: Stores,
+    config: StrategyConfig,
+    texts: Sample | None,
+    images: Sample | None,
+    moments: Callable[..., Moments],
+) -> Fitted:
+    second = STRATEGIES[config.strategy].second
+    text = moments(stores.texts, "texts", second=second, sample=texts)
+    image = moments(stores.images, "images", second=second, sample=images)
     with one_thread():
         affine = fit_map(text, image, config)
-    for _ in range(_num_steps(config)):
-        aligned, _ = moments_here(stores.texts, affine=affine, sample=text_sample)
-        affine = affine.with_centroid_step(image.centroid - aligned.centroid)
+    affine, _ = centroid_steps(affine, image, config, partial(moments, stores.texts, sample=texts))
     return Fitted(affine=affine, text=text, image=image)
-
-
-def _num_steps(config: StrategyConfig) -> int:
-    return config.centroid_steps if STRATEGIES[config.strategy].centroid_step else 0
-
-
-def gap(text: Moments, image: Moments) -> float:
-    """Modality gap: the Euclidean distance of the two centroids."""
-    return float(np.linalg.norm(text.centroid - image.centroid))
 
 
 def spectrum(moments: Moments) -> np.ndarray:

@@ -13,10 +13,10 @@ import ray
 from revision_ray.align.map_reduce import Sample, read_sampled
 from revision_ray.align.rows import chunks
 from revision_ray.cluster import connect, user_errors
-from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids
-from revision_ray.geometry.studies.labels import Labels, id_keys
-
-_GROUPS_PER_TASK = 16
+from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids, shares
+from revision_ray.geometry.rows import id_keys
+from revision_ray.geometry.studies.inputs import GROUPS_PER_TASK
+from revision_ray.geometry.studies.labels import Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,9 @@ def labelled_rows(store: Store, labels: Labels, most: int, seed: int) -> Rows:
     connect()
     shared = ray.put(labels)
     read = ray.remote(_read)
-    groups = store.row_groups
     running = [
-        read.remote(groups[at : at + _GROUPS_PER_TASK], store.embedding_dim, shared, most, seed)
-        for at in range(0, len(groups), _GROUPS_PER_TASK)
+        read.remote(share, store.embedding_dim, shared, most, seed)
+        for share in shares(store.row_groups, GROUPS_PER_TASK)
     ]
     kept = _none(store.embedding_dim, len(labels.attributes))
     with user_errors():
@@ -95,8 +94,7 @@ def sample_rows(store: Store, sample: Sample | None) -> tuple[list[str], np.ndar
             continue
         block_ND, positions_N = read_sampled(group, sample, store.embedding_dim)
         unit_ND, valid_N = unit_rows(block_ND)
-        named = read_group_ids(group)
-        ids += [named[at] for at in positions_N[valid_N].tolist()]
+        ids += read_group_ids(group, positions_N[valid_N])
         found.append(unit_ND)
     return ids, np.concatenate(found)
 

@@ -4,7 +4,6 @@ Ids are kept as 64-bit hashes, so that a label costs the same few bytes whatever
 share one copy. Shapes: N labelled ids, A attributes.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from revision_ray import storage
 from revision_ray.errors import DataError
+from revision_ray.geometry.rows import id_keys
 
 _MOST_CLASSES = 1000
 _BATCH_ROWS = 65_536
@@ -44,12 +44,6 @@ class Labels:
         at_N = np.minimum(np.searchsorted(self.keys_N, keys_N), len(self.keys_N) - 1)
         known_N = np.flatnonzero(self.keys_N[at_N] == keys_N)
         return known_N, self.codes_NA[at_N[known_N]]
-
-
-def id_keys(ids: Sequence[str]) -> np.ndarray:
-    """uint64 (N,): a hash of every id."""
-    digests = b"".join(hashlib.blake2b(row_id.encode(), digest_size=8).digest() for row_id in ids)
-    return np.frombuffer(digests, "<u8")
 
 
 def read_labels(uris: Sequence[str], attributes: Sequence[str] = ()) -> Labels:

@@ -5,11 +5,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from revision_ray import storage
 from revision_ray.errors import ConfigError, DataError
-from revision_ray.geometry.studies import plots
 
 FORMAT_VERSION = 1
 
@@ -48,11 +45,11 @@ def _shown(value: Any) -> str:
 
 def write(
     output: str, name: str, asked: dict[str, Any], result: dict[str, Any], rows: Sequence[dict[str, Any]],
-    reading: str, figure: Figure,
+    reading: str, images: dict[str, bytes],
 ) -> str:  # fmt: skip
     """Every file of the study stands below `output`; the text of its table."""
     text = f"{name.replace('_', ' ')}\n{reading}\n\n{table(rows)}\n"
-    for suffix, content in plots.files(figure).items():
+    for suffix, content in images.items():
         storage.write_bytes(storage.join(output, f"{name}.{suffix}"), content)
     storage.write_bytes(storage.join(output, f"{name}.csv"), _csv(rows))
     storage.write_bytes(storage.join(output, f"{name}.txt"), text.encode())

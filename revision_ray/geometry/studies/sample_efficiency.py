@@ -20,7 +20,6 @@ from revision_ray.geometry.studies.inputs import (
     moments_of,
     num_rows,
     remote,
-    sampling_floor,
     sizes_for,
 )
 
@@ -77,7 +76,7 @@ def run(stores: Stores, strategy: StrategyConfig, settings: SampleEfficiency, se
         "mean": gaps.mean(1).tolist(),
         "sd": gaps.std(1, ddof=1).tolist(),
         "expected": expected if STRATEGIES[strategy.strategy].centroid_step else None,
-        "floor": sampling_floor(text, image),
+        "floor": math.sqrt(spread),
     }
 
 

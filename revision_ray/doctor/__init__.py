@@ -1,0 +1,1 @@
+"""What a cluster must have before money is spent on it."""

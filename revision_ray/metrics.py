@@ -1,0 +1,133 @@
+"""What every stage counts and times, for Prometheus, and the instruments that all parts use.
+
+Every process records into Ray's metrics; each node's agent exports them over HTTP (at the node's metrics
+port), with `ray_` before the name and tags of its own (node, worker). A value is there after at most one
+report interval (10 s by default, `metrics_report_interval_ms`). What a process recorded less than that before
+its end may be lost, so results and manifests, not these, say what a finished stage did. Work that is done
+again after a failure is counted again. Outside a Ray process the instruments do nothing.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from ray.util import metrics
+
+from revision_ray import logs
+
+PREFIX = "revision_ray_"
+STAGE_PREFIX = PREFIX + "stage_"
+
+Tags = Mapping[str, str] | None
+
+
+class Counter:
+    """A sum that only grows. Adding nothing is allowed, which Ray's own counter refuses."""
+
+    kind = "counter"
+
+    def __init__(self, name: str, about: str, tags: tuple[str, ...] = ()) -> None:
+        self.exported, self.tags = "ray_" + name, tags
+        self._counter = metrics.Counter(name, about, tags)
+
+    def inc(self, value: float = 1, tags: Tags = None) -> None:
+        if value > 0:
+            self._counter.inc(float(value), dict(tags or {}))
+
+
+class Gauge:
+    """The last value of each process; those of several are told apart by Ray's tags."""
+
+    kind = "gauge"
+
+    def __init__(self, name: str, about: str, tags: tuple[str, ...] = ()) -> None:
+        self.exported, self.tags = "ray_" + name, tags
+        self._gauge = metrics.Gauge(name, about, tags)
+
+    def set(self, value: float, tags: Tags = None) -> None:
+        if math.isfinite(value):
+            self._gauge.set(float(value), dict(tags or {}))
+
+
+class Histogram:
+    """How often values fell between boundaries."""
+
+    kind = "histogram"
+
+    def __init__(
+        self, name: str, about: str, boundaries: Sequence[float], tags: tuple[str, ...] = ()
+    ) -> None:
+        self.exported, self.tags = "ray_" + name, tags
+        self._histogram = metrics.Histogram(name, about, list(boundaries), tags)
+
+    def observe(self, value: float, tags: Tags = None) -> None:
+        if math.isfinite(value):
+            self._histogram.observe(float(value), dict(tags or {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageInstruments:
+    """One set for all stages, told apart by the tags run and stage; a stage records what it has."""
+
+    done: Counter
+    """Rows, scenes, questions or steps that are done. Tags: part (what the progress line calls it), unit."""
+    planned: Gauge
+    """How many there are to do, where that is known. Tags: part, unit."""
+    seconds: Gauge
+    """Time since the part began, until its last progress. Tag: part."""
+    rejected: Counter
+    """Rows or samples that could not be used."""
+    truncated: Counter
+    """Texts or samples that were cut off."""
+    tokens: Counter
+    """Tokens that were encoded or trained on, without padding."""
+    padding_share: Gauge
+    """Share of padding among the tokens that were computed lately."""
+
+
+@functools.cache
+def stage_instruments() -> StageInstruments:
+    """The instruments of this process, made once."""
+    of = ("run", "stage")
+    return StageInstruments(
+        done=Counter(
+            STAGE_PREFIX + "done_total", "Rows, scenes, questions or steps done.", (*of, "part", "unit")
+        ),
+        planned=Gauge(STAGE_PREFIX + "planned", "How many there are to do.", (*of, "part", "unit")),
+        seconds=Gauge(STAGE_PREFIX + "seconds", "Since the part began.", (*of, "part")),
+        rejected=Counter(STAGE_PREFIX + "rejected_total", "Rows or samples that could not be used.", of),
+        truncated=Counter(STAGE_PREFIX + "truncated_total", "Texts or samples that were cut off.", of),
+        tokens=Counter(STAGE_PREFIX + "tokens_total", "Tokens without padding.", of),
+        padding_share=Gauge(STAGE_PREFIX + "padding_share", "Share of padding lately.", of),
+    )
+
+
+def instruments_in(made: object) -> list[Counter | Gauge | Histogram]:
+    """The instruments that the dataclass instance `made` holds."""
+    return [getattr(made, field.name) for field in fields(made)]  # type: ignore[arg-type]
+
+
+def record(
+    *, rejected: int = 0, truncated: int = 0, tokens: int = 0, padding_share: float = math.nan
+) -> None:
+    """Counted for the run and stage that this process works for."""
+    made, tags = stage_instruments(), _tags()
+    made.rejected.inc(rejected, tags)
+    made.truncated.inc(truncated, tags)
+    made.tokens.inc(tokens, tags)
+    made.padding_share.set(padding_share, tags)
+
+
+def record_progress(part: str, unit: str, amount: int, total: int | None, seconds: float) -> None:
+    """`amount` more `unit`s of a part are done, `seconds` after it began."""
+    made, tags = stage_instruments(), {**_tags(), "part": part}
+    made.done.inc(amount, {**tags, "unit": unit})
+    if total is not None:
+        made.planned.set(total, {**tags, "unit": unit})
+    made.seconds.set(seconds, tags)
+
+
+def _tags() -> dict[str, str]:
+    run = logs.current()
+    return {"run": run.id, "stage": run.stage}

@@ -1,0 +1,191 @@
+"""Running a chain: what has not changed is skipped, what was cut off goes on, every step is on record."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from revision_ray import fence, logs, storage
+from revision_ray.errors import DataError, RevisionError
+from revision_ray.pipeline import content, ledger
+from revision_ray.pipeline.chain import Choice, Stage, chosen
+from revision_ray.pipeline.content import Contents
+from revision_ray.pipeline.ledger import Identified, Ledger, Record
+
+log = logging.getLogger(__name__)
+
+Measured = dict[str, Any]  # rows, tokens, gpus of a finished stage
+
+
+def run_chain(
+    stages: Sequence[Stage],
+    book: Ledger,
+    choice: Choice,
+    measure: Callable[[Stage], Measured] | None = None,
+) -> None:
+    """Every chosen stage has run, or was found unchanged; `measure` says how much a finished one did.
+
+    Raises:
+        ConfigError: the chain or the choice cannot be.
+        DataError: a stage's output stands and is of other settings or inputs; or another job writes to it.
+        RevisionError: as the stage's job raises.
+    """
+    for stage in chosen(stages, choice):
+        contents = Contents(book.hashes)
+        inputs = inputs_of(stage, contents)
+        reason = why(stage, book.records.get(stage.name), inputs, contents)
+        place = f"stage {stage.name} ({stage.kind.name})"
+        if not reason:
+            log.info("%s: skipped, unchanged since %s", place, book.records[stage.name].ended)
+            continue
+        log.info("%s: %s", place, reason)
+        _run_stage(stage, book, inputs, contents, measure)
+
+
+def inputs_of(stage: Stage, contents: Contents) -> dict[str, Identified]:
+    """What the stage reads, as it stands now."""
+    return {
+        key: [[uri, content.listed(uri) if key in stage.kind.sources else contents.of(uri)] for uri in uris]
+        for key, uris in stage.reads.items()
+    }
+
+
+def why(stage: Stage, record: Record | None, inputs: dict[str, Identified], contents: Contents) -> str:
+    """The reason why a stage has to run; empty where nothing it is made from has changed and it stands."""
+    if record is None or record.job != stage.kind.name:
+        return "runs for the first time"
+    if record.state == "running":
+        return f"goes on, was cut off after {record.begun}"
+    if record.state == "failed":
+        return f"goes on, failed at {record.ended}"
+    if changed := changes(record, stage, inputs):
+        return f"runs again: {'; '.join(changed)}"
+    if not stage.finished or not record.outputs:
+        return f"runs again: its output is gone from {stage.output}"
+    if record.outputs != outputs_of(stage, contents):
+        return f"runs again: its output at {stage.output} is not what it had made"
+    return ""
+
+
+def changes(record: Record, stage: Stage, inputs: dict[str, Identified]) -> list[str]:
+    """What differs from the stage's last run, one line each."""
+    former, now = _flat(record.settings), _flat(stage.settings)
+    lines = [
+        f"{stage.key_of(key)} is {now.get(key)!r}, was {former.get(key)!r}"
+        for key in sorted(former.keys() | now.keys())
+        if former.get(key) != now.get(key)
+    ]
+    return lines + [f"what {stage.key_of(key)} reads has changed" for key in _changed_inputs(record, inputs)]
+
+
+def _changed_inputs(record: Record, inputs: dict[str, Identified]) -> list[str]:
+    """Keys under which other content is read than at the last run, wherever it lies."""
+    return [
+        key
+        for key in sorted(record.inputs.keys() | inputs.keys())
+        if _identities(record.inputs.get(key, [])) != _identities(inputs.get(key, []))
+    ]
+
+
+def _identities(found: Identified) -> list[str]:
+    return [identity for _, identity in found]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def outputs_of(stage: Stage, contents: Contents) -> Identified:
+    return [[stage.output, contents.of(stage.output)]]
+
+
+def _run_stage(
+    stage: Stage,
+    book: Ledger,
+    inputs: dict[str, Identified],
+    contents: Contents,
+    measure: Callable[[Stage], Measured] | None,
+) -> None:
+    former = book.records.get(stage.name)
+    changed = changes(former, stage, inputs) if former else []
+    if former:
+        _refuse_stale(stage, former, inputs)
+    with _alone(stage):
+        unbroken = not stage.finished and (former is None or former.state == "finished")
+        record = Record(
+            job=stage.kind.name,
+            settings=stage.settings,
+            inputs=inputs,
+            state="running",
+            begun=ledger.utc_now(),
+            unbroken=unbroken,
+            versions=ledger.versions(),
+        )
+        book.begin(stage.name, record)
+        start = time.monotonic()
+        try:
+            with logs.working_for(stage.name, stage.output):
+                message = stage.kind.run(stage.job)
+        except RevisionError as error:
+            if former and former.outputs == outputs_of(stage, contents):
+                book.keep(stage.name, former, str(error))
+            else:
+                book.end(stage.name, "failed", str(error), seconds=_since(start))
+            raise type(error)(_explained(stage, str(error), changed)) from error
+        except BaseException as error:
+            book.end(stage.name, "failed", repr(error), seconds=_since(start))
+            raise
+        known = measure(stage) if measure else {}
+        outputs = outputs_of(stage, contents)
+        book.end(stage.name, "finished", message, seconds=_since(start), outputs=outputs, **known)
+    log.info("stage %s: %s", stage.name, message)
+
+
+def _since(start: float) -> float:
+    return round(time.monotonic() - start, 3)
+
+
+def _alone(stage: Stage) -> ExitStack:
+    """This process is the only writer to the stage's output, until what is returned is left."""
+    held = ExitStack()
+    try:
+        held.enter_context(fence.writing(stage.output))
+    except DataError as error:
+        raise DataError(f"stage {stage.name}: {error}") from error
+    return held
+
+
+def _refuse_stale(stage: Stage, former: Record, inputs: dict[str, Identified]) -> None:
+    """The job does not go on with an output that it could not know to be of other inputs.
+
+    Raises:
+        DataError: it would.
+    """
+    if storage.absolute(former.settings["output"]) != stage.output or not storage.exists(stage.output):
+        return
+    for key in _changed_inputs(former, inputs):
+        if key in stage.kind.trusts:
+            uris = ", ".join(stage.reads.get(key, [])) or "nothing"
+            raise DataError(
+                f"stage {stage.name}: {stage.output} was made from other content than {uris} "
+                f"({stage.key_of(key)}) has now, and its job would keep it; {_remedy(stage)}"
+            )
+
+
+def _explained(stage: Stage, error: str, changed: list[str]) -> str:
+    """The job's error with what the pipeline knows of its cause."""
+    if not changed:
+        return f"stage {stage.name}: {error}"
+    return f"stage {stage.name}: {error} [since it ran last: {'; '.join(changed)}; {_remedy(stage)}]"
+
+
+def _remedy(stage: Stage) -> str:
+    return (
+        f"name another output, {stage.key_of('output')}=..., which later stages follow where they name it by "
+        f"${{...}}; or undo the change; or remove {stage.output} yourself"
+    )
