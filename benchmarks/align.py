@@ -1,6 +1,6 @@
 """Aligning in a Ray Data pipeline beside reading the same rows alone.
 
-python benchmarks/align.py [folder=runs/bench] [rows=200000] [repeats=3]
+python -m benchmarks.align [folder=runs/bench] [rows=200000] [repeats=3]
 """
 
 import json

@@ -1,6 +1,6 @@
 """Embedding through the whole pipeline beside the bare encoder on the same rows.
 
-    python benchmarks/encode.py [folder=runs/bench] [rows=4096] [repeats=3]
+    python -m benchmarks.encode [folder=runs/bench] [rows=4096] [repeats=3]
 
 Both load the same untrained ViT-S-sized image tower (22 M parameters, 112 px) in a process of their own, one
 thread each. The rate of the pipeline is over its steady state: from the first shard that stands to the last.

@@ -1,6 +1,6 @@
 """The fit beside the reference's passes and beside reading alone; its memory, and its cost per row against N.
 
-    python benchmarks/fit.py [folder=runs/bench] [rows=1000000] [most=4000000] [repeats=3]
+    python -m benchmarks.fit [folder=runs/bench] [rows=1000000] [most=4000000] [repeats=3]
 
 Every figure is wall time of a process of its own, Ray's start included.
 """

@@ -1,6 +1,6 @@
 """The least that serves a model: one FastAPI process that calls generate for one request at a time.
 
-    python benchmarks/plain_server.py MODEL PORT
+    python -m benchmarks.plain_server MODEL PORT
 
 What benchmarks/serve.py compares with: greedy answers as a whole, no checks, no streams.
 """

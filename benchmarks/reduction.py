@@ -1,6 +1,6 @@
 """The sums of 10,000 tasks to one: merged for real, flat and as a tree, and simulated on a cluster's clock.
 
-    python benchmarks/reduction.py [partials=10000] [dim=1280] [fan_in=32]
+    python -m benchmarks.reduction [partials=10000] [dim=1280] [fan_in=32]
 
 The fit merges flat: its driver adds every task's sums. The tree is what would relieve it: tasks merge
 `fan_in` results into one, until no more than that many are left for the driver. Merging is exact, so both

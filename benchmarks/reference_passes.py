@@ -1,6 +1,6 @@
 """The baseline: the reference's four passes over pickles in one process, float64, plainly in NumPy.
 
-    python benchmarks/reference_passes.py TEXT.pkl IMAGE.pkl
+    python -m benchmarks.reference_passes TEXT.pkl IMAGE.pkl
 
 Pass 1: means of both; pass 2: traces of both; pass 3: mu' of the mapped texts; pass 4: the aligned texts, of
 which only the mean is kept, for the gap after. The second copy that the reference writes is left out.

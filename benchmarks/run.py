@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, each in a process of its own; their figures as Markdown.
 
-python benchmarks/run.py
+python -m benchmarks.run
 """
 
 import json

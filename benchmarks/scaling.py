@@ -1,6 +1,6 @@
 """The cost model of docs/scaling.md: its constants measured, checked, and carried to a large cluster.
 
-    python benchmarks/scaling.py [folder=runs/bench] [rows=100000,1000000,4000000] [workers=1,2,3,4]
+    python -m benchmarks.scaling [folder=runs/bench] [rows=100000,1000000,4000000] [workers=1,2,3,4]
 
 Every figure is of a process of its own. A pass is one reading of a store of texts: for their moments, or
 mapped: for those of the rows as a fit maps them. A fit is one pass of each side for the moments, and two

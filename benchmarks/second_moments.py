@@ -1,6 +1,6 @@
 """Second moments of a store beside the floor of the matrix product alone; and the kernel without Ray.
 
-    python benchmarks/second_moments.py [folder=runs/bench] [rows=1000000] [repeats=3]
+    python -m benchmarks.second_moments [folder=runs/bench] [rows=1000000] [repeats=3]
 
 The real path widens float16 rows to float64 and multiplies in float64. The floor is X^T X of as many rows, in
 memory already, in products of a row group's size, on all cores, one thread each; the same in float32 is

@@ -1,6 +1,6 @@
 """The server under load beside one plain process that calls generate for one request at a time.
 
-    python benchmarks/serve.py [repeats=3] [tokens=32] [models=demo,large] [clients=1,4,16,64] [threads=2]
+    python -m benchmarks.serve [repeats=3] [tokens=32] [models=demo,large] [clients=1,4,16,64] [threads=2]
 
 Random weights: a language model as small as the demo's, where the way to it is measured, and one of 99 M
 parameters, where the model is. Both servers run at the same time and take turns with the same requests over

@@ -1,6 +1,6 @@
 """Training beside what it could cost at least, and beside the reference's way; checkpoints.
 
-    python benchmarks/train.py [folder=runs/bench] [steps=30] [repeats=3]
+    python -m benchmarks.train [folder=runs/bench] [steps=30] [repeats=3]
 
 A Llama of 7 M parameters (width 256, 6 layers), D = 1280, captions of 5 to 60 words, one worker, one thread,
 float32. Every figure of a pair comes from the same run.

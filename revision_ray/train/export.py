@@ -77,7 +77,8 @@ def from_checkpoint(model: Any, folder: str) -> None:
         CheckpointError: the checkpoint is damaged, or of another model.
     """
     trained = checkpoint.trained_weights(folder)
-    own = dict(model.named_parameters())
+    # Batch norm, of some image towers, has buffers beside its parameters.
+    own = dict([*model.named_parameters(), *model.named_buffers()])
     strangers = sorted(set(trained) - set(own))
     if strangers:
         raise CheckpointError(f"{folder}: holds {strangers[0]}, which the model does not have")
