@@ -25,6 +25,7 @@ from revision_ray.align.fit import run as fit
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
+from revision_ray.train import export
 from revision_ray.train.export_job import export_checkpoint
 from revision_ray.train.models import Architecture, new_model
 from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, inspect, pretrain
@@ -239,6 +240,24 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "state.pt", weights_only=False)
     assert not (tmp_path / "hacked").exists()
+
+
+def test_a_checkpoint_has_tied_weights_under_each_name_and_buffers():
+    def tied() -> torch.nn.Module:
+        model = torch.nn.ModuleDict(
+            {"tower": torch.nn.BatchNorm1d(4), "embed": torch.nn.Linear(4, 6, bias=False)}
+        )
+        model["head"] = torch.nn.Linear(4, 6, bias=False)
+        model["head"].weight = model["embed"].weight
+        return model
+
+    trained, model = tied(), tied()
+    trained["tower"](torch.randn(8, 4))
+    export.set_weights(model, trained.state_dict(), "here")
+    for name, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    with pytest.raises(CheckpointError, match=r"here: holds stranger\.weight"):
+        export.set_weights(model, {"stranger.weight": torch.ones(1)}, "here")
 
 
 def test_any_checkpoint_exports(world, unbroken, tmp_path):

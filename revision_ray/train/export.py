@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,17 @@ def from_checkpoint(model: Any, folder: str) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model.
     """
-    trained = checkpoint.trained_weights(folder)
-    # Batch norm, of some image towers, has buffers beside its parameters.
-    own = dict([*model.named_parameters(), *model.named_buffers()])
+    set_weights(model, checkpoint.trained_weights(folder), folder)
+
+
+def set_weights(model: Any, trained: Mapping[str, torch.Tensor], folder: str) -> None:
+    """`model` holds the weights that trained, by name, as a checkpoint in `folder` has them.
+
+    Raises:
+        CheckpointError: the model has no such weight.
+    """
+    # Checkpoints hold tied weights under each of their names, and the buffers of a tower's batch norm.
+    own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
     strangers = sorted(set(trained) - set(own))
     if strangers:
         raise CheckpointError(f"{folder}: holds {strangers[0]}, which the model does not have")
