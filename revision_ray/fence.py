@@ -60,19 +60,38 @@ def writing(output: str) -> Iterator[None]:
     heart = _Heart(output, claim)
     heart.start()
     try:
-        yield
+        with _interruptible():
+            yield
     except KeyboardInterrupt:
         if not heart.lost:
             raise
-        raise DataError(
-            f"{output}: this job gave no sign of life for more than {SECONDS_TO_LIVE:.0f} s, and another one "
-            "has taken its output over; let that one finish"
-        ) from None
     finally:
         heart.stop()
         _withdraw(output, claim)
         if fresh:
             _remove_if_empty(output)
+    if heart.lost:
+        raise DataError(
+            f"{output}: this job gave no sign of life for more than {SECONDS_TO_LIVE:.0f} s, and another one "
+            "has taken its output over; let that one finish"
+        )
+
+
+# Not SIGINT: jobs that a script starts in the background ignore it.
+_LOST = signal.SIGUSR2
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """_LOST raises KeyboardInterrupt, which ends Ray's waits too. Only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(_LOST, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(_LOST, former)
 
 
 def _acquire(output: str) -> Claim:
@@ -206,11 +225,16 @@ class _Heart(threading.Thread):
                 if _is_lost(self._output, self._claim):
                     self.lost = True
                     log.error("%s: another job has taken this output over", self._output)
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    self._interrupt()
                     return
                 _write(self._output, self._claim)
             except RevisionError as error:
                 log.warning("the sign of life could not be written: %s", error)
+
+    def _interrupt(self) -> None:
+        main = threading.main_thread().ident
+        if main is not None and signal.getsignal(_LOST) is signal.default_int_handler:
+            signal.pthread_kill(main, _LOST)
 
     def stop(self) -> None:
         self._stopped.set()

@@ -1,5 +1,6 @@
 """One small Ray cluster for every test that needs one."""
 
+import functools
 import logging
 import os
 import secrets
@@ -23,6 +24,14 @@ def cluster():
     """A private two-CPU Ray with one gigabyte of object store, shut down when the session ends."""
     with shared_cluster.running():
         yield
+
+
+@pytest.fixture
+def note(request):
+    """Writes down what a fault cost, beside the seconds of an undisturbed run."""
+    import faults  # takes seconds
+
+    return functools.partial(faults.report, request.node)
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow.fs as pafs
 import ray
 import shared_cluster
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from ray import cloudpickle
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from werkzeug.serving import WSGIRequestHandler, make_server
+
+from revision_ray import storage
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,6 +208,59 @@ def kill_a_worker(cluster: Machines, title: str, chance: random.Random) -> Calla
     return strike
 
 
+def num_spilled() -> int:
+    """Bytes that the cluster's object stores have moved to disk so far."""
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return get_memory_info_reply(state).store_stats.spilled_bytes_total
+
+
+class Tenant:
+    """Another program on a machine, which holds a part of its object store and does not let go."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._held = ray.put(np.ones(num_bytes, np.uint8))
+        self._view = ray.get(self._held)  # in use: cannot be moved to disk
+
+    def holds(self) -> int:
+        return self._view.nbytes
+
+
+@contextmanager
+def tenants(cluster: Machines, num_bytes: int) -> Iterator[None]:
+    """Every machine's object store has `num_bytes` less."""
+    actors: list[Any] = [
+        ray.remote(Tenant)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False))
+        .remote(num_bytes)
+        for node in cluster.nodes
+    ]
+    try:
+        assert ray.get([actor.holds.remote() for actor in actors]) == [num_bytes] * len(actors)
+        yield
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def stall_until_stores_spill(cluster: Machines, title: str) -> Callable[[Work], None]:
+    """What is at `title` stands still and its input piles up until object stores move some of it to disk."""
+
+    def strike(work: Work) -> None:
+        before = num_spilled()
+        stalled = wait_until(
+            lambda: [process for node in cluster.nodes for process in cluster.workers(node, title)], work
+        )
+        for process in stalled:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            wait_until(lambda: num_spilled() > before, work)
+        finally:
+            for process in stalled:
+                process.send_signal(signal.SIGCONT)
+
+    return strike
+
+
 def slow_a_machine(cluster: Machines, chance: random.Random, share: float = 0.1) -> Callable[[Work], None]:
     """One machine's workers run for `share` of the time only, from now to the end of the job."""
 
@@ -278,6 +339,21 @@ class Storage:
 
     def uri(self, key: str) -> str:
         return f"s3://revision/{key}?{self._options}"
+
+    def put_files(self, folder: Path, key: str) -> str:
+        """The URI of a copy of the files of `folder`."""
+        for path in folder.iterdir():
+            if path.is_file():
+                storage.write_bytes(self.uri(f"{key}/{path.name}"), path.read_bytes())
+        return self.uri(key)
+
+    @contextmanager
+    def refusing(self, refuses: Callable[[str, str], bool]) -> Iterator[None]:
+        self.refuses = refuses
+        try:
+            yield
+        finally:
+            self.refuses = lambda method, path: False
 
     def _answer(self, environ: dict[str, Any], start: Any) -> Any:
         if not self.refuses(environ["REQUEST_METHOD"], environ["PATH_INFO"]):

@@ -1,39 +1,43 @@
-"""Stages 1 and 2 when machines, workers and drivers die: the outcome is that of a calm run."""
+"""Stages 1 and 2 when machines, workers, drivers and storage fail: the outcome is that of a calm run."""
 
 import json
 import random
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from embedding_stores import cloud, write_store
 from faults import (
     Driver,
     Machines,
-    Recovery,
+    Storage,
     Work,
     kill_a_machine,
     kill_a_worker,
     kill_and_submit_again,
     machines,
-    report,
+    refuse_writes,
     sabotage,
+    slow_a_machine,
 )
-from tiny_language_model import WORDS, write_language_model
+from training_data import write_training_data
 
-from revision_ray.align.fit import FitJob
-from revision_ray.align.fit import run as fit
+from revision_ray import storage
 from revision_ray.config import to_yaml
 from revision_ray.train.models import Architecture
 from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, pretrain
 from revision_ray.train.settings import Checkpoints, Logging, Optimisation, Training, Workers
 
 MACHINES = 2
-DIM, ROWS, STEPS = 16, 320, 20
+ROWS, STEPS = 320, 20
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Storage]:
+    with closing(Storage()) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -53,31 +57,14 @@ def whole(cluster) -> Machines:
 def world(cluster, tmp_path_factory) -> Path:
     """Texts, images, a fit, a language model, and conversations about the images."""
     folder = tmp_path_factory.mktemp("training")
-    generator = np.random.default_rng(0)
-    captions = [" ".join(generator.choice(WORDS[:-1], generator.integers(2, 9))) for _ in range(ROWS)]
-    texts = write_store(folder / "texts", cloud(ROWS, DIM, "text"), rows_per_shard=80, texts=captions)
-    images = write_store(folder / "images", cloud(ROWS, DIM, "image"), "image")
-    fit(FitJob(texts=texts, images=images, output=str(folder / "fit")))
-    records = [
-        {
-            "id": f"c{number}",
-            "image": f"image{number}",
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{captions[number]}"},
-                {"from": "gpt", "value": captions[(7 * number) % ROWS]},
-            ],
-        }
-        for number in range(ROWS)
-    ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    write_language_model(folder / "language_model")
+    write_training_data(folder, ROWS, ROWS)
     return folder
 
 
-def training(world: Path, output: str) -> dict:
+def training(output: str) -> dict[str, Any]:
     """Two workers, each of which needs a machine for itself."""
     return {
-        "output": str(world / output),
+        "output": output,
         "num_workers": MACHINES,
         "batches_per_window": 4,
         "optimisation": Optimisation(
@@ -105,7 +92,7 @@ def stage_one(world: Path, output: str) -> PretrainJob:
         model=str(world / "language_model"),
         max_length=32,
         architecture=Architecture(num_visual_tokens=2, projector_hidden_size=24),
-        **training(world, output),
+        **training(output),
     )
 
 
@@ -115,7 +102,7 @@ def stage_two(world: Path, output: str) -> FinetuneJob:
         images=[str(world / "images")],
         model=str(world / "calm-pretrain/model"),
         max_length=64,
-        **training(world, output),
+        **training(output),
     )
 
 
@@ -125,22 +112,22 @@ STAGES = {
 }
 
 
-def losses(output: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+def metrics(output: str) -> bytes:
+    uri = storage.join(output, "metrics.jsonl")
+    return storage.read_bytes(uri) if storage.exists(uri) else b""
 
 
-def num_steps(output: Path) -> Callable[[], int]:
+def num_steps(output: str) -> int:
     """Steps of a run that are in its metrics."""
-    metrics = output / "metrics.jsonl"
-    return lambda: len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    return metrics(output).count(b"\n")
 
 
-def outcome(output: Path) -> tuple[list[tuple[int, float]], bytes]:
+def outcome(output: str) -> tuple[list[tuple[int, float]], bytes]:
     """The losses of all steps, each once, and the weights."""
-    found = losses(output)
+    lines = [json.loads(line) for line in metrics(output).splitlines()]
+    found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert [step for step, _ in found] == list(range(1, STEPS + 1))
-    return found, (output / "model/model.safetensors").read_bytes()
+    return found, storage.read_bytes(storage.join(output, "model/model.safetensors"))
 
 
 Calm = Callable[[str], float]
@@ -156,18 +143,12 @@ def calm(cluster, world) -> Calm:
             seconds("pretrain")
         if name not in taken:
             stage = STAGES[name]
-            work = Work(lambda: stage.run(stage.job(world, f"calm-{name}")))
+            work = Work(lambda: stage.run(stage.job(world, f"{world}/calm-{name}")))
             work.wait()
             taken[name] = work.seconds
         return taken[name]
 
     return seconds
-
-
-@pytest.fixture
-def note(request) -> Callable[[Recovery, float], None]:
-    """Writes down what a fault cost, beside the seconds of the calm run."""
-    return partial(report, request.node)
 
 
 def disturbed(name: str, world: Path, calm: Calm, note, chance: random.Random, output: str, strike) -> None:
@@ -176,38 +157,63 @@ def disturbed(name: str, world: Path, calm: Calm, note, chance: random.Random, o
     stage = STAGES[name]
     job = stage.job(world, output)
     recovery = sabotage(
-        lambda: stage.run(job), num_steps(world / output), chance.randrange(1, STEPS - 4), strike
+        lambda: stage.run(job), lambda: num_steps(output), chance.randrange(1, STEPS - 4), strike
     )
-    assert outcome(world / output) == outcome(world / f"calm-{name}")
+    assert outcome(output) == outcome(f"{world}/calm-{name}")
     note(recovery, calm_seconds)
 
 
+every_stage = pytest.mark.parametrize("name", list(STAGES))
+two_seeds = pytest.mark.parametrize("seed", range(2))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(STAGES))
-def test_a_machine_is_killed(whole, world, calm, note, name):
-    chance = random.Random(0)
+@every_stage
+@two_seeds
+def test_a_machine_is_killed(whole, world, calm, note, name, seed):
+    chance = random.Random(f"{name} {seed}")
     strike = kill_a_machine(whole, "RayTrainWorker", chance)
-    disturbed(name, world, calm, note, chance, f"machine-{name}", strike)
+    disturbed(name, world, calm, note, chance, f"{world}/machine-{name}-{seed}", strike)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(STAGES))
-def test_a_worker_is_killed(whole, world, calm, note, name):
-    chance = random.Random(name)
+@every_stage
+@two_seeds
+def test_a_worker_is_killed(whole, world, calm, note, name, seed):
+    chance = random.Random(f"{name} {seed}")
     strike = kill_a_worker(whole, "RayTrainWorker", chance)
-    disturbed(name, world, calm, note, chance, f"worker-{name}", strike)
+    disturbed(name, world, calm, note, chance, f"{world}/worker-{name}-{seed}", strike)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(STAGES))
-def test_the_driver_is_killed_and_submitted_again(whole, world, calm, note, name):
+@every_stage
+@two_seeds
+def test_the_driver_is_killed_and_submitted_again(whole, world, calm, note, name, seed):
     calm_seconds = calm(name)
-    output = world / f"driver-{name}"
-    (world / f"{name}.yaml").write_text(to_yaml(STAGES[name].job(world, output.name)))
+    output = f"{world}/driver-{name}-{seed}"
+    (world / f"{name}-{seed}.yaml").write_text(to_yaml(STAGES[name].job(world, output)))
     recovery = kill_and_submit_again(
-        lambda: Driver(whole, name, str(world / f"{name}.yaml")),
-        num_steps(output),
-        random.Random(name).randrange(1, STEPS - 4),
+        lambda: Driver(whole, name, str(world / f"{name}-{seed}.yaml")),
+        lambda: num_steps(output),
+        random.Random(f"{name} {seed}").randrange(1, STEPS - 4),
     )
-    assert outcome(output) == outcome(world / f"calm-{name}")
+    assert outcome(output) == outcome(f"{world}/calm-{name}")
     note(recovery, calm_seconds)
+
+
+@pytest.mark.slow
+@every_stage
+def test_a_machine_is_slow(whole, world, calm, note, name):
+    chance = random.Random(name)
+    strike = slow_a_machine(whole, chance, share=0.3)
+    disturbed(name, world, calm, note, chance, f"{world}/slow-{name}", strike)
+
+
+@pytest.mark.slow
+@every_stage
+def test_storage_refuses_writes_for_a_while(whole, world, calm, store, note, name):
+    """For longer than S3's client tries by itself, while checkpoints are written."""
+    before = store.refused
+    strike = refuse_writes(store, seconds=12)
+    disturbed(name, world, calm, note, random.Random(name), store.uri(f"refusing-{name}"), strike)
+    assert store.refused > before

@@ -27,10 +27,11 @@ with fence.writing(sys.argv[1]):
 
 # Holds the output and says by which claim, then waits.
 SILENT = """
-import sys, threading
+import signal, sys, threading
 from pathlib import Path
 from revision_ray import fence
 
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[2]))
 fence.SECONDS_BETWEEN_BEATS = 0.05
 with fence.writing(sys.argv[1]):
     (claim,) = (Path(sys.argv[1]) / fence.FOLDER).iterdir()
@@ -175,10 +176,12 @@ def test_a_process_number_that_was_given_again_is_another_process(tmp_path):
         assert not claim.exists()
 
 
-def test_a_writer_that_was_taken_over_is_stopped(tmp_path):
-    """It was silent, say suspended, for longer than a claim lives; its next beat finds its claim gone."""
+@pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_writer_that_was_taken_over_is_stopped(tmp_path, disposition):
+    """It was silent, say suspended, for longer than a claim lives; its next beat finds its claim gone. Jobs
+    that a script runs in the background ignore SIGINT."""
     output = tmp_path / "out"
-    writer = start(SILENT, str(output))
+    writer = start(SILENT, str(output), disposition.name)
     assert writer.stdout
     claim = output / fence.FOLDER / writer.stdout.readline().strip()
     foreign_claim(output, took=[claim.name])

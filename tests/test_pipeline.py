@@ -148,7 +148,7 @@ def toy_process(folder: Path) -> subprocess.Popen:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_killed_pipeline_goes_on_where_it_was(tmp_path, seed):
     """SIGKILL at random points from a seed, five times, then a run to the end: every piece was made once (or
-    twice, where a kill fell between a piece and its line on the list), and the results are those of an
+    twice, where a kill fell between its line on the list and the piece), and the results are those of an
     undisturbed run."""
     generator = random.Random(seed)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -440,21 +440,22 @@ def test_a_damaged_ledger_is_named(tmp_path, content):
 
 # --- costs ------------------------------------------------------------------------------------------------
 
+DATA_COST = DataCost(
+    dollars_per_million_in=0.5,
+    dollars_per_million_out=2.0,
+    tokens_in=100,
+    tokens_out=50,
+    paired_tokens_in=700,
+)
+
 
 def test_data_cost_is_the_papers_formula():
     """P_in T_in + P_out T_out, dollars per million tokens; as a multiple of the paired baseline."""
-    data = DataCost(
-        dollars_per_million_in=0.5,
-        dollars_per_million_out=2.0,
-        tokens_in=100,
-        tokens_out=50,
-        paired_tokens_in=700,
-    )
     # 1 M texts: 100 M tokens at $0.5 and 50 M at $2 a million.
-    assert data.dollars(1_000_000) == pytest.approx(50 + 100, rel=1e-12)
-    assert data.paired_dollars(1_000_000) == pytest.approx(350 + 100, rel=1e-12)
-    assert data.dollars(None) is None
-    assert replace(data, tokens_out=None).dollars(1) is None
+    assert DATA_COST.dollars(1_000_000) == pytest.approx(50 + 100, rel=1e-12)
+    assert DATA_COST.paired_dollars(1_000_000) == pytest.approx(350 + 100, rel=1e-12)
+    assert DATA_COST.dollars(None) is None
+    assert replace(DATA_COST, tokens_out=None).dollars(1) is None
 
 
 def test_gpu_hours_come_from_tokens_and_the_models_size():
@@ -595,13 +596,7 @@ ESTIMATES = Estimates(
     utilisation=0.4,
     rows_per_gpu_second={"embed": 10},
     dollars_per_gpu_hour=2.0,
-    data=DataCost(
-        dollars_per_million_in=0.5,
-        dollars_per_million_out=2.0,
-        tokens_in=100,
-        tokens_out=50,
-        paired_tokens_in=700,
-    ),
+    data=DATA_COST,
 )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import closing
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,13 +17,8 @@ SLOW_DOWN = "When uploading part: AWS Error SLOW_DOWN during UploadPart operatio
 
 @pytest.fixture(scope="module")
 def server():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "none")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        started = Storage()
+    with closing(Storage()) as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(autouse=True)

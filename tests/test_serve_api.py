@@ -29,6 +29,7 @@ from ray import serve
 from tiny_model import EMBEDDING_DIM, picture, tiny_model, unit_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from revision_ray import storage
 from revision_ray.align.affine import Affine
 from revision_ray.align.alignment import Alignment, Gap, Inputs, save_alignment
 from revision_ray.align.moments import of_block
@@ -185,6 +186,12 @@ def said(client: openai.OpenAI, messages: list[Any], **settings: Any) -> str:
     return asked(client, messages, **settings).choices[0].message.content
 
 
+def embedded(client: openai.OpenAI, *inputs: Any, model: str = NAME, **settings: Any) -> np.ndarray:
+    """float32 rows (N, D) of texts and images."""
+    made = client.embeddings.create(model=model, input=list(inputs), encoding_format="float", **settings)
+    return np.array([row.embedding for row in made.data], np.float32)
+
+
 def raw(
     url: str, body: bytes | None = None, content_type: str = "application/json", method: str | None = None
 ) -> tuple[int, dict[str, str], bytes]:
@@ -233,12 +240,7 @@ def test_a_greedy_answer_is_that_of_generate(client, served):
 
 def test_a_picture_is_the_same_as_its_embedding(client, served):
     pictures = [picture(seed) for seed in range(3)]
-    made = client.embeddings.create(
-        model=NAME,
-        input=[image_part(content) for content in pictures],  # type: ignore[arg-type]
-        encoding_format="float",
-    )
-    rows_ID = np.array([row.embedding for row in made.data], np.float32)
+    rows_ID = embedded(client, *map(image_part, pictures))
     by_picture = user("which", *map(image_part, pictures), "?")
     by_row = user("which", *(embedding_part(row_D, served.fingerprint) for row_D in rows_ID), "?")
     answer = asked(client, by_picture)
@@ -350,23 +352,10 @@ def test_texts_are_embedded_by_the_text_tower(client, served):
 
 
 def test_texts_are_aligned_by_the_fit_and_images_stay(client, served):
-    content = image_part(picture(3))
-    inputs = [WORDS[0], content, WORDS[1]]
-    raw_rows, aligned = (
-        np.array(
-            [
-                row.embedding
-                for row in client.embeddings.create(
-                    model=NAME,
-                    input=inputs,  # type: ignore[arg-type]
-                    extra_body={"align": align},
-                ).data
-            ]
-        )
-        for align in (False, True)
-    )
+    inputs = [WORDS[0], image_part(picture(3)), WORDS[1]]
+    raw_rows, aligned = (embedded(client, *inputs, extra_body={"align": align}) for align in (False, True))
     np.testing.assert_allclose(aligned[1], raw_rows[1], atol=2e-6)
-    expected_ND, _ = served.alignment.affine.apply(raw_rows[[0, 2]].astype(np.float32))
+    expected_ND, _ = served.alignment.affine.apply(raw_rows[[0, 2]])
     np.testing.assert_allclose(aligned[[0, 2]], expected_ND, atol=1e-5)
     assert np.abs(aligned[0] - raw_rows[0]).max() > 0.1
 
@@ -632,41 +621,64 @@ def test_replicas_come_and_go_with_the_load(client, served):
     run(served.job)
 
 
-@pytest.mark.slow
-def test_the_job_asks_for_keys_and_finishes_what_it_has_when_it_is_stopped(made):
+@contextlib.contextmanager
+def as_a_job(*settings: str, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """jobs/serve.py with a Ray of its own, and the address of its API once it answers."""
     folder = tempfile.mkdtemp(prefix="rv", dir="/tmp")
     port = free_port()
-    environment = os.environ | {
-        "REVISION_RAY_API_KEYS": "first, second",
+    variables = os.environ | {
         "RAY_TMPDIR": folder,
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        **environment,
     }
-    environment.pop("RAY_ADDRESS", None)
-    command = [
-        sys.executable,
-        "jobs/serve.py",
-        "configs/serve.yaml",
-        f"model={made.job.model}",
-        f"port={port}",
-    ]
+    variables.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "jobs/serve.py", "configs/serve.yaml", f"port={port}", *settings]
     command += [f"engine.max_length={CONTEXT}", "replicas.ingress.min_replicas=1"]
-    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
     try:
         assert job.stdout
         line = next(line for line in job.stdout if "Serving" in line)
         assert line == f"Serving model at http://127.0.0.1:{port}  (page: /, API: /v1)\n"
-        base = f"http://127.0.0.1:{port}/v1"
+        yield job, f"http://127.0.0.1:{port}/v1"
+    finally:
+        if job.poll() is None:
+            job.terminate()
+            job.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_the_job_asks_for_keys_and_finishes_what_it_has_when_it_is_stopped(made):
+    with as_a_job(f"model={made.job.model}", REVISION_RAY_API_KEYS="first, second") as (job, url):
         with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=base, api_key="third").models.list()
-        client = openai.OpenAI(base_url=base, api_key="second", max_retries=0)
+            openai.OpenAI(base_url=url, api_key="third").models.list()
+        client = openai.OpenAI(base_url=url, api_key="second", max_retries=0)
         stream = asked(client, TURNS, model="model", max_tokens=900, stream=True)
         first = next(iter(stream))
         job.send_signal(signal.SIGTERM)
         chunks = [first, *stream]
         assert chunks[-1].choices[0].finish_reason == "length"
         assert job.wait(60) == 0
-    finally:
-        if job.poll() is None:
-            job.terminate()
-            job.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_model_encoder_and_fit_may_lie_on_an_object_store(made, bucket, tmp_path):
+    folders = {"model": made.job.model, "encoder": made.encoder.model, "fit": made.job.alignment}
+    for key, folder in folders.items():
+        for path in Path(folder).iterdir():
+            storage.write_bytes(bucket(f"{key}/{path.name}"), path.read_bytes())
+    settings = [f"model={bucket('model')}", f"alignment={bucket('fit')}"]
+    settings += [f"encoder.model={bucket('encoder')}", "encoder.kind=open_clip"]
+    with as_a_job(*settings, REVISION_RAY_CACHE=str(tmp_path)) as (_, url):
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+        assert said(client, TURNS, model="model") == made.answer(TURNS, np.empty((0, EMBEDDING_DIM)), 12)
+        shown = image_part(picture(1))
+        row_D, text_D = embedded(client, shown, WORDS[0], model="model")
+        by_row = user(embedding_part(row_D, made.fingerprint), "what colour ?")
+        assert said(client, user(shown, "what colour ?"), model="model") == said(
+            client, by_row, model="model"
+        )
+        expected_ND, _ = made.alignment.affine.apply(text_D[None])
+        np.testing.assert_allclose(
+            embedded(client, WORDS[0], model="model", extra_body={"align": True}), expected_ND, atol=1e-5
+        )

@@ -18,10 +18,8 @@ import torch
 from embedding_stores import cloud, write_store
 from PIL import Image
 from tiny_encoder import write_encoder
-from tiny_language_model import WORDS, write_language_model
+from training_data import DIM, write_records, write_training_data
 
-from revision_ray.align.fit import FitJob
-from revision_ray.align.fit import run as fit
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
@@ -31,35 +29,19 @@ from revision_ray.train.models import Architecture, new_model
 from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, inspect, pretrain
 from revision_ray.train.settings import Checkpoints, Logging, Lora, Optimisation, Workers, Zero
 
-DIM, ROWS = 16, 240
+ROWS = 240
 
 
 @pytest.fixture(scope="module")
 def world(cluster, tmp_path_factory):
     """A text store with captions, an image store, a fit, a language model, and conversations about images."""
     folder = tmp_path_factory.mktemp("training")
-    generator = np.random.default_rng(0)
-    captions = [" ".join(generator.choice(WORDS[:-1], generator.integers(2, 9))) for _ in range(ROWS)]
-    texts = write_store(folder / "texts", cloud(ROWS, DIM, "text"), rows_per_shard=100, texts=captions)
-    images = write_store(folder / "images", cloud(ROWS, DIM, "image"), "image")
-    fit(FitJob(texts=texts, images=images, output=str(folder / "fit")))
-    records = [
-        {
-            "id": f"c{number}",
-            "image": f"image{number}",
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{captions[number]}"},
-                {"from": "gpt", "value": captions[(7 * number) % ROWS]},
-            ],
-        }
-        for number in range(40)
-    ]
+    records = write_training_data(folder, ROWS, 40)
     without_image = [
         {**turn, "value": turn["value"].replace("<image>\n", "")} for turn in records[5]["conversations"]
     ]
     records[5] = {"id": "text-only", "conversations": without_image}
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    write_language_model(folder / "language_model")
+    write_records(folder / "data.jsonl", records)
     return folder
 
 

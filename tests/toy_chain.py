@@ -42,9 +42,9 @@ def run(job: ToyJob) -> str:
         piece = output / f"piece-{number}"
         if not piece.exists() or storage.read_bytes(str(piece)).decode() != content:
             time.sleep(job.seconds)
-            storage.write_bytes(str(piece), content.encode())
             with (output.parent / "made.txt").open("a") as made:
                 made.write(f"{output.name} {number}\n")
+            storage.write_bytes(str(piece), content.encode())
     pieces = [(output / f"piece-{number}").read_text() for number in range(PIECES)]
     storage.write_json(str(output / "results.json"), pieces)
     return f"{output.name} is done"

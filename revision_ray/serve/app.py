@@ -170,6 +170,7 @@ def checked(job: ServeJob) -> ServeJob:
         ConfigError: the model cannot be served.
         AlignmentError: a fit is missing, or of another encoder than the model's.
     """
+    job = replace(job, model=storage.absolute(job.model))
     kind = _model_type(job.model)
     if kind != ReVisionConfig.model_type:
         raise ConfigError(
@@ -177,8 +178,9 @@ def checked(job: ServeJob) -> ServeJob:
             "that jobs/finetune.py or jobs/export.py wrote"
         )
     try:
-        model, facts = ReVisionConfig.from_pretrained(job.model), facts_of(job)
-        tokenizer = AutoTokenizer.from_pretrained(job.model)
+        folder = storage.local_copy(job.model)
+        model, facts = ReVisionConfig.from_pretrained(folder), facts_of(job)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model={job.model}: is damaged or not complete ({error}); save it again"
@@ -208,24 +210,23 @@ def checked(job: ServeJob) -> ServeJob:
     return replace(
         job,
         name=job.model_id,
-        model=os.path.abspath(job.model),
         encoder=encoder,
         alignment=_absolute(job.alignment),
         fits=[_absolute(uri) for uri in job.fits],
     )
 
 
-def _model_type(folder: str) -> str | None:
+def _model_type(model: str) -> str | None:
     """As config.json has it; None where there is none."""
     try:
-        document = storage.read_json(os.path.join(folder, "config.json"))
+        document = storage.read_json(storage.join(model, "config.json"))
     except DataError:
         return None
     return document.get("model_type") if isinstance(document, dict) else None
 
 
 def _absolute(uri: str) -> str:
-    return os.path.abspath(uri) if uri and os.path.exists(uri) else uri
+    return storage.absolute(uri) if uri else uri
 
 
 def _check_port(host: str, port: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from ray import serve
 from transformers import AutoProcessor
 
+from revision_ray import storage
 from revision_ray.data.images import UndecodableImage, decode_image
 from revision_ray.encode.checkpoints import read_tensors, weight_files
 from revision_ray.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ from revision_ray.serve.settings import ImageSettings
 _PREFIX = "image_tower."
 
 
-def load_image_tower(folder: str) -> ImageTower:
+def load_image_tower(model: str) -> ImageTower:
     """The image tower of a saved model, without the rest of it; on the GPU where this process has one.
 
     In the saved dtype on a GPU, in float32 on the CPU.
@@ -35,9 +36,10 @@ def load_image_tower(folder: str) -> ImageTower:
     Raises:
         ConfigError: the model holds none, or its weights are not there.
     """
+    folder = storage.local_copy(model)
     config = ReVisionConfig.from_pretrained(folder)
     if config.image_tower is None:
-        raise ConfigError(f"{folder}: the model holds no image tower")
+        raise ConfigError(f"{model}: the model holds no image tower")
     tower = ImageTower(config.image_tower)
     named = read_tensors(weight_files(folder), lambda name: name.startswith(_PREFIX))
     tower.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in named.items()})
@@ -58,7 +60,7 @@ class ImageEncoder:
         self._settings = settings
         self._tower = load_image_tower(model)
         self._device = next(self._tower.parameters()).device
-        self._processor: Any = AutoProcessor.from_pretrained(model).image_processor
+        self._processor: Any = AutoProcessor.from_pretrained(storage.local_copy(model)).image_processor
         self._reporter = DriftReporter(monitor)
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._under_way: dict[bytes, asyncio.Task[np.ndarray]] = {}

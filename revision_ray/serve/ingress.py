@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp
 from transformers import AutoTokenizer
 
+from revision_ray import storage
 from revision_ray.serve import metrics
 from revision_ray.serve.api_error import ApiError, invalid
 from revision_ray.serve.calls import LanguageModelCalls, cause_of, unavailable
@@ -66,7 +67,9 @@ class Ingress:
         reporter = DriftReporter(monitor)
         images = ServedImages(facts, image_encoder, self.fetcher, reporter, job.images, job.limits)
         prompter = Prompter(
-            AutoTokenizer.from_pretrained(job.model), facts.image_token_id, facts.num_visual_tokens
+            AutoTokenizer.from_pretrained(storage.local_copy(job.model)),
+            facts.image_token_id,
+            facts.num_visual_tokens,
         )
         self.calls = LanguageModelCalls(language_model, job.limits, job.engine.token_timeout_s)
         self.chat = Chat(job.model_id, facts.context_length, prompter, self.calls, images, job.limits)

@@ -4,7 +4,6 @@ A plain class, so that it runs without Ray too; `app.py` makes it a deployment.
 """
 
 import contextlib
-import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from revision_ray import storage
 from revision_ray.errors import ConfigError
 from revision_ray.model import ReVisionConfig, ReVisionForConditionalGeneration
 from revision_ray.serve.engine import Piece, Prompt, Sampling, make_engine
@@ -36,7 +36,8 @@ class LanguageModel:
         if engine.num_threads is not None:
             torch.set_num_threads(engine.num_threads)
         transformers_logging.disable_progress_bar()  # of the weights: in a replica's log it is noise
-        config = _configuration(model)
+        folder = storage.local_copy(model)
+        config = _configuration(folder)
         self._description = _described(model, config)
         config.image_tower = None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,9 +45,9 @@ class LanguageModel:
             {} if engine.attention is None else {"attn_implementation": engine.attention}
         )
         loaded = _WithoutTower.from_pretrained(
-            model, config=config, dtype=_dtype(engine, device), **attention
+            folder, config=config, dtype=_dtype(engine, device), **attention
         )
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         self._engine = make_engine(loaded.to(device), tokenizer, engine)  # type: ignore[arg-type]
         self._description["context_length"] = self._engine.context_length
         self._timeout_s = engine.token_timeout_s
@@ -106,10 +107,10 @@ def _configuration(folder: str) -> ReVisionConfig:
     return config
 
 
-def _described(folder: str, config: ReVisionConfig) -> dict[str, Any]:
+def _described(model: str, config: ReVisionConfig) -> dict[str, Any]:
     alignment, tower = config.alignment or {}, config.image_tower or {}
     return {
-        "id": os.path.basename(folder.rstrip("/")),
+        "id": storage.name_of(model),
         "embedding_dim": config.embedding_dim,
         "num_visual_tokens": config.num_visual_tokens,
         "strategy": alignment.get("strategy", ""),

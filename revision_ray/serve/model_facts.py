@@ -1,8 +1,8 @@
 """What the HTTP side knows about the model: a few numbers, read once where the application is built."""
 
-import os
 from dataclasses import dataclass
 
+from revision_ray import storage
 from revision_ray.model import ReVisionConfig
 from revision_ray.serve.protocol import Model
 from revision_ray.serve.settings import ServeJob
@@ -42,13 +42,13 @@ def facts_of(job: ServeJob) -> ModelFacts:
     """The facts of the model in the job's folder.
 
     Raises:
-        OSError: no model there.
+        DataError, OSError: no model there.
     """
-    config = ReVisionConfig.from_pretrained(job.model)
+    config = ReVisionConfig.from_pretrained(storage.local_copy(job.model))
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     tower = config.image_tower or {}
     return ModelFacts(
-        created=int(os.path.getmtime(os.path.join(job.model, "config.json"))),
+        created=storage.info(storage.join(job.model, "config.json")).mtime_ns // 10**9,
         context_length=min(job.engine.max_length, positions or job.engine.max_length),
         embedding_dim=config.embedding_dim,
         num_visual_tokens=config.num_visual_tokens,

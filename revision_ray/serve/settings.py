@@ -4,6 +4,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from revision_ray import storage
 from revision_ray.config import MISSING
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import ConfigError
@@ -199,7 +200,8 @@ class ServeJob:
     and a chat page."""
 
     model: str = MISSING
-    """Folder of the model, as jobs/finetune.py or jobs/export.py wrote it; every node must see it."""
+    """Folder or URI of the model, as jobs/finetune.py or jobs/export.py wrote it; every node must see it.
+    From an object store it is copied once to each node (REVISION_RAY_CACHE)."""
     name: str = ""
     """The model's id in the API; by default the folder's name."""
     host: str = "127.0.0.1"
@@ -239,7 +241,7 @@ class ServeJob:
 
     @property
     def model_id(self) -> str:
-        return self.name or self.model.rstrip("/").split("/")[-1]
+        return self.name or storage.name_of(self.model)
 
 
 def is_loopback(host: str) -> bool:
