@@ -147,10 +147,9 @@ def test_a_machine_is_killed(whole, encoder, captions, calm, tmp_path, note, see
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("title", ["Prepare", "Encode", "Write"])
-def test_a_worker_is_killed(whole, encoder, captions, calm, tmp_path, note, title, seed):
-    chance = random.Random(f"{title} {seed}")
+def test_a_worker_is_killed(whole, encoder, captions, calm, tmp_path, note, title):
+    chance = random.Random(title)
     strike = kill_a_worker(whole, title, chance)
     disturbed(embed_job(encoder, captions, tmp_path / "store"), calm, note, somewhere(chance), strike)
 

@@ -1,4 +1,4 @@
-"""A tiny untrained open_clip dual encoder in a folder: real towers, a word-level tokenizer, 32 pixels."""
+"""A tiny untrained open_clip dual encoder in a folder: real towers, a word-level tokenizer, few pixels."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,20 @@ WORDS = [f"word{number}" for number in range(60)]
 CONTEXT = 12
 
 
-def write_encoder(folder: Path, seed: int = 0) -> str:
+def write_encoder(folder: Path, seed: int = 0, image_size: int = 32) -> str:
     """The folder, in open_clip's own layout; another seed gives other weights."""
     vocabulary = {"<pad>": 0, "<unk>": 1, "<start>": 2}
     vocabulary |= {word: 3 + number for number, word in enumerate(WORDS)}
     vocabulary["<end>"] = len(vocabulary)  # the highest id: CLIP pools there
     model_cfg = {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8},
+        "vision_cfg": {
+            "image_size": image_size,
+            "layers": 1,
+            "width": 16,
+            "patch_size": 16,
+            "head_width": 8,
+        },
         "text_cfg": {
             "context_length": CONTEXT,
             "vocab_size": len(vocabulary),
@@ -32,7 +38,7 @@ def write_encoder(folder: Path, seed: int = 0) -> str:
     model = open_clip.CLIP(**model_cfg)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {"size": 32}})
+        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {"size": image_size}})
     )
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
