@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/python jobs/pipeline.py configs/demo.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow and not gpu"

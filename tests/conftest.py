@@ -19,14 +19,6 @@ import pytest
 import shared_cluster
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """Where tests run in several processes, those that share a Ray stay in one."""
-    for item in items:
-        if "cluster" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def cluster():
     """A private two-CPU Ray with one gigabyte of object store, shut down when the session ends."""

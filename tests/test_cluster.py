@@ -227,6 +227,7 @@ def submitted(head, checkout, stores) -> dict[str, subprocess.CompletedProcess]:
         return dict(zip(lines, results, strict=True))
 
 
+@pytest.mark.slow
 def test_a_second_submission_to_one_output_is_refused(submitted, stores):
     result = submitted["second"]
     assert result.returncode != 0
@@ -247,6 +248,7 @@ def test_after_that_a_submission_is_accepted_and_another_one_finds_it_done(head,
         assert said in result.stdout
 
 
+@pytest.mark.slow
 def test_driver_and_workers_import_the_package_that_was_submitted(head, submitted):
     """Not the one that this environment has installed: nodes of a cluster have none."""
     result = submitted["where"]
@@ -260,6 +262,7 @@ def test_driver_and_workers_import_the_package_that_was_submitted(head, submitte
     assert found["size"] < 2_000_000
 
 
+@pytest.mark.slow
 def test_a_job_line_runs_on_the_cluster(submitted, stores):
     result = submitted["fit"]
     assert result.returncode == 0, result.stdout
@@ -267,6 +270,7 @@ def test_a_job_line_runs_on_the_cluster(submitted, stores):
     assert gap["after"] < 0.1 * gap["before"]
 
 
+@pytest.mark.slow
 def test_a_failing_job_fails_the_submission(submitted):
     result = submitted["typo"]
     assert result.returncode != 0
@@ -274,6 +278,7 @@ def test_a_failing_job_fails_the_submission(submitted):
     assert "exit code 2" in result.stdout, "the job's own exit code is in Ray's message"
 
 
+@pytest.mark.slow
 def test_without_the_token_nothing_is_accepted(head, checkout):
     result = head.submit(checkout, "python", "-c", "print('ran')", environment=head.without_token)
     assert result.returncode != 0

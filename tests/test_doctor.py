@@ -327,6 +327,7 @@ def test_a_cluster_is_examined(cluster, tmp_path):
     assert list(tmp_path.iterdir()) == [], "what it wrote is gone"
 
 
+@pytest.mark.slow
 def test_a_failure_is_printed_with_its_remedy_and_fails_the_job(cluster, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     job = DoctorJob(storage=str(tmp_path / "file"), min_free_gb=1e9)
@@ -338,6 +339,7 @@ def test_a_failure_is_printed_with_its_remedy_and_fails_the_job(cluster, tmp_pat
     assert storage.list_files(str(tmp_path))[0][0].endswith("file")
 
 
+@pytest.mark.slow
 def test_strictness_fails_what_was_not_checked(cluster, tmp_path):
     with pytest.raises(ClusterError, match="0 checks failed, 3 could not be done: versions, gpus, models"):
         run(DoctorJob(storage=str(tmp_path), min_free_gb=0.001, strict=True))

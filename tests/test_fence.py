@@ -216,6 +216,7 @@ def check_that_never_two_hold(output: str, num_processes: int) -> None:
         assert end <= begin
 
 
+@pytest.mark.slow
 def test_of_many_at_once_never_two_hold_it(tmp_path):
     check_that_never_two_hold(str(tmp_path / "out"), 6)
 

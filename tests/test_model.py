@@ -677,6 +677,7 @@ assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__ == "ReVisionF
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [

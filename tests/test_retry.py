@@ -90,7 +90,7 @@ def first(count: int, wanted: str):
 BEYOND_THE_CLIENT = {"POST": 35, "PUT": 35, "HEAD": 35, "GET": 2}
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("method", ["POST", pytest.param("PUT", marks=pytest.mark.slow)])
 def test_a_write_that_the_store_refuses_for_a_while_is_made(server, method, caplog):
     server.refuses = first(BEYOND_THE_CLIENT[method], method)
     uri = server.uri(f"written-{method}")
@@ -100,7 +100,7 @@ def test_a_write_that_the_store_refuses_for_a_while_is_made(server, method, capl
     assert "trying again" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("method", [pytest.param("HEAD", marks=pytest.mark.slow), "GET"])
 def test_a_read_that_fails_for_a_while_gives_all_bytes(server, method, caplog):
     uri = server.uri(f"read-{method}")
     content = os.urandom(100_000)

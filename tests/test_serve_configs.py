@@ -192,6 +192,7 @@ class Recorder:
             getattr(each, method)(2, tags=tags)
 
 
+@pytest.mark.slow
 def test_ray_exports_every_instrument_under_the_name_that_we_say(cluster):
     recorder = Recorder.remote()
     ray.get(recorder.record.remote())

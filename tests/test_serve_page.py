@@ -533,8 +533,8 @@ return [...document.querySelectorAll("button, summary")].filter(element => eleme
     ("name", "width", "height", "scheme"),
     [
         ("light", 1100, 760, "light"),
-        ("dark", 1100, 760, "dark"),
-        ("phone", 360, 740, "light"),
+        pytest.param("dark", 1100, 760, "dark", marks=pytest.mark.slow),
+        pytest.param("phone", 360, 740, "light", marks=pytest.mark.slow),
         ("phone_dark", 360, 740, "dark"),
     ],
 )

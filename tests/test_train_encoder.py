@@ -110,6 +110,7 @@ def one_of_two(rank: int, rendezvous: str, results) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_loss_and_gradients_of_one(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
