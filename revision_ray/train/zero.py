@@ -20,6 +20,8 @@ import deepspeed
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Of use to its inference alone: on CPUs it would cost a minute of the first run, and ask for a C++ compiler.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
