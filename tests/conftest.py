@@ -1,5 +1,6 @@
 """One small Ray cluster for every test that needs one."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -24,6 +25,22 @@ def cluster():
     """A private two-CPU Ray with one gigabyte of object store, shut down when the session ends."""
     with shared_cluster.running():
         yield
+
+
+@pytest.fixture(scope="module")
+def faltering_s3():
+    """An S3-compatible server on loopback that refuses what it is told to refuse (faults.Storage)."""
+    import faults  # takes seconds
+
+    with contextlib.closing(faults.Storage()) as started:
+        yield started
+
+
+@pytest.fixture
+def whole(cluster):
+    """A cluster of the module's own (faults.Machines), with all its machines."""
+    cluster.replenish()
+    return cluster
 
 
 @pytest.fixture

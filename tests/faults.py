@@ -45,6 +45,7 @@ class Machines:
     def __init__(self, count: int, cpus: float = 1.0, object_store_memory: int = 200_000_000) -> None:
         # A Unix socket path may have 107 bytes, and Ray puts about 70 of its own below this folder.
         self.folder = tempfile.mkdtemp(prefix="rv", dir="/tmp")
+        self._count = count
         self._settings = {"num_cpus": cpus, "object_store_memory": object_store_memory}
         self._cluster = Cluster(
             initialize_head=True,
@@ -66,9 +67,9 @@ class Machines:
         """One more machine, as an autoscaler would start it."""
         return self._cluster.add_node(**self._settings)
 
-    def replenish(self, count: int) -> None:
+    def replenish(self) -> None:
         """As many machines as in the beginning: those that a test killed are replaced."""
-        while len(self.nodes) < count:
+        while len(self.nodes) < self._count:
             self.nodes.append(self.add())
 
     def kill(self, node: Any) -> None:
@@ -188,10 +189,9 @@ def kill_a_machine(cluster: Machines, title: str, chance: random.Random) -> Call
     """One of the machines where `title` is at work dies, and another one comes, as from an autoscaler."""
 
     def strike(work: Work) -> None:
-        count = len(cluster.nodes)
         busy = wait_until(lambda: [node for node in cluster.nodes if cluster.workers(node, title)], work)
         cluster.kill(chance.choice(busy))
-        cluster.replenish(count)
+        cluster.replenish()
 
     return strike
 

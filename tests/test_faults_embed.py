@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from faults import (
     Driver,
     Machines,
     Recovery,
-    Storage,
     Work,
     first_reads,
     kill_a_machine,
@@ -48,22 +46,9 @@ MACHINES = 2
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Storage]:
-    with closing(Storage()) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def cluster() -> Iterator[Machines]:
     with machines(MACHINES, object_store_memory=OBJECT_STORE) as started:
         yield started
-
-
-@pytest.fixture
-def whole(cluster) -> Machines:
-    """The cluster with all its machines."""
-    cluster.replenish(MACHINES)
-    return cluster
 
 
 @pytest.fixture(scope="module")
@@ -178,23 +163,23 @@ def test_the_driver_is_killed_and_submitted_again(whole, encoder, captions, calm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_storage_refuses_writes_for_a_while(whole, store, encoder, captions, calm, note, seed):
+def test_storage_refuses_writes_for_a_while(whole, faltering_s3, encoder, captions, calm, note, seed):
     """For longer than S3's client tries by itself."""
-    before = store.refused
-    job = embed_job(encoder, captions, store.uri(f"refusing-{seed}"))
-    strike = refuse_writes(store, seconds=12)
+    before = faltering_s3.refused
+    job = embed_job(encoder, captions, faltering_s3.uri(f"refusing-{seed}"))
+    strike = refuse_writes(faltering_s3, seconds=12)
     disturbed(job, calm, note, somewhere(random.Random(seed)), strike)
-    assert store.refused > before
+    assert faltering_s3.refused > before
 
 
 @pytest.mark.slow
-def test_every_read_fails_twice(whole, store, encoder, captions, calm, tmp_path, note):
-    job = embed_job(encoder, store.put_files(captions, "faltering"), tmp_path / "store")
-    before = store.refused
-    with store.refusing(first_reads(2)):
+def test_every_read_fails_twice(whole, faltering_s3, encoder, captions, calm, tmp_path, note):
+    job = embed_job(encoder, faltering_s3.put_files(captions, "faltering"), tmp_path / "store")
+    before = faltering_s3.refused
+    with faltering_s3.refusing(first_reads(2)):
         rows, seconds = undisturbed(job, FILES * ROWS_PER_FILE)
     assert rows == calm[0]
-    assert store.refused >= before + 2 * FILES
+    assert faltering_s3.refused >= before + 2 * FILES
     note(Recovery(first_sign=float("nan"), seconds=seconds), calm[1])
 
 

@@ -3,7 +3,6 @@
 import os
 import random
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from faults import (
     Driver,
     Machines,
     Recovery,
-    Storage,
     Work,
     first_reads,
     kill_a_machine,
@@ -34,22 +32,9 @@ MACHINES = 2
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Storage]:
-    with closing(Storage()) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def cluster() -> Iterator[Machines]:
     with machines(MACHINES) as started:
         yield started
-
-
-@pytest.fixture
-def whole(cluster) -> Machines:
-    """The cluster with all its machines."""
-    cluster.replenish(MACHINES)
-    return cluster
 
 
 DIM, TEXT_SHARDS, IMAGE_SHARDS, ROWS = 256, 160, 80, 250
@@ -181,31 +166,31 @@ def test_the_driver_of_a_fit_is_killed_and_submitted_again(whole, stores, calm_f
 
 
 @pytest.mark.slow
-def test_every_read_fails_twice_during_a_fit(whole, store, stores, calm_fit, tmp_path, note):
-    remote = {key: store.put_files(Path(folder), key) for key, folder in stores.items()}
-    before = store.refused
-    with store.refusing(first_reads(2)):
+def test_every_read_fails_twice_during_a_fit(whole, faltering_s3, stores, calm_fit, tmp_path, note):
+    remote = {key: faltering_s3.put_files(Path(folder), key) for key, folder in stores.items()}
+    before = faltering_s3.refused
+    with faltering_s3.refusing(first_reads(2)):
         work = Work(lambda: fit.run(fit_job(remote, tmp_path / "fit")))
         work.wait()
     assert bits_of(tmp_path / "fit") == calm_fit[0]
-    assert store.refused >= before + 2 * (TEXT_SHARDS + IMAGE_SHARDS)
+    assert faltering_s3.refused >= before + 2 * (TEXT_SHARDS + IMAGE_SHARDS)
     note(Recovery(first_sign=float("nan"), seconds=work.seconds), calm_fit[1])
 
 
 @pytest.mark.slow
 def test_storage_that_refuses_writes_for_a_while_at_the_end_of_a_fit(
-    whole, store, stores, calm_fit, results, note
+    whole, faltering_s3, stores, calm_fit, results, note
 ):
     """A fit writes when its last result is there; then nothing can be written for 12 seconds."""
     calm, calm_seconds = calm_fit
-    output = store.uri("fit-refused")
-    before = store.refused
+    output = faltering_s3.uri("fit-refused")
+    before = faltering_s3.refused
     recovery = sabotage(
         lambda: fit.run(fit_job(stores, output)),
         lambda: len(results),
         NUM_RESULTS,
-        refuse_writes(store, seconds=12),
+        refuse_writes(faltering_s3, seconds=12),
     )
-    assert store.refused > before
+    assert faltering_s3.refused > before
     assert bits_of(output) == calm
     note(recovery, calm_seconds)

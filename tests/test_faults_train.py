@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from faults import (
     Driver,
     Machines,
-    Storage,
     Work,
     kill_a_machine,
     kill_a_worker,
@@ -35,22 +33,9 @@ ROWS, STEPS = 320, 20
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Storage]:
-    with closing(Storage()) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def cluster() -> Iterator[Machines]:
     with machines(MACHINES) as started:
         yield started
-
-
-@pytest.fixture
-def whole(cluster) -> Machines:
-    """The cluster with all its machines."""
-    cluster.replenish(MACHINES)
-    return cluster
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +196,9 @@ def test_a_machine_is_slow(whole, world, calm, note, name):
 
 @pytest.mark.slow
 @every_stage
-def test_storage_refuses_writes_for_a_while(whole, world, calm, store, note, name):
+def test_storage_refuses_writes_for_a_while(whole, world, calm, faltering_s3, note, name):
     """For longer than S3's client tries by itself, while checkpoints are written."""
-    before = store.refused
-    strike = refuse_writes(store, seconds=12)
-    disturbed(name, world, calm, note, random.Random(name), store.uri(f"refusing-{name}"), strike)
-    assert store.refused > before
+    before = faltering_s3.refused
+    strike = refuse_writes(faltering_s3, seconds=12)
+    disturbed(name, world, calm, note, random.Random(name), faltering_s3.uri(f"refusing-{name}"), strike)
+    assert faltering_s3.refused > before

@@ -2,23 +2,16 @@
 
 import logging
 import os
-from contextlib import closing
 
 import pyarrow.parquet as pq
 import pytest
-from faults import Storage, first_reads
+from faults import first_reads
 
 from revision_ray import retry, storage
 from revision_ray.data.shards import read_embeddings, read_footer
 from revision_ray.errors import DataError
 
 SLOW_DOWN = "When uploading part: AWS Error SLOW_DOWN during UploadPart operation: Reduce your rate."
-
-
-@pytest.fixture(scope="module")
-def server():
-    with closing(Storage()) as started:
-        yield started
 
 
 @pytest.fixture(autouse=True)
@@ -91,21 +84,21 @@ BEYOND_THE_CLIENT = {"POST": 35, "PUT": 35, "HEAD": 35, "GET": 2}
 
 
 @pytest.mark.parametrize("method", ["POST", pytest.param("PUT", marks=pytest.mark.slow)])
-def test_a_write_that_the_store_refuses_for_a_while_is_made(server, method, caplog):
-    server.refuses = first(BEYOND_THE_CLIENT[method], method)
-    uri = server.uri(f"written-{method}")
+def test_a_write_that_the_store_refuses_for_a_while_is_made(faltering_s3, method, caplog):
+    faltering_s3.refuses = first(BEYOND_THE_CLIENT[method], method)
+    uri = faltering_s3.uri(f"written-{method}")
     storage.write_bytes(uri, b"content")
-    server.refuses = first(0, method)
+    faltering_s3.refuses = first(0, method)
     assert storage.read_bytes(uri) == b"content"
     assert "trying again" in caplog.text
 
 
 @pytest.mark.parametrize("method", [pytest.param("HEAD", marks=pytest.mark.slow), "GET"])
-def test_a_read_that_fails_for_a_while_gives_all_bytes(server, method, caplog):
-    uri = server.uri(f"read-{method}")
+def test_a_read_that_fails_for_a_while_gives_all_bytes(faltering_s3, method, caplog):
+    uri = faltering_s3.uri(f"read-{method}")
     content = os.urandom(100_000)
     storage.write_bytes(uri, content)
-    server.refuses = first(BEYOND_THE_CLIENT[method], method)
+    faltering_s3.refuses = first(BEYOND_THE_CLIENT[method], method)
     with storage.open_input(uri) as file:
         assert file.read(10) == content[:10]
         file.seek(90_000)
@@ -116,22 +109,22 @@ def test_a_read_that_fails_for_a_while_gives_all_bytes(server, method, caplog):
     assert "trying again" in caplog.text
 
 
-def test_every_object_may_fail_twice(server, tmp_path):
+def test_every_object_may_fail_twice(faltering_s3, tmp_path):
     from embedding_stores import cloud, write_part
 
     rows_ND = cloud(50, 8, "text")
     write_part(tmp_path / "part.parquet", rows_ND, [str(row) for row in range(50)])
-    uri = server.uri("part.parquet")
+    uri = faltering_s3.uri("part.parquet")
     storage.write_bytes(uri, (tmp_path / "part.parquet").read_bytes())
-    server.refuses, before = first_reads(2), server.refused
+    faltering_s3.refuses, before = first_reads(2), faltering_s3.refused
     assert read_footer(uri).num_rows == 50
     assert (read_embeddings(uri) == rows_ND).all()
     with storage.open_input(uri) as file:
         assert pq.read_table(file).num_rows == 50
-    assert server.refused == before + 2
+    assert faltering_s3.refused == before + 2
 
 
-def test_what_is_not_there_is_said_at_once(server):
-    server.refuses = first(0, "GET")
+def test_what_is_not_there_is_said_at_once(faltering_s3):
+    faltering_s3.refuses = first(0, "GET")
     with pytest.raises(DataError, match="no such file"):
-        storage.read_bytes(server.uri("nowhere"))
+        storage.read_bytes(faltering_s3.uri("nowhere"))
