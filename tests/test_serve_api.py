@@ -665,8 +665,9 @@ def test_the_job_asks_for_keys_and_finishes_what_it_has_when_it_is_stopped(made)
 def test_model_encoder_and_fit_may_lie_on_an_object_store(made, bucket, tmp_path):
     folders = {"model": made.job.model, "encoder": made.encoder.model, "fit": made.job.alignment}
     for key, folder in folders.items():
-        for path in Path(folder).iterdir():
-            storage.write_bytes(bucket(f"{key}/{path.name}"), path.read_bytes())
+        for path in Path(folder).rglob("*"):
+            if path.is_file():
+                storage.write_bytes(bucket(f"{key}/{path.relative_to(folder)}"), path.read_bytes())
     settings = [f"model={bucket('model')}", f"alignment={bucket('fit')}"]
     settings += [f"encoder.model={bucket('encoder')}", "encoder.kind=open_clip"]
     with as_a_job(*settings, REVISION_RAY_CACHE=str(tmp_path)) as (_, url):

@@ -1,5 +1,6 @@
 """Storage: writes are whole or absent, listings exact, failures name their place; S3 is like local files."""
 
+import io
 import os
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from revision_ray import storage
+from revision_ray.data import conversations, import_reference
 from revision_ray.data.schema import ImageRow, TextRow
 from revision_ray.data.sources import image_splits, read_images, read_texts, text_splits
 from revision_ray.errors import DataError
+from revision_ray.geometry.studies import labels
+from revision_ray.train import pairs
 
 
 def test_written_bytes_are_read_back_and_parents_are_made(tmp_path):
@@ -253,3 +257,21 @@ def test_what_is_no_uri_is_no_copy_and_what_is_missing_is_named(bucket, tmp_path
     monkeypatch.setenv("REVISION_RAY_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match="REVISION_RAY_CACHE"):
         storage.local_copy(bucket("full"))
+
+
+def test_what_a_file_is_says_its_name_also_where_the_uri_has_a_query(bucket):
+    """Options of an object store ride behind the name: `s3://b/x.parquet?region=...`."""
+    table = io.BytesIO()
+    pq.write_table(pa.table({"id": ["a"], "colour": ["red"], "question": ["?"]}), table)
+    storage.write_bytes(bucket("labels.parquet"), table.getvalue())
+    assert [row for _, row in labels._rows(bucket("labels.parquet"))] == [
+        {"id": "a", "colour": "red", "question": "?"}
+    ]
+    storage.write_bytes(bucket("pairs/0.tar"), b"")
+    assert pairs._shards([bucket("pairs/0.tar"), bucket("pairs")]) == [bucket("pairs/0.tar")] * 2
+    meta = {"one": {"root": "images", "annotation": "one.jsonl", "repeat_time": 2}}
+    storage.write_json(bucket("meta.json"), meta)
+    (part,) = conversations.expand(conversations.source_of(bucket("meta.json")))
+    assert (part.uri, part.repeat) == (bucket("one.jsonl"), 2)
+    storage.write_bytes(bucket("pickles/one.pkl"), b"")
+    assert import_reference._files(bucket("pickles")) == [bucket("pickles/one.pkl")]

@@ -108,7 +108,8 @@ def expand(source: ConversationSource) -> list[ConversationSource]:
     Raises:
         DataError: the meta JSON is damaged, or an entry of it says no annotation.
     """
-    if not source.uri.endswith(".json") or storage.is_wildcard(source.uri) or not _is_object(source.uri):
+    named_json = storage.name_of(source.uri).endswith(".json")
+    if not named_json or storage.is_wildcard(source.uri) or not _is_object(source.uri):
         return [source]
     document = storage.read_json(source.uri)
     if not all(isinstance(entry, dict) and "annotation" in entry for entry in document.values()):

@@ -89,7 +89,8 @@ def _files(uri: str) -> list[str]:
         return [storage.absolute(uri)]
     if kind == pafs.FileType.NotFound:
         raise DataError(f"{uri}: no such file or directory")
-    files = [path for path, _ in storage.list_files(storage.absolute(uri)) if path.endswith(_ENDINGS)]
+    listed = storage.list_files(storage.absolute(uri))
+    files = [path for path, _ in listed if storage.name_of(path).endswith(_ENDINGS)]
     if not files:
         raise DataError(f"{uri}: no pickles there (expected files that end in {' or '.join(_ENDINGS)})")
     return files

@@ -56,7 +56,7 @@ def units(name: str, uri: str) -> list[Unit]:
     found: list[Unit] = []
     for file, info in _files(spec, uri):
         identity = storage.sha256(f"{info.size} {info.mtime_ns}".encode())[:16]
-        if not file.endswith(".parquet"):
+        if not storage.name_of(file).endswith(".parquet"):
             found += _line_units(spec, file, identity)
             continue
         footer = parquet_rows.footer(file)

@@ -57,7 +57,7 @@ class Contents:
         files = [
             uri
             for uri, _ in storage.list_files(folder)
-            if uri.partition("?")[0].endswith(_MODEL_FILES) and storage.name_of(uri) not in _NO_MODEL_FILES
+            if storage.name_of(uri).endswith(_MODEL_FILES) and storage.name_of(uri) not in _NO_MODEL_FILES
         ]
         parts = [part for uri in files for part in (storage.name_of(uri), self._sha256(uri))]
         return storage.sha256(*(part.encode() for part in parts))

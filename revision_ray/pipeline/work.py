@@ -188,7 +188,7 @@ def _conversation_rows(forecast: Forecast, stage: Stage) -> int | None:
     for entry in stage.job.data:
         source = source_of(entry)
         maker = forecast.maker(stage, source.uri)
-        parquet = source.uri.partition("?")[0].endswith(".parquet")
+        parquet = storage.name_of(source.uri).endswith(".parquet")
         rows = (
             _planned_rows(maker, source.uri) if maker else listed_rows(source.uri, False) if parquet else None
         )

@@ -41,7 +41,8 @@ def read_pairs(uris: Sequence[str]) -> list[Pair]:
 def _shards(uris: Sequence[str]) -> list[str]:
     shards = []
     for uri in uris:
-        found = [uri] if uri.endswith(".tar") else [file for file, _ in storage.list_files(uri, "*.tar")]
+        single = storage.name_of(uri).endswith(".tar")
+        found = [uri] if single else [file for file, _ in storage.list_files(uri, "*.tar")]
         if not found:
             raise DataError(
                 f"{uri}: holds no *.tar shard; name a directory of WebDataset shards, or one shard"

@@ -99,7 +99,7 @@ def _parsed(where: str, row: Any) -> tuple[str, dict[str, str]]:
 
 def _rows(uri: str) -> Iterator[tuple[str, Any]]:
     """(where it stands, row) of every row of a file."""
-    if uri.endswith(".parquet"):
+    if storage.name_of(uri).endswith(".parquet"):
         yield from _parquet_rows(uri)
         return
     for number, line in enumerate(storage.read_bytes(uri).splitlines(), 1):
