@@ -14,7 +14,7 @@ from revision_ray.align import fit
 from revision_ray.align.fit import FitJob
 from revision_ray.data import import_reference
 from revision_ray.data.import_reference import ImportJob
-from revision_ray.data.shards import Modality
+from revision_ray.data.shards import Modality, read_columns, read_embeddings
 from revision_ray.geometry import fits, report, study
 from revision_ray.geometry.fits import FitsJob
 from revision_ray.geometry.report import ReportJob
@@ -127,10 +127,14 @@ def test_a_fit_travels_as_one_file(stores):
 
 
 def test_pickles_are_imported(stores):
-    def run(place: Place) -> None:
+    imported = []
+    for place in stores:
         import_reference.run(ImportJob(input=place("pickles"), output=place("imported"), modality="text"))
-
-    twice(stores, run, "imported", "part-*")
+        ((part, _),) = storage.list_files(place("imported"), "part-*")
+        ids = read_columns(part, ["id"]).column("id").to_pylist()
+        imported.append((ids, read_embeddings(part).tolist()))
+    assert imported[0] == imported[1]
+    assert imported[1] == ([f"p{row}" for row in range(DIM)], np.eye(DIM).tolist())
 
 
 def test_an_encoder_and_a_language_model_from_scratch(cluster, bucket, tmp_path):
