@@ -1,11 +1,18 @@
 """ReVision on Ray: close the modality gap, train multimodal LLMs from unpaired text (arXiv 2602.07026)."""
 
 import importlib
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 __version__ = "0.1.0"
+
+# Ray reads it when it is imported, which nothing of ours does before this. Ray Train's watchers write these
+# lines, the first one every second, where no dashboard answers them; both are harmless.
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily unavailable|'PreemptionWatcher'"
+)
 
 # Every Ray worker imports this package, and most never touch a model: importing torch and transformers here
 # would cost each of them seconds. Yet `AutoModel.from_pretrained` must know our model after `import

@@ -3,15 +3,10 @@
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
-
-# Ray reads it when it is imported. Ray Train's watchers write these lines, the first one every second, where
-# no dashboard answers them; both are harmless.
-os.environ.setdefault(
-    "RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily unavailable|'PreemptionWatcher'"
-)
 
 import ray
 from ray.data import DataContext
@@ -26,6 +21,8 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
         ray.init(address=address, logging_level=logging.WARNING, include_dashboard=False)

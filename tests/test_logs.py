@@ -6,10 +6,13 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from revision_ray import logs
+from revision_ray import progress as progress_module
+from revision_ray.progress import progress
 
 ROOT = Path(__file__).parents[1]
 SECRET = "c0ffee" * 6
@@ -66,6 +69,29 @@ def test_a_person_gets_plain_text(lines):
     stream = lines("text")
     logging.getLogger("revision_ray.somewhere").info("read %d rows", 7)
     assert stream.getvalue().endswith(" INFO read 7 rows\n")
+
+
+def test_progress_ends_with_its_figures_and_says_nothing_twice(lines, monkeypatch):
+    clock = iter(range(0, 1000, 20))  # a line is due at every step
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    stream = lines("json")
+    with progress("train", 500, "steps", counted=False, already_done=400) as shown:
+        shown.advance(60, "loss 3")
+        shown.advance(40, "loss 2")
+    said = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in said] == [
+        "train: 460 of 500 steps, 40.0 s, 1.5/s, loss 3",
+        "train: 500 of 500 steps, 80.0 s, 1.2/s, loss 2",
+    ]
+    assert [line["figures"]["done"] for line in said] == [460, 500]
+
+
+def test_progress_says_how_far_it_came_when_it_ends_between_lines(lines):
+    stream = lines("text")
+    with progress("train", 500, "steps", counted=False) as shown:
+        shown.advance(60, "loss 3")
+    assert "train: 60 of 500 steps" in stream.getvalue()
+    assert stream.getvalue().endswith(", loss 3\n")
 
 
 def test_a_run_is_its_output_and_names_nothing_secret():

@@ -112,6 +112,14 @@ def test_a_finished_run_trains_nothing_and_refuses_other_settings(world, unbroke
         pretrain(stage_one(world, "unbroken", seed=1))
 
 
+@pytest.mark.slow
+def test_a_run_killed_after_its_last_checkpoint_has_the_same_results(world, unbroken):
+    again = world / "killed at the end"
+    again.mkdir()
+    shutil.copytree(unbroken / "checkpoints", again / "checkpoints")
+    assert pretrain(stage_one(world, again.name)) == json.loads((unbroken / "results.json").read_text())
+
+
 def kill_a_worker_at(output: Path, step: int) -> threading.Thread:
     """SIGKILL to one training worker once the run's metrics have reached `step`."""
 
@@ -162,8 +170,12 @@ def test_a_killed_job_goes_on_where_it_was(world, unbroken):
     time.sleep(2)  # Ray Train writes down that the checkpoint is committed
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(command, env=environment, check=True, timeout=300)
+    done = subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True, text=True)
     assert losses(output) == losses(unbroken)
+    said = done.stdout + done.stderr
+    assert "pretrain: 12 of 12 steps" in said
+    for noise in ("State API", "PreemptionWatcher"):
+        assert noise not in said
 
 
 @pytest.mark.slow
@@ -327,6 +339,7 @@ def test_stage_two_tunes_projector_and_language_model(world, unbroken):
     figures = finetune(stage_two(world, "tuned", zero=Zero(stage=3)))
     assert figures["num_steps"] == 10
     assert figures["samples"] == 80
+    assert figures["heldout_loss"] is None
     tuned = AutoModelForImageTextToText.from_pretrained(world / "tuned/model").state_dict()
     start = AutoModelForImageTextToText.from_pretrained(unbroken / "model").state_dict()
     assert tuned.keys() == start.keys()

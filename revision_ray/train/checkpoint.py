@@ -6,12 +6,13 @@ step is all of the position there is to keep.
 """
 
 import hashlib
+import io
 import json
 import pickle
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class Position:
     """Settings and data that decide the weights."""
     counters: dict[str, int]
     """Samples seen and rejected so far, of all workers."""
+    losses: dict[str, float | None] = field(default_factory=dict)
+    """"last": of the last step; "heldout": where something is held out, of that when last measured."""
     format_version: int = FORMAT_VERSION
 
 
@@ -160,7 +163,10 @@ def trained_weights(folder: str) -> dict[str, torch.Tensor]:
     sharded = list(Path(folder, TAG).glob("*optim_states.pt"))
     try:
         if sharded:
-            found = get_fp32_state_dict_from_zero_checkpoint(folder, tag=TAG, exclude_frozen_parameters=True)
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it narrates and shows bars
+                found = get_fp32_state_dict_from_zero_checkpoint(
+                    folder, tag=TAG, exclude_frozen_parameters=True
+                )
             return dict(found or {})
         (path,) = Path(folder, TAG).glob("*model_states.pt")  # of ZeRO stage 0
         return torch.load(path, map_location="cpu", weights_only=True)["module"]

@@ -27,6 +27,7 @@ from revision_ray.config import MISSING
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.miniature import encoder
 from revision_ray.progress import progress
+from revision_ray.train import worker
 from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.monitor import Monitor, MonitorConfig, embed_pairs
 from revision_ray.train.pairs import Pair, batch_rows, content_hash, drawn_captions, pixels, read_pairs
@@ -204,10 +205,7 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
     training: EncoderTraining = task["training"]
     rank, num_workers = (getattr(ray.train.get_context(), f"get_world_{what}")() for what in ("rank", "size"))
     device = ray.train.torch.get_device()
-    torch.set_num_threads(max(1, int(training.cpus_per_worker)))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True
-    )
+    worker.set_up("train_encoder", task["output"], rank, training.cpus_per_worker)
     pairs = read_pairs(training.data)
     tokenizer = Tokenizer.from_str(task["tokenizer"])
     encoder.set_context(tokenizer, task["model_config"]["text_cfg"].get("context_length", 77))

@@ -20,6 +20,7 @@ import transformers
 from ray.train import LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from revision_ray import storage
 from revision_ray.config import MISSING
@@ -28,6 +29,7 @@ from revision_ray.miniature import language_model
 from revision_ray.miniature.documents import Document, DocumentConfig, document
 from revision_ray.miniature.language_model import ModelSize, Rows
 from revision_ray.progress import progress
+from revision_ray.train import worker
 from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.pairs import batch_rows
 
@@ -132,8 +134,8 @@ def _trainer(training: LanguageTraining, output: str, task: dict[str, Any]) -> T
 def _train(task: dict[str, Any]) -> dict[str, Any]:
     """What the worker does: the folder stands at the output, its metrics last and returned."""
     training: LanguageTraining = task["training"]
-    torch.set_num_threads(max(1, int(training.cpus_per_worker)))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    worker.set_up("train_language_model", task["output"], 0, training.cpus_per_worker)
+    disable_progress_bar()  # of the weights: in a worker's log it is noise
     start = time.monotonic()
     read = read_documents(training.documents)
     tokenizer = language_model.build_tokenizer(read)

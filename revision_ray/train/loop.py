@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
 
-from revision_ray import logs
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import DataError
 from revision_ray.progress import Progress, progress
-from revision_ray.train import best, checkpoint, export, ingest, models
+from revision_ray.train import best, checkpoint, export, ingest, models, worker
 from revision_ray.train.checkpoint import Position
 from revision_ray.train.ingest import Source, Step
 from revision_ray.train.metrics import Writer, open_writer
@@ -66,8 +65,8 @@ class State:
 
     step: int = 0
     counters: dict[str, int] = field(default_factory=lambda: {"samples": 0, "rejected": 0})
-    heldout_loss: float = float("nan")
-    last_loss: float = float("nan")
+    last_loss: float | None = None
+    heldout_loss: float | None = None
     lowest_loss: float = float("inf")  # held out, of the best checkpoint
 
 
@@ -76,7 +75,8 @@ def train(task: Task) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     training = task.training
-    _prepare_process(task, rank)
+    worker.set_up(task.stage, task.output, rank, training.workers.cpus_per_worker)
+    torch.manual_seed(training.seed)
     device = ray.train.torch.get_device()
     model, processor = _model(task, device)
     models.freeze(model, task.stage, task.lora)
@@ -98,8 +98,9 @@ def train(task: Task) -> dict[str, Any]:
     writer = open_writer(task.output, training.logging, state.step, task.resolved) if rank == 0 else Writer()
     rejections = Rejections(task.output, rank, state.step)
     try:
-        with progress(task.stage, task.num_steps, "steps", counted=rank == 0) as shown:
-            shown.done = state.step
+        with progress(
+            task.stage, task.num_steps, "steps", counted=rank == 0, already_done=state.step
+        ) as shown:
             stream = _stream(task, formatter, share, state.step)
             _run(task, engine, state, stream, heldout, writer, rejections, shown, processor)
     finally:
@@ -111,21 +112,6 @@ def train(task: Task) -> dict[str, Any]:
         "heldout_loss": state.heldout_loss,
         **state.counters,
     }
-
-
-def _prepare_process(task: Task, rank: int) -> None:
-    training = task.training
-    torch.set_num_threads(max(1, int(training.workers.cpus_per_worker)))
-    level = logging.INFO if rank == 0 else logging.WARNING
-    logs.set_up(level, "%(message)s")
-    logs.work_for(task.stage, task.output)
-    # Others speak up for warnings alone: Ray Train repeats what the run says itself.
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(
-            lambda record: record.levelno >= logging.WARNING or record.name.startswith("revision_ray")
-        )
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no compilers of GPUs there
-    torch.manual_seed(training.seed)
 
 
 def _model(task: Task, device: torch.device) -> tuple[Any, Any]:
@@ -151,7 +137,12 @@ def _resume(engine: Engine, task: Task, num_workers: int) -> State:
     position = checkpoint.read_position(former, task.identity, num_workers)
     checkpoint.load(engine, former)
     log.info("resumed at step %d of %d from %s", position.step, task.num_steps, former.path)
-    return State(step=position.step, counters=dict(position.counters))
+    return State(
+        step=position.step,
+        counters=dict(position.counters),
+        last_loss=position.losses.get("last"),
+        heldout_loss=position.losses.get("heldout"),
+    )
 
 
 def _stream(task: Task, formatter: Formatter, share: ingest.Share, start_step: int) -> Iterator[Step]:
@@ -295,11 +286,12 @@ def _checkpoint(task: Task, engine: Engine, state: State) -> None:
         num_workers=dist.get_world_size(),
         identity=task.identity,
         counters=dict(state.counters),
+        losses={"last": state.last_loss, "heldout": state.heldout_loss},
     )
     where = f"{task.output}: the checkpoint of step {state.step}"
     with tempfile.TemporaryDirectory() as folder, checkpoint.written(where):
         checkpoint.save(engine, position, Path(folder), rank)
-        if state.heldout_loss < state.lowest_loss:
+        if state.heldout_loss is not None and state.heldout_loss < state.lowest_loss:
             best.keep(Path(folder), task.output, state.step, state.heldout_loss)
             state.lowest_loss = state.heldout_loss
         ray.train.report(

@@ -130,9 +130,11 @@ def _placed(model: str) -> str:
 
 def describe(stage: str, figures: dict[str, Any], output: str) -> str:
     """What a run did, for a person."""
+    heldout = figures["heldout_loss"]
+    loss = f"loss {figures['loss']:.3f}" + ("" if heldout is None else f", held out {heldout:.3f}")
     return (
         f"{stage}: {figures['num_steps']} steps, {figures['samples']:,} samples, {figures['rejected']:,} "
-        f"rejected or cut off, loss {figures['loss']:.3f}, held out {figures['heldout_loss']:.3f}\n"
+        f"rejected or cut off, {loss}\n"
         f"model: {storage.join(storage.absolute(output), export.MODEL)}"
     )
 
