@@ -13,11 +13,11 @@ def report(stages: Sequence[Stage], run: str) -> str:
     """One part for each kind of stage that has finished, from what stands at their outputs."""
     done = [stage for stage in stages if stage.finished]
     parts = [part for make in (_encoders, _gaps, _answers) if (part := make(done))]
-    models = [storage.join(stage.output, stage.kind.result) for stage in done if stage.kind.name in _MODELS]
-    last = f", the model in {models[-1]}" if models else ""
+    (last,) = [stage for stage in stages if stage.kind.name in _MODELS][-1:] or [None]
+    model = f", the model in {storage.join(last.output, last.kind.result)}" if last and last.finished else ""
     left = [stage.name for stage in stages if not stage.finished]
     missing = f" Not there yet: {', '.join(left)}." if left else ""
-    return "\n\n".join([*parts, f"Everything is in {run}{last}{'.' if left else ''}{missing}"])
+    return "\n\n".join([*parts, f"Everything is in {run}{model}{'.' if left else ''}{missing}"])
 
 
 _MODELS = ("pretrain", "finetune", "export")
