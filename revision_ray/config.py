@@ -8,8 +8,10 @@ import json
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 from typing import Any, TypeVar, get_args, get_origin
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -267,6 +269,7 @@ def run_job(
         sys.stdout.write(help_text(schema, os.path.relpath(sys.argv[0]), verbs) + "\n")
         return
     logs.set_up()
+    sys.excepthook = _without_secrets
     try:
         loaded = load(schema, with_flags(spelled_out(argv, verbs or {}), flags or {}))
         stage = os.path.splitext(os.path.basename(sys.argv[0]))[0]
@@ -275,7 +278,12 @@ def run_job(
     except RevisionError as error:
         sys.stderr.write(logs.without_secrets(f"{type(error).__name__}: {error}\n"))
         sys.exit(2)
-    sys.stdout.write(result.rstrip("\n") + "\n")
+    sys.stdout.write(logs.without_secrets(result.rstrip("\n") + "\n"))
+
+
+def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback as Python writes it, but for secrets."""
+    sys.stderr.write(logs.without_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _alone(job: Any) -> AbstractContextManager[None]:

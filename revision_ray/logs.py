@@ -60,6 +60,12 @@ def work_for(stage: str, output: str = "") -> None:
     _current = Run(id=run_id(output) if output else f"{stage}-{os.getpid()}", stage=stage)
 
 
+def work_as(run: Run) -> None:
+    """As another process that works for `run`."""
+    global _current
+    _current = run
+
+
 @contextmanager
 def working_for(stage: str, output: str = "") -> Iterator[None]:
     """As `work_for`, for as long as this is entered: one stage of several in a process."""
@@ -74,7 +80,8 @@ def working_for(stage: str, output: str = "") -> Iterator[None]:
 
 def run_id(output: str) -> str:
     place = absolute(output)
-    return f"{name_of(place) or 'root'}-{sha256(place.encode())[:6]}"
+    # A bucket by itself stands behind the keys of its URI.
+    return f"{name_of(place).rpartition('@')[2] or 'root'}-{sha256(place.encode())[:6]}"
 
 
 def set_up(level: int = logging.INFO, text: str = TEXT, stream: TextIO | None = None) -> None:

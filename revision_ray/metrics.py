@@ -76,6 +76,8 @@ class StageInstruments:
     """How many there are to do, where that is known. Tags: part, unit."""
     seconds: Gauge
     """Time since the part began, until its last progress. Tag: part."""
+    samples: Counter
+    """Rows or samples that were used."""
     rejected: Counter
     """Rows or samples that could not be used."""
     truncated: Counter
@@ -96,6 +98,7 @@ def stage_instruments() -> StageInstruments:
         ),
         planned=Gauge(STAGE_PREFIX + "planned", "How many there are to do.", (*of, "part", "unit")),
         seconds=Gauge(STAGE_PREFIX + "seconds", "Since the part began.", (*of, "part")),
+        samples=Counter(STAGE_PREFIX + "samples_total", "Rows or samples that were used.", of),
         rejected=Counter(STAGE_PREFIX + "rejected_total", "Rows or samples that could not be used.", of),
         truncated=Counter(STAGE_PREFIX + "truncated_total", "Texts or samples that were cut off.", of),
         tokens=Counter(STAGE_PREFIX + "tokens_total", "Tokens without padding.", of),
@@ -109,10 +112,16 @@ def instruments_in(made: object) -> list[Counter | Gauge | Histogram]:
 
 
 def record(
-    *, rejected: int = 0, truncated: int = 0, tokens: int = 0, padding_share: float = math.nan
+    *,
+    samples: int = 0,
+    rejected: int = 0,
+    truncated: int = 0,
+    tokens: int = 0,
+    padding_share: float = math.nan,
 ) -> None:
     """Counted for the run and stage that this process works for."""
     made, tags = stage_instruments(), _tags()
+    made.samples.inc(samples, tags)
     made.rejected.inc(rejected, tags)
     made.truncated.inc(truncated, tags)
     made.tokens.inc(tokens, tags)

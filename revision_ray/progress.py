@@ -26,6 +26,8 @@ class Progress:
     ) -> None:
         self.name, self.total, self.unit, self.counted = name, total, unit, counted
         self.done = self._before = already_done
+        if counted and already_done:
+            record_progress(name, unit, already_done, total, 0.0)
         self._said = -1
         self._note = ""
         self._start = self._shown = time.monotonic()

@@ -137,11 +137,12 @@ def recorded(monkeypatch):
 
 
 def test_a_stage_records_its_run_and_all_tags_of_each_instrument(recorded):
-    metrics.record(rejected=2, truncated=3, tokens=50, padding_share=0.25)
+    metrics.record(samples=98, rejected=2, truncated=3, tokens=50, padding_share=0.25)
     metrics.record_progress("texts", "rows", 100, 400, 1.5)
     run = {"run": logs.run_id("runs/fit"), "stage": "fit"}
     found = {name: each.values for name, each in recorded.items()}
     assert found == {
+        "samples": [(98, run)],
         "rejected": [(2, run)],
         "truncated": [(3, run)],
         "tokens": [(50, run)],
@@ -163,13 +164,18 @@ def test_progress_is_recorded_once_whoever_else_shows_it(recorded):
     assert [value for value, _ in recorded["planned"].values] == [10, 10]
 
 
+def test_what_goes_on_counts_what_was_done_before(recorded):
+    Progress("pretrain", 10, "steps", already_done=6).advance(4)
+    assert [value for value, _ in recorded["done"].values] == [6, 4]
+
+
 @ray.remote(num_cpus=0.1)
 class Recorder:
     """A worker that records once into each of the stages' instruments."""
 
     def record(self) -> None:
         logs.work_for("fit", "runs/fit")
-        metrics.record(rejected=2, truncated=2, tokens=2, padding_share=2)
+        metrics.record(samples=2, rejected=2, truncated=2, tokens=2, padding_share=2)
         metrics.record_progress("texts", "rows", 2, 2, 2)
 
 

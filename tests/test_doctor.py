@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import tomllib
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -251,17 +253,65 @@ def test_a_folder_is_a_model_with_configuration_and_weights(tmp_path):
     assert probe.model_error(f"file://{tmp_path}/none") == "no config.json there"
 
 
-def test_a_hub_id_that_nobody_can_reach_is_not_taken_for_granted(tmp_path, monkeypatch):
-    import huggingface_hub
+def test_an_encoder_of_ours_is_a_model_in_folders_and_at_uris(tmp_path):
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert probe.model_error(str(tmp_path)) == probe.model_error(f"file://{tmp_path}") == ""
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    assert probe.model_error(f"file://{tmp_path}") == "no weights there"
 
-    def unreachable(*_, **__):
-        raise OSError("Name or service not known")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    assert "the hub cannot be reached (Name or service not known)" in probe.model_error("org/model")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+class Hub(BaseHTTPRequestHandler):
+    """Tells everybody of every model, and gives files of open/ ones only, as the hub does with gated ones."""
+
+    def do_GET(self) -> None:
+        refused = self.path.endswith("/auth-check") and "/open/" not in self.path
+        body = json.dumps({"id": "org/model", "siblings": []}).encode()
+        self.send_response(403 if refused else 200)
+        if refused:
+            self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch) -> Path:
+    """Where the hub's files would lie on this node: nowhere yet."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_gated_model_that_the_hub_only_tells_of_is_not_there(no_cache, monkeypatch):
+    from huggingface_hub import constants
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert "accepted its terms" in probe.model_error("gated/model")
+        assert probe.model_error("open/model") == ""
+        server.shutdown()
+
+
+def test_a_hub_id_that_nobody_can_reach_is_not_taken_for_granted(no_cache, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the hub cannot be reached (" in probe.model_error("org/model")
+    snapshot = no_cache / "models--org--model/snapshots/0"
+    snapshot.mkdir(parents=True)
+    (no_cache / "models--org--model/refs").mkdir()
+    (no_cache / "models--org--model/refs/main").write_text("0")
+    (snapshot / "config.json").write_text("{}")
+    assert "the hub cannot be reached (" in probe.model_error("org/model"), "a configuration is no model"
+    (snapshot / "model.safetensors").write_text("")
     assert probe.model_error("org/model") == ""
+    assert probe.model_error("not a model") == "neither a directory nor a public repository of the hub"
 
 
 def test_a_device_that_does_not_answer_is_an_error_not_a_crash(monkeypatch):

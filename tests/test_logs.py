@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from revision_ray import logs
 from revision_ray import progress as progress_module
 from revision_ray.progress import progress
+from revision_ray.train import entry, worker
 
 ROOT = Path(__file__).parents[1]
 SECRET = "c0ffee" * 6
@@ -65,6 +67,21 @@ def test_a_stage_ends_with_its_context():
     assert logs.current() == before
 
 
+def worked_for(fallback: str) -> logs.Run:
+    worker.set_up(fallback, "runs/elsewhere", rank=0, num_cpus=torch.get_num_threads())
+    return logs.current()
+
+
+@pytest.mark.parametrize("stage", ["finetune_without", ""])
+def test_a_training_worker_works_for_what_its_driver_works_for(cluster, lines, monkeypatch, stage):
+    lines("text")
+    monkeypatch.setattr(logs, "_current", logs.Run(stage=stage, id="mine" if stage else ""))
+    call = entry.loop(worked_for, "finetune")
+    monkeypatch.setattr(logs, "_current", logs.Run(stage="of another process"))
+    run = call["train_loop_per_worker"](call["train_loop_config"])
+    assert run == logs.Run(stage=stage or "finetune", id="mine" if stage else logs.run_id("runs/elsewhere"))
+
+
 def test_a_person_gets_plain_text(lines):
     stream = lines("text")
     logging.getLogger("revision_ray.somewhere").info("read %d rows", 7)
@@ -99,7 +116,8 @@ def test_a_run_is_its_output_and_names_nothing_secret():
     assert logs.run_id("runs/fit") == logs.run_id("runs/fit/")
     assert logs.run_id(uri) != logs.run_id("s3://bucket/other/fit")
     assert logs.run_id(uri).startswith("fit-")
-    assert SECRET not in logs.run_id(uri)
+    for secret in (uri, f"s3://key:{SECRET}@bucket"):
+        assert SECRET not in logs.run_id(secret)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +170,18 @@ class Job:
     "Where."
     refused: str = ""
     "A place that is."
+    crashes: str = ""
+    "A place that nobody expected."
+    result: str = ""
+    "What is said at the end."
 
 def run(job):
     logging.getLogger("revision_ray.x").info("at work")
     if job.refused:
         raise DataError(f"{job.refused}: refused")
-    return "done"
+    if job.crashes:
+        raise OSError(f"{job.crashes}: crashed")
+    return f"done: {job.result}"
 
 run_job(Job, run)
 """
@@ -193,3 +217,13 @@ def test_an_error_message_of_a_job_holds_no_secret(run):
     assert result.returncode == 2
     assert SECRET not in result.stderr
     assert "s3://***@bucket/x: refused" in result.stderr
+
+
+def test_neither_a_crash_nor_a_result_of_a_job_holds_a_secret(run):
+    crashed = run(f"crashes=s3://key:{SECRET}@bucket/x")
+    assert crashed.returncode == 1
+    assert "Traceback" in crashed.stderr
+    assert "OSError: s3://***@bucket/x: crashed" in crashed.stderr
+    result = run(f"result=s3://key:{SECRET}@bucket/x")
+    assert result.stdout == "done: s3://***@bucket/x\n"
+    assert SECRET not in crashed.stderr + crashed.stdout + result.stderr

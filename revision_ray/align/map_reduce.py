@@ -104,7 +104,7 @@ def store_moments(
             total.merge(Moments.from_bytes(result["moments"]))
             found = [Rejected(**row) for row in json.loads(result["rejected"])]
             rejected += found
-            metrics.record(rejected=len(found))
+            metrics.record(samples=result["num_rows"] - len(found), rejected=len(found))
             shown.advance(result["num_rows"])
     total.shard_hashes = store.shard_hashes
     return total, sorted(rejected, key=lambda row: (row.uri, row.id))

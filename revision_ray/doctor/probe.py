@@ -1,5 +1,6 @@
 """What one machine says of itself. No Ray: a task on each node calls `facts`, and a test does so, too."""
 
+import fnmatch
 import importlib.metadata
 import json
 import os
@@ -160,28 +161,35 @@ def model_error(model: str) -> str:
 
 def _uri_error(uri: str) -> str:
     try:
-        names = [storage.name_of(path) for path, _ in storage.list_files(uri)]
+        return _lacks([storage.name_of(path) for path, _ in storage.list_files(uri)])
     except DataError as error:
         return str(error)
-    return "" if "config.json" in names else "no config.json there"
 
 
 def _folder_error(folder: Path) -> str:
     if not folder.is_dir():
         return "no such directory on this node"
-    if not any(folder.glob("*config.json")):
+    return _lacks([path.name for path in folder.iterdir()])
+
+
+def _lacks(names: Sequence[str]) -> str:
+    """What a model of ours or of others is not without; empty where `names` have it all."""
+    if not fnmatch.filter(names, "*config.json"):
         return "no config.json there"
-    return "" if any(any(folder.glob(pattern)) for pattern in _WEIGHTS) else "no weights there"
+    return "" if any(fnmatch.filter(names, pattern) for pattern in _WEIGHTS) else "no weights there"
 
 
 def _hub_error(model: str) -> str:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    if _cached(model):
+        return ""
+    hub = huggingface_hub.HfApi()
     try:
-        if isinstance(huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
-            return ""
-        huggingface_hub.HfApi().model_info(model, timeout=_HUB_TIMEOUT_S)
+        hub.model_info(model, timeout=_HUB_TIMEOUT_S)
+        # Anybody may know of a gated model; its files are another matter.
+        hub.auth_check(model)
     except GatedRepoError:
         return "the hub gives it only to accounts that accepted its terms"
     except (RepositoryNotFoundError, HFValidationError):
@@ -189,6 +197,17 @@ def _hub_error(model: str) -> str:
     except Exception as error:  # whatever a proxy, a name server or the hub's client comes up with
         return f"not in this node's cache, and the hub cannot be reached ({_last_line(str(error))})"
     return ""
+
+
+def _cached(model: str) -> bool:
+    """Whether the files of a model of the hub lie on this node already."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return not _folder_error(Path(huggingface_hub.snapshot_download(model, local_files_only=True)))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return False
 
 
 def now() -> float:

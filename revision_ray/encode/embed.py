@@ -1,9 +1,8 @@
 """The embed job: sources to an embedding store, resumed where it was left, extended where sources are new."""
 
 import logging
-import os
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from revision_ray import config, storage
@@ -12,7 +11,7 @@ from revision_ray.data import sources
 from revision_ray.data.finish import DuplicateIds, Finish, claim, describe, finish_store, read_footers
 from revision_ray.data.schema import Split
 from revision_ray.data.shards import EncoderIdentity, Footer, Layout, Modality
-from revision_ray.encode.encoder import EncoderConfig, backend
+from revision_ray.encode.encoder import EncoderConfig, backend, located
 from revision_ray.encode.pipeline import Plan, Resources, encode_splits
 from revision_ray.errors import ConfigError, DataError
 
@@ -72,7 +71,7 @@ def run(job: EmbedJob) -> str:
             or too many rows were rejected.
     """
     output = storage.absolute(job.output)
-    encoder = _located(job.encoder)
+    encoder = located(job.encoder)
     identity = _identity(encoder)
     rows_per_shard = job.rows_per_shard or (1024 if job.modality == "image" else 8192)
     footers = read_footers(output)
@@ -115,16 +114,6 @@ def run(job: EmbedJob) -> str:
         duplicate_ids=job.duplicate_ids,
     )
     return describe(finish_store(output, finish, changed=bool(left)), output)
-
-
-def _located(encoder: EncoderConfig) -> EncoderConfig:
-    """Local paths made absolute: workers run in folders of their own. Names on a hub stay."""
-    paths = {
-        name: os.path.abspath(value)
-        for name in ("model", "pretrained", "text_model")
-        if (value := getattr(encoder, name)) and os.path.exists(value)
-    }
-    return replace(encoder, **paths)
 
 
 def _identity(encoder: EncoderConfig) -> EncoderIdentity:

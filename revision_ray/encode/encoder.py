@@ -10,7 +10,7 @@ Shapes: N rows, D embedding_dim, C channels, H height, W width.
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -94,6 +94,16 @@ class Backend(Protocol):
     def image_tower(self, config: EncoderConfig) -> ImageTower: ...
     def text_tower(self, config: EncoderConfig) -> TextTower: ...
     def fingerprint(self, config: EncoderConfig) -> str: ...
+
+
+def located(encoder: EncoderConfig) -> EncoderConfig:
+    """Local paths made absolute: workers run in folders of their own. Names on a hub stay."""
+    paths = {
+        name: os.path.abspath(value)
+        for name in ("model", "pretrained", "text_model")
+        if (value := getattr(encoder, name)) and os.path.exists(value)
+    }
+    return replace(encoder, **paths)
 
 
 def backend(config: EncoderConfig) -> Backend:

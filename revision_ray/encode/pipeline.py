@@ -107,7 +107,10 @@ def encode_splits(splits: Sequence[Split], plan: Plan, resources: Resources) -> 
             for unit in units:
                 encoded += unit["num_rows"]
                 metrics.record(
-                    rejected=unit["num_rejected"], truncated=unit["num_truncated"], tokens=unit["num_tokens"]
+                    samples=unit["num_rows"],
+                    rejected=unit["num_rejected"],
+                    truncated=unit["num_truncated"],
+                    tokens=unit["num_tokens"],
                 )
                 shown.advance(
                     unit["num_rows"], f"rejected {unit['num_rejected']}" if unit["num_rejected"] else ""

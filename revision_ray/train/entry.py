@@ -15,6 +15,8 @@ import ray
 from ray.train import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from revision_ray import logs
+
 
 def scaling(num_workers: int, gpus_per_worker: int | None, cpus_per_worker: float) -> ScalingConfig:
     """The workers and what each asks of the cluster: GPUs as said, else one where the cluster has enough."""
@@ -55,10 +57,12 @@ def loop(function: Callable[[Any], dict[str, Any]], task: Any) -> dict[str, Any]
             "module": function.__module__,
             "function": function.__name__,
             "task": [ray.put(task)],
+            "run": logs.current(),
         },
     }
 
 
 def _call(config: dict[str, Any]) -> dict[str, Any]:
+    logs.work_as(config["run"])
     function = getattr(importlib.import_module(config["module"]), config["function"])
     return function(ray.get(config["task"][0]))

@@ -103,7 +103,8 @@ def join(
             encoder=images.encoder if images else EncoderIdentity(),
             max_rejected_fraction=max_rejected_fraction,
         )
-        metrics.record(rejected=sum(open_joined(output).rejected.values()))
+        made = open_joined(output)
+        metrics.record(samples=made.num_rows, rejected=sum(made.rejected.values()))
     return open_joined(output)
 
 

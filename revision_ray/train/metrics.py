@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from revision_ray import storage
+from revision_ray import logs, storage
 from revision_ray.train.optional import optional
 from revision_ray.train.settings import Logging
 
@@ -91,9 +91,8 @@ def add_tensorboard(writer: Writer, output: str, purge_step: int | None = None) 
 def _add_wandb(writer: Writer, project: str, output: str, resolved: dict[str, Any]) -> None:
     wandb: Any = optional("wandb", "logging.wandb_project")
     # One name a run, so that a resumed run goes on in the same plot.
-    run = wandb.init(
-        project=project, id=storage.sha256(output.encode())[:16], resume="allow", config=resolved
-    )
+    config = json.loads(logs.without_secrets(json.dumps(resolved)))
+    run = wandb.init(project=project, id=storage.sha256(output.encode())[:16], resume="allow", config=config)
     writer.sinks.append(lambda step, values: run.log(values, step=step))
     writer.closers.append(run.finish)
 
@@ -101,6 +100,6 @@ def _add_wandb(writer: Writer, project: str, output: str, resolved: dict[str, An
 def _add_mlflow(writer: Writer, experiment: str, output: str) -> None:
     mlflow: Any = optional("mlflow", "logging.mlflow_experiment")
     mlflow.set_experiment(experiment)
-    mlflow.start_run(run_name=storage.name_of(output))
+    mlflow.start_run(run_name=logs.run_id(output))
     writer.sinks.append(lambda step, values: mlflow.log_metrics(values, step=step))
     writer.closers.append(mlflow.end_run)

@@ -20,7 +20,7 @@ from revision_ray.config import MISSING
 from revision_ray.data.conversations import source_of
 from revision_ray.encode import embed
 from revision_ray.encode.embed import EmbedJob
-from revision_ray.encode.encoder import EncoderConfig
+from revision_ray.encode.encoder import EncoderConfig, located
 from revision_ray.errors import AlignmentError, ConfigError, DataError, RevisionError
 from revision_ray.train import checkpoint, export, ingest
 from revision_ray.train.entry import fitted, loop, scaling
@@ -88,7 +88,7 @@ def pretrain(job: PretrainJob) -> dict[str, Any]:
         ConfigError, DataError, AlignmentError, CheckpointError: what the user gave does not fit.
     """
     connect()
-    tower = job.image_tower and dataclasses.replace(job.image_tower, model=_placed(job.image_tower.model))
+    tower = job.image_tower and located(job.image_tower)
     job = dataclasses.replace(job, model=_placed(job.model), image_tower=tower)
     source = _pretrain_source(job, job.data)
     heldout = _pretrain_source(job, job.heldout) if job.heldout else None
@@ -130,11 +130,11 @@ def _placed(model: str) -> str:
 
 def describe(stage: str, figures: dict[str, Any], output: str) -> str:
     """What a run did, for a person."""
-    heldout = figures["heldout_loss"]
-    loss = f"loss {figures['loss']:.3f}" + ("" if heldout is None else f", held out {heldout:.3f}")
+    losses = {"loss": figures["loss"], "held out": figures["heldout_loss"]}
+    shown = "".join(f", {name} {loss:.3f}" for name, loss in losses.items() if loss is not None)
     return (
         f"{stage}: {figures['num_steps']} steps, {figures['samples']:,} samples, {figures['rejected']:,} "
-        f"rejected or cut off, {loss}\n"
+        f"rejected or cut off{shown}\n"
         f"model: {storage.join(storage.absolute(output), export.MODEL)}"
     )
 

@@ -40,6 +40,10 @@ class Optimisation:
                 f"global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size}: "
                 "expected positive numbers"
             )
+        if self.num_epochs <= 0 or (self.max_steps is not None and self.max_steps < 1):
+            raise ConfigError(
+                f"num_epochs={self.num_epochs:g}, max_steps={self.max_steps}: expected positive numbers"
+            )
         if not 0 <= self.warmup_fraction < 1:
             raise ConfigError(f"warmup_fraction={self.warmup_fraction}: expected a share from 0 to below 1")
 

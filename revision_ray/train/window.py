@@ -57,4 +57,4 @@ class Window:
 
     def record(self) -> None:
         """Prometheus has the window's tokens: for one worker to call, since they are sums over all."""
-        metrics.record(tokens=self.tokens, padding_share=self.padding_share)
+        metrics.record(samples=self.samples, tokens=self.tokens, padding_share=self.padding_share)

@@ -8,13 +8,15 @@ from revision_ray import logs
 
 
 def set_up(stage: str, output: str, rank: int, num_cpus: float) -> None:
-    """Torch works on the worker's CPUs; its lines name stage and run, and the first worker speaks for all.
+    """Torch works on the worker's CPUs; the first worker speaks for all. Lines and metrics name the stage and
+    the run that the driver works for, those given where it works for none (a script of one's own).
 
     Others speak up for warnings alone: Ray Train repeats what the run says itself.
     """
     torch.set_num_threads(max(1, int(num_cpus)))
     logs.set_up(logging.INFO if rank == 0 else logging.WARNING, "%(message)s")
-    logs.work_for(stage, output)
+    if not logs.current().stage:
+        logs.work_for(stage, output)
     for handler in logging.getLogger().handlers:
         handler.addFilter(
             lambda record: record.levelno >= logging.WARNING or record.name.startswith("revision_ray")
