@@ -125,7 +125,7 @@ def test_a_changed_source_runs_what_reads_it(tmp_path):
     go(tmp_path, stages)
     assert made(tmp_path) == [], "it ran, and found all its pieces as they should be"
     begun = open_ledger(str(tmp_path / "run")).records["reader"].inputs
-    assert begun == {"reads": [[str(source), listed(str(source))]], "models": []}
+    assert begun == {"reads": [[str(source), listed(str(source))]], "model": []}
     (source / "results.json").write_text("22")
     go(tmp_path, stages)
     assert {line.split()[0] for line in made(tmp_path)} == {"reader", "behind"}
@@ -217,6 +217,18 @@ def test_changed_settings_of_an_output_that_stands_are_refused_with_what_changed
     assert made(tmp_path) == ALL, "the change undone, nothing has to run"
 
 
+def test_data_of_the_last_stage_that_is_not_there_is_said_before_the_first_one_runs(tmp_path):
+    stages = diamond(tmp_path)
+    given = replace(stages[-1].job, reads=[*stages[-1].job.reads, str(tmp_path / "given")], models=["org/m"])
+    stages[-1] = replace(stages[-1], job=given)
+    with pytest.raises(DataError, match=r"stages\.both\.toy\.reads.*nothing has run") as error:
+        go(tmp_path, stages)
+    assert f"{tmp_path}/given (" in str(error.value)
+    assert made(tmp_path) == []
+    go(tmp_path, stages, only=("source", "left"))
+    assert made(tmp_path) == pieces("source", "left")
+
+
 def test_other_content_of_what_a_job_trusts_is_refused(tmp_path):
     """A job that keeps its output by the path of a model would otherwise pass old results for new."""
     model = tmp_path / "model"
@@ -227,7 +239,7 @@ def test_other_content_of_what_a_job_trusts_is_refused(tmp_path):
     go(tmp_path, stages)
     save_file({"w": np.ones(2)}, model / "model.safetensors")
     with pytest.raises(
-        DataError, match=rf"was made from other content than {model} \(stages.train.toy.models\)"
+        DataError, match=rf"was made from other content than {model} \(stages.train.toy.model\)"
     ):
         go(tmp_path, stages)
     shutil.rmtree(tmp_path / "train")

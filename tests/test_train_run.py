@@ -258,12 +258,18 @@ def test_a_checkpoint_has_tied_weights_under_each_name_and_buffers():
 def test_any_checkpoint_exports(world, unbroken, tmp_path):
     from transformers import AutoModelForImageTextToText
 
-    exported = AutoModelForImageTextToText.from_pretrained(
-        export_checkpoint(str(unbroken), None, str(tmp_path / "last"))
-    )
-    final = AutoModelForImageTextToText.from_pretrained(unbroken / "model")
-    for name, value in final.state_dict().items():
-        assert torch.equal(exported.state_dict()[name], value), name
+    final = AutoModelForImageTextToText.from_pretrained(unbroken / "model").state_dict()
+    (tmp_path / "unfinished").mkdir()  # killed before it had a model
+    shutil.copytree(unbroken / "checkpoints", tmp_path / "unfinished/checkpoints")
+    shutil.copy(unbroken / "config.yaml", tmp_path / "unfinished")
+    for run, checkpoint in (("unfinished", None), (unbroken, "checkpoint-00000012"), (unbroken, None)):
+        output = str(tmp_path / f"{Path(run).name}-{checkpoint}")
+        exported = AutoModelForImageTextToText.from_pretrained(
+            export_checkpoint(str(tmp_path / run), checkpoint, output)
+        ).state_dict()
+        assert exported.keys() == final.keys()
+        for name, value in final.items():
+            assert torch.equal(exported[name], value), (run, checkpoint, name)
     with pytest.raises(CheckpointError, match="there are checkpoint-"):
         export_checkpoint(str(unbroken), "checkpoint-99", str(tmp_path / "none"))
 

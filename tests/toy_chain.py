@@ -53,9 +53,9 @@ def run(job: ToyJob) -> str:
 TOY = Kind(
     name="toy",
     run=run,
-    reads=lambda job: {"reads": job.reads, "models": job.models},
+    reads=lambda job: {"reads": job.reads, "model": job.models},
     proof="results.json",
-    trusts=("models",),
+    trusts=("model",),
 )
 
 

@@ -9,11 +9,13 @@ from typing import Any
 from revision_ray import fence, logs, storage
 from revision_ray.errors import DataError, RevisionError
 from revision_ray.pipeline import content, ledger
-from revision_ray.pipeline.chain import Choice, Stage, chosen
+from revision_ray.pipeline.chain import Choice, Stage, chosen, inside
 from revision_ray.pipeline.content import Contents
 from revision_ray.pipeline.ledger import Identified, Ledger, Record
 
 log = logging.getLogger(__name__)
+
+_MODELS = ("model", "caption_model", "pretrained", "text_model")
 
 Measured = dict[str, Any]  # rows, tokens, gpus of a finished stage
 
@@ -28,10 +30,13 @@ def run_chain(
 
     Raises:
         ConfigError: the chain or the choice cannot be.
-        DataError: a stage's output stands and is of other settings or inputs; or another job writes to it.
+        DataError: what is given is not there; or a stage's output stands and is of other settings or inputs;
+            or another job writes to it.
         RevisionError: as the stage's job raises.
     """
-    for stage in chosen(stages, choice):
+    now = chosen(stages, choice)
+    _check_given(now, stages)
+    for stage in now:
         contents = Contents(book.hashes)
         inputs = inputs_of(stage, contents)
         reason = why(stage, book.records.get(stage.name), inputs, contents)
@@ -41,6 +46,27 @@ def run_chain(
             continue
         log.info("%s: %s", place, reason)
         _run_stage(stage, book, inputs, contents, measure)
+
+
+def _check_given(now: Sequence[Stage], stages: Sequence[Stage]) -> None:
+    """What no stage makes is there: the last stage's data, too, before the first one is paid for."""
+    missing = [
+        f"{uri} ({stage.key_of(key)})"
+        for stage in now
+        for key, uris in stage.reads.items()
+        if key.rpartition(".")[2] not in _MODELS  # perhaps names on a hub
+        for uri in uris
+        if not any(inside(uri, other.output) for other in stages) and not _there(uri)
+    ]
+    if missing:
+        raise DataError(
+            f"nothing there, and no stage makes it: {', '.join(missing)}; name what is there, or choose the "
+            "stages that do without (--only); nothing has run"
+        )
+
+
+def _there(uri: str) -> bool:
+    return storage.exists(uri) or (storage.is_wildcard(uri) and bool(storage.glob_files(uri)))
 
 
 def inputs_of(stage: Stage, contents: Contents) -> dict[str, Identified]:

@@ -61,13 +61,16 @@ def write(model: Any, processor: Any, uri: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        # The configuration goes last: a folder that has it is whole.
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        for path in sorted(files, key=lambda path: path.name == "config.json"):
-            with pa.memory_map(str(path)) as file:
-                storage.write_bytes(
-                    storage.join(uri, path.relative_to(folder).as_posix()), file.read_buffer()
-                )
+        put(folder, uri)
+
+
+def put(folder: str, uri: str) -> None:
+    """The model's files in the local `folder` stand at `uri`."""
+    # The configuration goes last: a folder that has it is whole.
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.name == "config.json"):
+        with pa.memory_map(str(path)) as file:
+            storage.write_bytes(storage.join(uri, path.relative_to(folder).as_posix()), file.read_buffer())
     log.info("model: %s", uri)
 
 

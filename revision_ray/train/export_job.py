@@ -11,7 +11,7 @@ from revision_ray.config import MISSING
 from revision_ray.errors import CheckpointError
 from revision_ray.train import export, models
 from revision_ray.train.best import BEST, best_checkpoint
-from revision_ray.train.run import FinetuneJob, PretrainJob, alignment_identity
+from revision_ray.train.run import RESULTS, FinetuneJob, PretrainJob, alignment_identity
 from revision_ray.train.zero import dtype_of
 
 _PREFIX = "checkpoint-"
@@ -60,6 +60,10 @@ def export_checkpoint(run: str, name: str | None, output: str) -> str:
     if name not in (BEST, START) and chosen not in found:
         names = ", ".join(storage.name_of(uri) for uri in found)
         raise CheckpointError(f"{chosen}: no such checkpoint; there are {names}")
+    if name is None and _exported(run, chosen):
+        # A model that does not fit into this machine's memory is copied all the same.
+        export.put(storage.local_copy(storage.join(run, export.MODEL)), output)
+        return output
     with Checkpoint(chosen).as_directory() as local:
         model, processor = _start_of(run, local)
         if name != START:
@@ -67,6 +71,13 @@ def export_checkpoint(run: str, name: str | None, output: str) -> str:
     models.merge_lora(model)
     export.write(model, processor, output)
     return output
+
+
+def _exported(run: str, checkpoint: str) -> bool:
+    """Whether the run has ended with this checkpoint, so that its own model is the one."""
+    uri = storage.join(run, RESULTS)
+    step = storage.name_of(checkpoint).removeprefix(_PREFIX)
+    return storage.exists(uri) and storage.read_json(uri)["num_steps"] == int(step)
 
 
 def _checkpoints(folder: str) -> list[str]:
