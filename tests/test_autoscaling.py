@@ -188,6 +188,18 @@ def test_a_fit_brings_cpu_nodes_up_and_they_go(head, watch, checkout, stores):
     assert watch.types() == {"cpu"}
 
 
+def test_the_doctor_looks_at_a_node_of_each_kind_and_they_go(head, watch, checkout):
+    result = head.submit(
+        *(checkout, "python", "jobs/doctor.py", "configs/doctor.yaml", "start_nodes=true", "format=json"),
+        *("min_free_gb=0.001", "wait_s=240"),
+    )
+    assert watch.types() == {"cpu", "gpu"}
+    for kind in ("cpu", "gpu"):
+        found = re.findall(rf'"kind": "{kind}"', result.stdout)
+        assert found, f"nothing was found of a node of kind {kind}: {result.stdout[-3000:]}"
+    watch.wait_until_empty()
+
+
 def test_encoding_brings_gpu_nodes_up_and_they_go(head, watch, checkout, tmp_path):
     """As the README says it: the encoder's actors ask for a GPU each."""
     encoder = write_encoder(tmp_path / "encoder")

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -81,21 +82,33 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def start(needs: Mapping[str, Mapping[str, float]], wait_s: float) -> None:
-    """A node of every kind that is needed is up, if the autoscaler finds one within `wait_s` seconds."""
-    waiting = []
-    for resources in needs.values():
-        rest = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU", "memory")}
-        task: Any = ray.remote(
-            num_cpus=resources.get("CPU", 0),
-            num_gpus=resources.get("GPU", 0),
-            memory=resources.get("memory", 0),
-            resources=rest,
-        )(probe.now)
-        waiting.append(task.remote())
-    _, late = ray.wait(waiting, num_returns=len(waiting), timeout=wait_s) if waiting else ([], [])
-    for task in late:
-        ray.cancel(task)
+@contextmanager
+def started(needs: Mapping[str, Mapping[str, float]], wait_s: float) -> Iterator[None]:
+    """A node of every kind that is needed is up, if the autoscaler finds one within `wait_s` seconds, and
+    stays while this is entered.
+
+    Kinds without GPUs come first, one at a time: a GPU node that is on its way has room for what they ask.
+    """
+    holders: list[Any] = []
+    try:
+        for resources in sorted(needs.values(), key=lambda resources: resources.get("GPU", 0)):
+            rest = {
+                name: amount for name, amount in resources.items() if name not in ("CPU", "GPU", "memory")
+            }
+            holder: Any = ray.remote(
+                num_cpus=resources.get("CPU", 0),
+                num_gpus=resources.get("GPU", 0),
+                memory=resources.get("memory", 0),
+                resources=rest,
+            )(probe.Holder).remote()
+            holders.append(holder)
+            came, _ = ray.wait([holder.here.remote()], timeout=wait_s)
+            if not came:
+                ray.kill(holders.pop())
+        yield
+    finally:
+        for holder in holders:
+            ray.kill(holder)
 
 
 def alive() -> list[Node]:

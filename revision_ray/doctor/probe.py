@@ -212,3 +212,10 @@ def _cached(model: str) -> bool:
 
 def now() -> float:
     return time.time()
+
+
+class Holder:
+    """An actor with what it was given of a node, which does not go while it has that."""
+
+    def here(self) -> None:
+        """Answers once there is such a node."""

@@ -72,10 +72,9 @@ def examined(job: DoctorJob) -> list[Finding]:
         why = "the cluster was not reached"
         return findings + [not_checked(name, why, "mend that first") for name in _OF_NODES]
     findings.append(examine.authentication())
-    if job.start_nodes:
-        examine.start(job.needs, job.wait_s)
     models = tuple(os.path.abspath(model) if os.path.exists(model) else model for model in job.models)
-    nodes, refused = examine.ask(examine.alive(), job.storage, models, job.timeout_s)
+    with examine.started(job.needs if job.start_nodes else {}, job.wait_s):
+        nodes, refused = examine.ask(examine.alive(), job.storage, models, job.timeout_s)
     wanted = Wanted(
         storage=None if refused else job.storage,
         models=models,
