@@ -26,7 +26,8 @@ class ExportJob:
     """Output of jobs/pretrain.py or jobs/finetune.py."""
     checkpoint: str | None = None
     """Name of a folder in RUN/checkpoints, or best: of the lowest held-out loss; or start: the model as the
-    run began with it (of stage 1, with an untrained projector). The latest if not given."""
+    run began with it (of stage 1, with an untrained projector). The latest if not given. All but the
+    model of a finished run are put together in this machine's memory: 6 bytes a parameter that trained."""
     output: str = MISSING
     """Directory of the model."""
 
