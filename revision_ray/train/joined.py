@@ -92,7 +92,8 @@ def join(
     settings = _settings(splits, source, images, kind)
     key = storage.sha256(json.dumps(settings, sort_keys=True).encode())[:16]
     output = storage.join(storage.absolute(cache), key)
-    if not storage.exists(storage.join(output, MANIFEST)):
+    stands = storage.exists(storage.join(output, MANIFEST))
+    if not stands:
         claim(output, settings)
         done = {footer.split for footer in read_footers(output).values() if footer.last}
         _write_all([split for split in splits if split.key not in done], source, images, output, kind)
@@ -103,9 +104,10 @@ def join(
             encoder=images.encoder if images else EncoderIdentity(),
             max_rejected_fraction=max_rejected_fraction,
         )
-        made = open_joined(output)
-        metrics.record(samples=made.num_rows, rejected=sum(made.rejected.values()))
-    return open_joined(output)
+    joined = open_joined(output)
+    if not stands:
+        metrics.record(samples=joined.num_rows, rejected=sum(joined.rejected.values()))
+    return joined
 
 
 def _settings(
