@@ -420,6 +420,23 @@ def test_orders_of_options_are_one_question_of_an_image(tmp_path):
     assert first == turned != other
 
 
+@pytest.mark.parametrize("published", ["crpe_exist.jsonl", "exist/test-00000-of-00001.jsonl"])
+def test_parts_of_crpe_are_told_apart_by_their_files(tmp_path, published):
+    row = {"image": "images/0.png", "text": CRPE, "correct_option": "B", "question_id": 4}
+    root = tmp_path / "relation-and-existing"  # no file's own folder: tells nothing
+    for part in ("exist", "relation"):
+        path = root / published.replace("exist", part)
+        (path.parent / "images").mkdir(parents=True, exist_ok=True)
+        (path.parent / "images" / "0.png").write_bytes(RED)
+        kind = {"category": "predicate"} if part == "relation" else {}
+        path.write_text(json.dumps({**row, **kind}) + "\n")
+    groups = {item.groups["part"]: item.groups["category"] for item in read("crpe", str(root))}  # type: ignore[union-attr]
+    assert groups == {"exist": "exist", "relation": "predicate"}
+    (root / published).write_text(json.dumps({**row, "correct_option": "Q"}) + "\n")
+    with pytest.raises(DataError, match=rf"{published}: row .*'Q'.*ABCD"):
+        read("crpe", str(root))
+
+
 def test_visulogic_is_read_from_its_jsonl(tmp_path):
     uri = write_rows(tmp_path, "visulogic")
     expected = read("visulogic", uri)[0]

@@ -75,8 +75,8 @@ def image_splits(
             changed.
     """
     splits: list[Split] = []
-    for uri, files in _each_source(uris):
-        files = _indexed(uri, files)
+    for uri, listed in _each_source(uris):
+        files = _indexed(uri, listed)
         loose = [file for file in files if file.extension[1:] in IMAGE_EXTENSIONS]
         parquet = _footers(files)
         fresh = _without_taken(loose, taken)

@@ -157,8 +157,9 @@ class _Texts:
             return []
         texts = [text.lower() for text in texts] if self._lowercase else list(texts)
         rows = []
-        for text, ids in zip(texts, self._tokenizer(texts, verbose=False)["input_ids"], strict=True):
-            truncated = len(ids) > self._context
+        for text, whole in zip(texts, self._tokenizer(texts, verbose=False)["input_ids"], strict=True):
+            truncated = len(whole) > self._context
+            ids = whole
             if truncated:  # by the tokenizer itself: which special tokens stay is its knowledge
                 ids = self._tokenizer(text, truncation=True, max_length=self._context)["input_ids"]
             rows.append(Tokens(ids=np.asarray(ids, dtype=np.int32), truncated=truncated))

@@ -126,16 +126,17 @@ def _wrapped(text: str, size: int, colour: str, width: int = _CELL) -> list[_Lin
     text = text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ..."
     font, lines, line = _font(size), [], ""
     for word in text.split():
-        while font.getlength(word) > width:
-            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines += [line, word[:fits]] if line else [word[:fits]]
-            line, word = "", word[fits:]
-        longer = f"{line} {word}".strip()
+        rest = word
+        while font.getlength(rest) > width:
+            fits = next(n for n in range(len(rest), 0, -1) if n == 1 or font.getlength(rest[:n]) <= width)
+            lines += [line, rest[:fits]] if line else [rest[:fits]]
+            line, rest = "", rest[fits:]
+        longer = f"{line} {rest}".strip()
         if font.getlength(longer) <= width:
             line = longer
         else:
             lines.append(line)
-            line = word
+            line = rest
     return [(entry, size, colour) for entry in [*lines, line] if entry]
 
 

@@ -20,10 +20,11 @@ LETTER = "Answer with the option's letter from the given choices directly."
 _CRPE_TAIL = "Please answer directly with only the letter of the correct option and nothing else."
 _VISULOGIC_TAIL = "Answer with the option letter only."
 _IMAGE_REFERENCE = re.compile(r"<image\s*(\d+)>")
+_CRPE_PART = re.compile(r"(?<![a-z])(exist|relation)(?![a-z])")
 _OPTION_LINE = re.compile(r"^\s*\(?([A-J])[.):]\s*(.+?)\s*$", re.MULTILINE)
 
 Row = dict[str, Any]
-"""A record with every image column as bytes (or None), and two fields of ours: `#file` (folder and name of
+"""A record with every image column as bytes (or None), and two fields of ours: `#file` (the URI of
 its file) and `#row` (an id for rows that bring none)."""
 
 
@@ -172,7 +173,9 @@ def crpe(row: Row) -> Item:
     options = _OPTION_LINE.findall(text)
     stem = _OPTION_LINE.split(text)[0] + "|".join(sorted(option for _, option in options))
     letters = ALL_LETTERS[: len(options)] or "ABCD"
-    part = next((part for part in ("exist", "relation") if part in row["#file"].lower()), "")
+    # The file's own name tells its part; where it does not ("relation/test.parquet"), its folder's does.
+    named = _CRPE_PART.findall("/".join(row["#file"].lower().split("/")[-2:]))
+    part = named[-1] if named else ""
     return Item(
         id=row["#row"],
         prompt=f"{text}\n{_CRPE_TAIL}",

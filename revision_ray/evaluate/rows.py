@@ -135,14 +135,13 @@ def read_unit(unit: Unit) -> Iterator[Item | LeftOut]:
 
 
 def _rows(spec: Benchmark, unit: Unit) -> Iterator[Row]:
-    folder, name = storage.name_of(storage.parent_of(unit.uri)), storage.name_of(unit.uri)
-    stem = posixpath.splitext(name)[0]
+    stem = posixpath.splitext(storage.name_of(unit.uri))[0]
     for number, row in _records(spec, unit):
         where = f"{unit.uri}: row {number}"
-        for name in row:
-            if name in ("image_path", "image") or re.fullmatch(r"image_\d+", name):
-                row[name] = _image_bytes(row[name], unit.uri, where)
-        yield {**row, "#file": f"{folder}/{name}", "#row": f"{stem}-{number:06d}"}
+        for column in row:
+            if column in ("image_path", "image") or re.fullmatch(r"image_\d+", column):
+                row[column] = _image_bytes(row[column], unit.uri, where)
+        yield {**row, "#file": unit.uri, "#row": f"{stem}-{number:06d}"}
 
 
 def _records(spec: Benchmark, unit: Unit) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -85,11 +85,11 @@ def js_divergence(p_H: np.ndarray, q_H: np.ndarray) -> float:
     """
     same_shape(p_H, q_H, "the two histograms")
     shares = []
-    for values in (p_H, q_H):
-        values = np.asarray(values, np.float64)
-        if not np.isfinite(values).all() or values.min(initial=0) < 0 or not values.sum():
+    for histogram_H in (p_H, q_H):
+        counts_H = np.asarray(histogram_H, np.float64)
+        if not np.isfinite(counts_H).all() or counts_H.min(initial=0) < 0 or not counts_H.sum():
             raise DataError("a histogram holds counts of 0 or more, and not only zeros")
-        shares.append(values / values.sum())
+        shares.append(counts_H / counts_H.sum())
     middle_H = (shares[0] + shares[1]) / 2
     halves = (np.sum(s[s > 0] * np.log(s[s > 0] / middle_H[s > 0])) for s in shares)
     return max(float(sum(halves) / 2), 0.0)

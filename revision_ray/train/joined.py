@@ -208,16 +208,17 @@ def _write(item: dict[str, Any], *, work: _Work) -> dict[str, Any]:
 
 
 def _conversations(split: Split) -> Iterator[JoinedRow | Rejected]:
-    for found in read_conversations(split):
-        if isinstance(found, Conversation):
-            found = JoinedRow(
-                id=found.id,
-                where=split.uri,
-                text=found.to_json(),
-                num_characters=found.num_characters,
-                images=found.images,
-            )
-        yield found
+    for record in read_conversations(split):
+        if not isinstance(record, Conversation):
+            yield record
+            continue
+        yield JoinedRow(
+            id=record.id,
+            where=split.uri,
+            text=record.to_json(),
+            num_characters=record.num_characters,
+            images=record.images,
+        )
 
 
 def _captions(split: Split) -> Iterator[JoinedRow | Rejected]:
