@@ -1,6 +1,7 @@
 """Samples train on the right tokens, in chat templates of real families; batches hold little padding."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,30 @@ def test_a_system_turn_is_no_target(family):
     sample = Formatter(tokenizer, V).conversation(told, np.empty((0, DIM), np.float32))
     assert targets(sample, tokenizer) == [f"Yes, it is red!{end}"]
     assert "You are brief." in tokenizer.decode(sample.input_ids[sample.labels == NO_LABEL])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("silent", [1, 3])
+def test_a_turn_that_is_not_trained_on_is_read_and_no_target(family, silent):
+    tokenizer, end = FAMILIES[family][0](), FAMILIES[family][1]
+    told = said("Is it red?", "Yes, it is red!", "Is it red?", "A red square.")
+    turns = list(told.messages)
+    turns[silent] = replace(turns[silent], is_target=False)
+    sample = Formatter(tokenizer, V).conversation(
+        replace(told, messages=tuple(turns)), np.empty((0, DIM), np.float32)
+    )
+    joint = " " if family == "llama-2" else ""
+    assert targets(sample, tokenizer) == [f"{turns[4 - silent].content}{joint}{end}"]
+    whole = Formatter(tokenizer, V).conversation(told, np.empty((0, DIM), np.float32))
+    assert sample.input_ids.tolist() == whole.input_ids.tolist()
+
+
+def test_a_conversation_of_which_no_turn_is_trained_on_has_no_target():
+    tokenizer = FAMILIES["qwen"][0]()
+    told = said("Is it red?", "Yes.")
+    silent = replace(told, messages=(told.messages[0], replace(told.messages[1], is_target=False)))
+    with pytest.raises(Unusable, match="no_target"):
+        Formatter(tokenizer, V).conversation(silent, np.empty((0, DIM), np.float32))
 
 
 @pytest.mark.parametrize("template", END_OF_TURN)

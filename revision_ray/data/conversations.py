@@ -37,10 +37,14 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn. In a user's, each `<image>` stands for one image."""
+    """One turn. In a user's, each `<image>` stands for one image.
+
+    `is_target` is False for an assistant's turn that is read but not trained on.
+    """
 
     role: Role
     content: str
+    is_target: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +63,20 @@ class Conversation:
         return sum(len(message.content) for message in self.messages)
 
     def to_json(self) -> str:
-        turns = [[message.role, message.content] for message in self.messages]
+        turns = [
+            [message.role, message.content, *(() if message.is_target else (False,))]
+            for message in self.messages
+        ]
         return json.dumps({"id": self.id, "images": self.images, "messages": turns}, ensure_ascii=False)
 
     @staticmethod
     def from_json(text: str) -> "Conversation":
         """What `to_json` wrote."""
         found = json.loads(text)
-        messages = tuple(Message(role=role, content=content) for role, content in found["messages"])
+        messages = tuple(
+            Message(role=role, content=content, is_target=all(is_target))
+            for role, content, *is_target in found["messages"]
+        )
         return Conversation(id=found["id"], messages=messages, images=tuple(found["images"]))
 
 

@@ -101,7 +101,8 @@ class Formatter:
         return self._sample(id, input_ids, labels, np.reshape(embedding, (1, -1)))
 
     def conversation(self, conversation: Conversation, image_embeds: np.ndarray) -> Sample:
-        """The conversation as the chat template writes it; targets are the assistant's turns and their ends.
+        """The conversation as the chat template writes it; targets are the assistant's turns and their ends,
+        but for turns that are not to be trained on (`Message.is_target`).
 
         Raises:
             Unusable: fewer embeddings than images, one that is not finite, too long, or the template refuses
@@ -121,7 +122,10 @@ class Formatter:
         input_ids = np.array(encoded["input_ids"], np.int32)
         offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
         labels = np.full_like(input_ids, NO_LABEL)
-        for span in spans:
+        assistant_turns = [m for m in conversation.messages if m.role == "assistant"]
+        for turn, span in zip(assistant_turns, spans, strict=True):
+            if not turn.is_target:
+                continue
             chosen = self._target(text, span, input_ids, offsets)
             labels[chosen] = input_ids[chosen]
         labels[input_ids == self.image_token_id] = NO_LABEL
