@@ -19,8 +19,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# Can be stopped: the next one goes on with what has not passed on the same code. AFRESH=1 runs all of it.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -vv -m "slow and not gpu" --go-on $(if $(AFRESH),--cache-clear)
 
 check: $(READY)
 	$(BIN)/ruff check .

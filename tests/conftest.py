@@ -19,6 +19,8 @@ import pyarrow.fs as pafs
 import pytest
 import shared_cluster
 
+pytest_plugins = ["progress"]
+
 
 @pytest.fixture(scope="session")
 def cluster():
