@@ -11,7 +11,7 @@ import pytest
 from faults import (
     Driver,
     Machines,
-    Recovery,
+    Strike,
     Work,
     first_reads,
     kill_a_machine,
@@ -105,9 +105,9 @@ def undisturbed(job: EmbedJob, num_rows: int) -> Calm:
     return rows, work.seconds
 
 
-def disturbed(job: EmbedJob, calm: Calm, note, at: int, strike: Callable[[Work], None]) -> None:
-    """A job in this process that meets `strike` when it has written `at` shards."""
-    recovery = sabotage(lambda: embed.run(job), num_shards(job.output), at, strike)
+def disturbed(job: EmbedJob, calm: Calm, note, *strikes: tuple[int, Strike]) -> None:
+    """A job in this process that meets each strike when it has written so many shards."""
+    recovery = sabotage(lambda: embed.run(job), num_shards(job.output), *strikes)
     assert rows_of(job.output) == calm[0]
     note(recovery, calm[1])
 
@@ -124,63 +124,62 @@ def calm(cluster, encoder, captions, tmp_path_factory) -> Calm:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_a_machine_is_killed(whole, encoder, captions, calm, tmp_path, note, seed):
-    chance = random.Random(seed)
+def test_a_machine_is_killed(whole, encoder, captions, calm, tmp_path, note):
+    """An embed job that loses a machine writes every row of a calm one, once."""
+    chance = random.Random(0)
     strike = kill_a_machine(whole, "Encode", chance)
-    disturbed(embed_job(encoder, captions, tmp_path / "store"), calm, note, somewhere(chance), strike)
+    disturbed(embed_job(encoder, captions, tmp_path / "store"), calm, note, (somewhere(chance), strike))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("title", ["Prepare", "Encode", "Write"])
-def test_a_worker_is_killed(whole, encoder, captions, calm, tmp_path, note, title):
-    chance = random.Random(title)
-    strike = kill_a_worker(whole, title, chance)
-    disturbed(embed_job(encoder, captions, tmp_path / "store"), calm, note, somewhere(chance), strike)
+def test_a_worker_of_each_stage_is_killed(whole, encoder, captions, calm, tmp_path, note):
+    """An embed job that loses a worker of each of its stages writes every row of a calm one, once."""
+    chance = random.Random(0)
+    strikes = [
+        (chance.randrange(1 + 10 * number, 10 + 10 * number), kill_a_worker(whole, title, chance))
+        for number, title in enumerate(("Prepare", "Encode", "Write"))
+    ]
+    disturbed(embed_job(encoder, captions, tmp_path / "store"), calm, note, *strikes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_a_machine_is_slow(whole, encoder, captions, calm, tmp_path, note, seed):
-    chance = random.Random(seed)
-    strike = slow_a_machine(whole, chance)
-    disturbed(embed_job(encoder, captions, tmp_path / "store"), calm, note, somewhere(chance), strike)
+def test_a_machine_is_slow(whole, encoder, captions, calm, tmp_path, note):
+    """An embed job with a machine that runs a fifth of the time writes every row of a calm one, once."""
+    chance = random.Random(0)
+    strike = slow_a_machine(whole, chance, share=0.2)
+    disturbed(embed_job(encoder, captions, tmp_path / "store"), calm, note, (somewhere(chance), strike))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_the_driver_is_killed_and_submitted_again(whole, encoder, captions, calm, tmp_path, note, seed):
+def test_the_driver_is_killed_and_submitted_again(whole, encoder, captions, calm, tmp_path, note):
+    """An embed job whose driver is killed, submitted again, ends with every row of a calm one, once."""
     job = embed_job(encoder, captions, tmp_path / "store")
     (tmp_path / "job.yaml").write_text(to_yaml(job))
     recovery = kill_and_submit_again(
         lambda: Driver(whole, "embed", str(tmp_path / "job.yaml")),
         num_shards(job.output),
-        somewhere(random.Random(seed)),
+        somewhere(random.Random(0)),
     )
     assert rows_of(job.output) == calm[0]
     note(recovery, calm[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_storage_refuses_writes_for_a_while(whole, faltering_s3, encoder, captions, calm, note, seed):
-    """For longer than S3's client tries by itself."""
-    before = faltering_s3.refused
-    job = embed_job(encoder, captions, faltering_s3.uri(f"refusing-{seed}"))
-    strike = refuse_writes(faltering_s3, seconds=12)
-    disturbed(job, calm, note, somewhere(random.Random(seed)), strike)
-    assert faltering_s3.refused > before
+def test_storage_falters(whole, faltering_s3, encoder, captions, calm, note):
+    """An embed job whose S3 refuses reads, and all writes for 12 s, writes every row of a calm one, once.
 
+    S3's client tries for six seconds by itself. Each file refuses its first two reads."""
+    job = embed_job(encoder, faltering_s3.put_files(captions, "captions"), faltering_s3.uri("store"))
+    refused: list[int] = []
 
-@pytest.mark.slow
-def test_every_read_fails_twice(whole, faltering_s3, encoder, captions, calm, tmp_path, note):
-    job = embed_job(encoder, faltering_s3.put_files(captions, "faltering"), tmp_path / "store")
-    before = faltering_s3.refused
+    def refuse(work: Work) -> None:
+        refused.append(faltering_s3.refused)
+        refuse_writes(faltering_s3, seconds=12)(work)
+
     with faltering_s3.refusing(first_reads(2)):
-        rows, seconds = undisturbed(job, FILES * ROWS_PER_FILE)
-    assert rows == calm[0]
-    assert faltering_s3.refused >= before + 2 * FILES
-    note(Recovery(first_sign=float("nan"), seconds=seconds), calm[1])
+        disturbed(job, calm, note, (somewhere(random.Random(0)), refuse))
+    assert refused[0] >= 2, "reads were refused"
+    assert faltering_s3.refused > refused[0], "writes were refused"
 
 
 # --- object stores that spill -----------------------------------------------------------------------------
@@ -206,10 +205,12 @@ def image_job(tmp_path_factory) -> Callable[[Path], EmbedJob]:
 
 @pytest.mark.slow
 def test_object_stores_spill(whole, image_job, tmp_path, note):
-    """Encoding stands still, and prepared pixels are more than object stores have room for."""
+    """An embed job whose object stores spill writes every row of a calm one, once.
+
+    Encoding stands still, and prepared pixels are more than object stores have room for."""
     calm = undisturbed(image_job(tmp_path / "calm"), IMAGES)
     before = num_spilled()
     with tenants(whole, OBJECT_STORE * 7 // 10):
         # At once: later on too little is left to pile up.
-        disturbed(image_job(tmp_path / "store"), calm, note, 0, stall_until_stores_spill(whole, "Encode"))
+        disturbed(image_job(tmp_path / "store"), calm, note, (0, stall_until_stores_spill(whole, "Encode")))
     assert num_spilled() > before

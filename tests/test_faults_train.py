@@ -11,6 +11,7 @@ import pytest
 from faults import (
     Driver,
     Machines,
+    Strike,
     Work,
     kill_a_machine,
     kill_a_worker,
@@ -136,69 +137,57 @@ def calm(cluster, world) -> Calm:
     return seconds
 
 
-def disturbed(name: str, world: Path, calm: Calm, note, chance: random.Random, output: str, strike) -> None:
-    """A stage that meets `strike` somewhere before its last steps."""
+def disturbed(name: str, world: Path, calm: Calm, note, output: str, *strikes: Strike) -> None:
+    """A stage that meets each of `strikes` in another part of all but its last steps."""
     calm_seconds = calm(name)
     stage = STAGES[name]
     job = stage.job(world, output)
-    recovery = sabotage(
-        lambda: stage.run(job), lambda: num_steps(output), chance.randrange(1, STEPS - 4), strike
-    )
-    assert outcome(output) == outcome(f"{world}/calm-{name}")
-    note(recovery, calm_seconds)
-
-
-every_stage = pytest.mark.parametrize("name", list(STAGES))
-two_seeds = pytest.mark.parametrize("seed", range(2))
-
-
-@pytest.mark.slow
-@every_stage
-@two_seeds
-def test_a_machine_is_killed(whole, world, calm, note, name, seed):
-    chance = random.Random(f"{name} {seed}")
-    strike = kill_a_machine(whole, "RayTrainWorker", chance)
-    disturbed(name, world, calm, note, chance, f"{world}/machine-{name}-{seed}", strike)
-
-
-@pytest.mark.slow
-@every_stage
-@two_seeds
-def test_a_worker_is_killed(whole, world, calm, note, name, seed):
-    chance = random.Random(f"{name} {seed}")
-    strike = kill_a_worker(whole, "RayTrainWorker", chance)
-    disturbed(name, world, calm, note, chance, f"{world}/worker-{name}-{seed}", strike)
-
-
-@pytest.mark.slow
-@every_stage
-@two_seeds
-def test_the_driver_is_killed_and_submitted_again(whole, world, calm, note, name, seed):
-    calm_seconds = calm(name)
-    output = f"{world}/driver-{name}-{seed}"
-    (world / f"{name}-{seed}.yaml").write_text(to_yaml(STAGES[name].job(world, output)))
-    recovery = kill_and_submit_again(
-        lambda: Driver(whole, name, str(world / f"{name}-{seed}.yaml")),
-        lambda: num_steps(output),
-        random.Random(f"{name} {seed}").randrange(1, STEPS - 4),
-    )
+    chance, part = random.Random(name), (STEPS - 4) // len(strikes)
+    points = [chance.randrange(part * number + 1, part * (number + 1)) for number in range(len(strikes))]
+    recovery = sabotage(lambda: stage.run(job), lambda: num_steps(output), *zip(points, strikes, strict=True))
     assert outcome(output) == outcome(f"{world}/calm-{name}")
     note(recovery, calm_seconds)
 
 
 @pytest.mark.slow
-@every_stage
-def test_a_machine_is_slow(whole, world, calm, note, name):
+@pytest.mark.parametrize("name", list(STAGES))
+def test_a_worker_and_a_machine_are_killed(whole, world, calm, note, name):
+    """A stage that loses a worker and then a machine has the losses and weights of a calm one."""
     chance = random.Random(name)
-    strike = slow_a_machine(whole, chance, share=0.3)
-    disturbed(name, world, calm, note, chance, f"{world}/slow-{name}", strike)
+    strikes = [kill(whole, "RayTrainWorker", chance) for kill in (kill_a_worker, kill_a_machine)]
+    disturbed(name, world, calm, note, f"{world}/killed-{name}", *strikes)
 
 
 @pytest.mark.slow
-@every_stage
-def test_storage_refuses_writes_for_a_while(whole, world, calm, faltering_s3, note, name):
-    """For longer than S3's client tries by itself, while checkpoints are written."""
+def test_the_driver_is_killed_and_submitted_again(whole, world, calm, note):
+    """Stage 2 whose driver is killed, submitted again, has the losses and weights of a calm one.
+
+    test_train_run.py shows the same of stage 1."""
+    calm_seconds = calm("finetune")
+    output = f"{world}/driver"
+    (world / "driver.yaml").write_text(to_yaml(STAGES["finetune"].job(world, output)))
+    recovery = kill_and_submit_again(
+        lambda: Driver(whole, "finetune", str(world / "driver.yaml")),
+        lambda: num_steps(output),
+        random.Random(0).randrange(1, STEPS - 4),
+    )
+    assert outcome(output) == outcome(f"{world}/calm-finetune")
+    note(recovery, calm_seconds)
+
+
+@pytest.mark.slow
+def test_a_machine_is_slow(whole, world, calm, note):
+    """Stage 1 with a machine that runs three tenths of the time has the losses and weights of a calm one."""
+    strike = slow_a_machine(whole, random.Random(0), share=0.3)
+    disturbed("pretrain", world, calm, note, f"{world}/slow", strike)
+
+
+@pytest.mark.slow
+def test_storage_refuses_writes_for_a_while(whole, world, calm, faltering_s3, note):
+    """Stage 1 whose S3 refuses all writes for 12 s has the losses and weights of a calm one.
+
+    S3's client tries for six seconds by itself."""
     before = faltering_s3.refused
     strike = refuse_writes(faltering_s3, seconds=12)
-    disturbed(name, world, calm, note, random.Random(name), faltering_s3.uri(f"refusing-{name}"), strike)
+    disturbed("pretrain", world, calm, note, faltering_s3.uri("refusing"), strike)
     assert faltering_s3.refused > before
