@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import MarkedYAMLError
 
-from revision_ray import fence, logs, storage
+from revision_ray import fence, logs, storage, yaml_values
 from revision_ray.errors import ConfigError, RevisionError
 
 __all__ = [
@@ -33,6 +33,12 @@ __all__ = [
     "to_yaml",
 ]
 
+TEXTS = (
+    "Text (str) is taken as typed, also 007, no or a #2. Quotes around all of it are left out; ${KEY} stands",
+    "for another key's value; null is no value where the type allows None. In lists [a,b], mappings {a: b},",
+    "quote text that holds a comma, a bracket, a colon and a space, or a #. In a YAML file quote text that",
+    "YAML reads otherwise: 007, no, ~, 1e3, 2026-01-01.",
+)
 Schema = TypeVar("Schema")
 Verbs = Mapping[str, Sequence[str]]  # of a command line, with the keys of the words that follow each
 
@@ -52,7 +58,8 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
             raise ConfigError(f"unknown option {argument!r}; options are key=value, or --help")
     merged = OmegaConf.structured(schema)
     for argument in yamls + overrides:
-        part = _read_override(argument) if argument in overrides else _read_yaml(argument)
+        read = _read_override if argument in overrides else _read_yaml
+        part = read(argument, schema)
         merged = _merged(merged, part, argument, schema)
     return _resolved(merged, schema)
 
@@ -67,8 +74,9 @@ def from_mapping(schema: type[Schema], values: Mapping[str, Any], name: str) -> 
     """The run that nested mappings describe, as another tool read them from its own file; `name` says where.
 
     Raises:
-        ConfigError: as `load`.
+        ConfigError: as `load`; also where that tool made a number, say, of what is text here.
     """
+    yaml_values.check_texts(values, schema, "", name)
     try:
         part = OmegaConf.create(dict(values))
     except OmegaConfBaseException as error:
@@ -112,26 +120,39 @@ def _other_entry(merged: DictConfig, key: str) -> str:
     return ""
 
 
-def _read_yaml(uri: str) -> DictConfig:
+def _read_yaml(uri: str, schema: type) -> DictConfig:
+    name = f"configuration file {uri}"
     try:
-        parsed = OmegaConf.create(storage.read_bytes(uri).decode("utf-8"))
+        text = storage.read_bytes(uri).decode("utf-8")
+        parsed = OmegaConf.create(text)  # refuses recursive aliases, duplicate keys and the like
     except RevisionError as error:
-        raise ConfigError(f"configuration file {uri}: {error}") from error
+        raise ConfigError(f"{name}: {error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"configuration file {uri}: not UTF-8 text: {error}") from error
-    except MarkedYAMLError as error:
+        raise ConfigError(f"{name}: not UTF-8 text: {error}") from error
+    except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"configuration file {uri}: line {line}: not YAML: {error.problem}") from error
-    if not isinstance(parsed, DictConfig):
-        raise ConfigError(f"configuration file {uri}: expected a mapping of keys to values, found a list")
-    return parsed
+        raise ConfigError(f"{name}: line {line}: not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {_explain(error, schema)}") from error
+    values = yaml_values.of_file(text, schema, name)
+    if not isinstance(parsed, DictConfig) or not isinstance(values, dict):
+        found = "a list" if isinstance(values, list) else f"{text.strip()[:100]!r}"
+        raise ConfigError(f"{name}: expected a mapping of keys to values, found {found}")
+    return OmegaConf.create(values)
 
 
-def _read_override(override: str) -> DictConfig:
+def _read_override(override: str, schema: type) -> DictConfig:
+    part = OmegaConf.create({})
     try:
-        return OmegaConf.from_dotlist([override])
-    except MarkedYAMLError as error:
-        raise ConfigError(f"{override}: the value is not YAML: {error.problem}; quote it") from error
+        OmegaConf.update(part, override.partition("=")[0], yaml_values.of_override(override, schema))
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{override}: the value is not YAML: {problem}; quote it") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{override}: {_explain(error, schema)}") from error
+    return part
 
 
 def _explain(error: OmegaConfBaseException, schema: type) -> str:
@@ -207,7 +228,7 @@ def help_text(schema: type, program: str, verbs: Verbs | None = None) -> str:
     about = inspect.cleandoc(schema.__doc__ or "").strip()
     led = " | ".join(" ".join([verb, *map(str.upper, names)]) for verb, names in (verbs or {}).items())
     lead = f"[{led}] " if led else ""
-    lines = [f"usage: python {program} {lead}[CONFIG.yaml] key=value ...", "", about, "", "keys:"]
+    lines = [f"usage: python {program} {lead}[CONFIG.yaml] key=value ...", "", about, "", *TEXTS, "", "keys:"]
     for key, type_text, default, explanation in keys(schema):
         lines.append(f"  {key}: {type_text} = {default}")
         lines += textwrap.wrap(explanation, 100, initial_indent="      ", subsequent_indent="      ")
@@ -222,9 +243,8 @@ def spelled_out(argv: Sequence[str], verbs: Verbs) -> list[str]:
     for key in verbs[argv[0]]:
         if not rest or "=" in rest[0] or rest[0].startswith("-") or rest[0].endswith((".yaml", ".yml")):
             break
-        given.append(
-            f"{key}={json.dumps(rest.pop(0))}"
-        )  # quoted: a word is text, also where it looks like YAML
+        # Quoted: a word is text, also where it looks like YAML.
+        given.append(f"{key}={json.dumps(rest.pop(0), ensure_ascii=False)}")
     return given + rest
 
 

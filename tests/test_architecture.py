@@ -18,7 +18,18 @@ ROOT = Path(__file__).parents[1]
 
 # A part imports those of lines above its own, never its neighbours; single files of the first line may.
 LAYERS = [
-    {"errors", "retry", "storage", "fence", "config", "logs", "metrics", "progress", "cluster"},
+    {
+        "errors",
+        "retry",
+        "storage",
+        "fence",
+        "config",
+        "yaml_values",
+        "logs",
+        "metrics",
+        "progress",
+        "cluster",
+    },
     {"data"},
     {"encode", "align"},
     {"geometry"},

@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from revision_ray import config, storage
 from revision_ray.config import MISSING, load
@@ -176,6 +179,284 @@ def test_a_misspelt_name_of_an_entry_is_noticed(tmp_path):
 
 def test_keys_of_entries_stand_below_a_name():
     assert [key for key, *_ in config.keys(Named)] == ["entries.NAME.path", "entries.NAME.size"]
+
+
+# --- text, and what YAML makes of it ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    path: str = ""
+    size: int = 0
+    switch: Literal["on", "off", "007"] = "on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Text in every place that a schema can have it in."""
+
+    text: str = ""
+    maybe: str | None = "default"
+    several: list[str] = field(default_factory=list)
+    either: str | list[str] | None = None
+    named: dict[str, str] = field(default_factory=dict)
+    nested: dict[str, dict[str, str]] = field(default_factory=dict)
+    entry: Entry = field(default_factory=Entry)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    optional: Entry | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+    number: int = 0
+    limit: int | None = 5
+    share: float = 0.0
+    flag: bool = False
+    stage: Literal[0, 1, 2] = 0
+    sizes: list[int] = field(default_factory=list)
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+
+# Unquoted, none of these is this text to YAML.
+CHANGED = ["007", "no", "Off", "true", "1_000", "1e3", "1.50", ".5", "+1", "0x10", "0b11", "12:30:00", "-0",
+           "2026-01-01", "2026-01-01 10:00:00", ".inf", ".NaN", "~", "Null"]  # fmt: skip
+# These are, or would be errors or other structures.
+KEPT = ["word", "two words", "s3://bucket/a#b?c=d&e=f", "a=b,c", "runs/a #2", "a: b", "it's", "C:\\new",
+        "&x", "*x", "!x", "%x", "@x", "`x`", "| x", "> x", "- x", "? x", "#x", " spaces around ", "", "]",
+        "}", ",", "1.2.3", '"a" and "b"', "'", "y", "=", "<<",
+        "caption, with [brackets]", "\U0001f600"]  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", [*CHANGED, *KEPT])
+def test_text_is_taken_as_typed(typed):
+    for key in (
+        "text",
+        "maybe",
+        "either",
+        "entry.path",
+        "optional.path",
+        "named.a",
+        "nested.a.b",
+        "entries.a.path",
+    ):
+        found: Any = load(Texts, [f"{key}={typed}"])
+        for name in key.split("."):
+            found = found[name] if isinstance(found, dict) else getattr(found, name)
+        assert found == typed, key
+
+
+@pytest.mark.parametrize("typed", CHANGED)
+def test_text_in_lists_and_mappings_is_taken_as_typed(typed):
+    argv = [f"several=[{typed},a]", f"either=[a,{typed}]", f"named={{a: {typed}, {typed}: b}}",
+            f"nested={{{typed}: {{a: {typed}}}}}", f"entries={{{typed}: {{path: {typed}}}}}",
+            f"entry={{path: {typed}}}"]  # fmt: skip
+    found = load(Texts, argv)
+    assert (found.several, found.either) == ([typed, "a"], ["a", typed])
+    assert found.named == {"a": typed, typed: "b"}
+    assert found.nested == {typed: {"a": typed}}
+    assert found.entries == {typed: Entry(path=typed)}
+    assert found.entry == Entry(path=typed)
+
+
+def test_text_keeps_its_meaning_through_given_values(tmp_path):
+    """Nothing is said of their type; the keys that name them say it."""
+    in_file = write(tmp_path / "a.yaml", "given: {a: 007, b: no, c: [1_000, 8], d: 1e3, e: 2, f: ~}")
+    typed = ["a=007", "b=no", "c=[1_000,8]", "d=1e3", "e=2", "f=null"]
+    for source in ([in_file], [f"given.{each}" for each in typed]):
+        argv = ["text=${given.a}", "maybe=${given.f}", "entry.path=runs/${given.a}_${given.d}",
+                "number=${given.a}", "flag=${given.b}", "sizes=${given.c}", "share=${given.d}",
+                "stage=${given.e}", "named.b=${given.b}", "named.e=${given.e}"]  # fmt: skip
+        found = load(Texts, source + argv)
+        assert (found.text, found.maybe, found.entry.path) == ("007", None, "runs/007_1e3")
+        assert (found.number, found.flag, found.sizes, found.share) == (7, False, [1000, 8], 1000.0)
+        assert (found.stage, found.named) == (2, {"b": "no", "e": "2"})
+
+
+def test_values_of_the_environment_are_text(monkeypatch):
+    monkeypatch.setenv("SOME_VALUE", "007")
+    found = load(Texts, ["text=${oc.env:SOME_VALUE}", "number=${oc.env:SOME_VALUE}"])
+    assert (found.text, found.number) == ("007", 7)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("maybe=null", Texts(maybe=None)),
+        ("either=null", Texts()),
+        ("maybe='null'", Texts(maybe="null")),
+        ("text=null", Texts(text="null")),
+        ("named={null: null}", Texts(named={"null": "null"})),
+        ("text='no'", Texts(text="no")),
+        ('text="a #2"', Texts(text="a #2")),
+        ("text='it''s'", Texts(text="it's")),
+        ("text=[a,b]", Texts(text="[a,b]")),
+        ("text={a: b}", Texts(text="{a: b}")),
+        ("either='[a,b]'", Texts(either="[a,b]")),
+        ("several=['a, b', \"c #d\", e]", Texts(several=["a, b", "c #d", "e"])),
+        ("entry.switch=off", Texts(entry=Entry(switch="off"))),
+        ("entry.switch=007", Texts(entry=Entry(switch="007"))),
+        ("optional=null", Texts()),
+        ("number=1_000", Texts(number=1000)),
+        ("number=0x10", Texts(number=16)),
+        ("limit=null", Texts(limit=None)),
+        ("share=1e-3", Texts(share=0.001)),
+        ("share=.inf", Texts(share=float("inf"))),
+        ("flag=yes", Texts(flag=True)),
+        ("stage=2", Texts(stage=2)),
+        ("sizes=[1_000, 2]", Texts(sizes=[1000, 2])),
+        ("bounds=[1e-3, 5]", Texts(bounds=(0.001, 5.0))),
+    ],
+)
+def test_what_else_an_override_can_be(argument, expected):
+    assert load(Texts, [argument]) == expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("number=010", r"number: found 010.* 8\b"),  # octal to YAML, ten to everybody else
+        ("number=1:30", r"number: found 1:30.* 90\b"),
+        ("number=5 #2", r"number=5 #2: '#2'"),
+        ("sizes=[1,2] #3", r"sizes=\[1,2\] #3: '#3'"),
+        ("several=[a #2,b]", r"several=\[a #2,b\]: .*quote"),
+        ("several=[&x y]", r"&.*quote"),
+        ("several=[!x y]", r"!.*quote"),
+        ("several=[*x]", r"\*.*quote"),
+        ("named={a: x, a: y}", r"named\.a: .*before"),
+        ("text=${", r"text=\$\{: "),
+        ("text=${nowhere}", r"text: .*nowhere"),
+        ("entry.switch=no", r"entry\.switch: .*'no'"),
+    ],
+)
+def test_what_an_override_cannot_be(argument, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(Texts, [argument])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("typed", [*CHANGED, "null", ""])
+def test_a_word_of_a_file_that_yaml_would_change_is_refused(tmp_path, typed):
+    """Where text is expected, with line, key, what was found; quoted it is taken as it is."""
+    as_yaml = OmegaConf.create(f"a: {typed}").a
+    for content, key, line in [
+        ("text: {}", "text", 1),
+        ("number: 5\nseveral: [a, {}]", r"several\[1\]", 2),
+        ("either:\n- a\n- {}", r"either\[1\]", 3),
+        ("named:\n  a: {}", r"named\.a", 2),
+        ("nested: {{b: {{a: {} }}}}", r"nested\.b\.a", 1),
+        ("entries:\n  b:\n    path: {}\n    size: 5", r"entries\.b\.path", 3),
+        ("optional:\n  path: {}", r"optional\.path", 2),
+        ("base: &base {{path: {} }}\nentry: {{<<: *base}}", r"entry\.path", 1),
+        ("entry: {{switch: {} }}", r"entry\.switch", 1),
+    ]:
+        if not typed and "[a, {}]" in content:
+            continue  # a list of one
+        path = write(tmp_path / "a.yaml", content.format(typed))
+        with pytest.raises(ConfigError, match=rf"a\.yaml: line {line}: {key}: found ") as caught:
+            load(Texts, [path])
+        message = str(caught.value)
+        assert (typed or "nothing") in message
+        assert "\n" not in message
+        if as_yaml != typed:
+            assert f"{as_yaml}" in message
+    for quote in "'\"":
+        path = write(
+            tmp_path / "a.yaml", f"text: {quote}{typed}{quote}\nnamed: {{a: {quote}{typed}{quote}}}\n"
+        )
+        assert load(Texts, [path]) == Texts(text=typed, named={"a": typed})
+
+
+def test_keys_of_a_file_that_yaml_would_change_are_refused(tmp_path):
+    for key in ("007", "no", "2026-01-01", "1"):
+        with pytest.raises(ConfigError, match=rf"a\.yaml: line 2: named\.{key}: found {key}.*quote"):
+            load(Texts, [write(tmp_path / "a.yaml", f"named:\n  {key}: x\n")])
+        quoted = write(tmp_path / "a.yaml", f"named:\n  '{key}': x\n")
+        assert load(Texts, [quoted]).named == {key: "x"}
+
+
+def test_what_else_a_file_can_hold(tmp_path):
+    content = """
+maybe: null
+either: ~   # no value
+text: runs/a  # a comment is one
+several: ["a #2", plain words, s3://b/c#d?e=f]
+base: &base {path: '007', size: 0x10}
+entry: *base
+entries: {b: {<<: *base, size: 5}}
+limit:
+share: 1e3
+flag: on
+stage: 2
+named: {a: !!str 007, b: |-
+    no}
+"""
+    content = content.replace("{a: !!str 007, b: |-\n    no}", "\n  a: !!str 007\n  b: |-\n    no")
+    found = load(Texts, [write(tmp_path / "a.yaml", content.replace("base: &base", "optional: &base"))])
+    assert (found.maybe, found.either, found.text) == (None, None, "runs/a")
+    assert found.several == ["a #2", "plain words", "s3://b/c#d?e=f"]
+    assert found.entry == found.optional == Entry(path="007", size=16)
+    assert found.entries == {"b": Entry(path="007", size=5)}
+    assert (found.limit, found.share, found.flag, found.stage) == (None, 1000.0, True, 2)
+    assert found.named == {"a": "007", "b": "no"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("number: 1\ntext: runs/a #2\n", r"line 2: text: found runs/a and behind it #2"),
+        ("number: 010\n", r"line 1: number: found 010.* 8\b"),
+        ("given: {1: a, '1': b}\n", r"given\.1: "),
+        ("text: ${\n", r"a\.yaml: "),
+        ("a: &a [*a]\n", r"line 1: not YAML: .*recursive"),
+        ("text: \x07\n", r"not YAML"),
+        ("just words\n", r"mapping.*just words"),
+        ("? [a]\n: b\n", r"a\.yaml: "),
+    ],
+)
+def test_what_a_file_cannot_hold(tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(Texts, [write(tmp_path / "a.yaml", content)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text": 7}, r"args: text: found 7 \(int\)"),
+        ({"text": None}, r"args: text: found None"),
+        ({"entry": {"path": False}}, r"args: entry\.path: found False"),
+        ({"several": ["a", 1.5]}, r"args: several\[1\]: found 1\.5"),
+        ({"either": [7]}, r"args: either\[0\]: found 7"),
+        ({"named": {7: "a"}}, r"args: named: the key 7"),
+    ],
+)
+def test_what_another_parser_changed_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        config.from_mapping(Texts, values, "args")
+    kept = {
+        "text": "007",
+        "maybe": None,
+        "either": ["no"],
+        "number": 5,
+        "given": {"a": 7},
+        "entry": {"size": 3},
+    }
+    assert config.from_mapping(Texts, kept, "args").given == {"a": 7}
+
+
+# What YAML can print at all, but for OmegaConf's own marks.
+PRINTABLE = st.text(
+    st.characters(exclude_categories=["Cs", "Cc", "Cn"], exclude_characters="$\u2028\u2029\ufeff"),
+    max_size=20,
+).filter(lambda text: text != "???")
+
+
+@given(texts=st.lists(PRINTABLE, max_size=30, unique=True))
+@example(texts=CHANGED + KEPT)
+@settings(max_examples=10, deadline=None)
+def test_any_text_survives_the_saved_configuration(texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "a.yaml"
+    named = {text: text for text in texts if text}
+    job = Texts(text="".join(texts[:1]), several=texts, either=texts, named=named)
+    config.save_resolved(job, str(path))
+    assert load(Texts, [str(path)]) == job
 
 
 # --- as a user meets it -----------------------------------------------------------------------------------
