@@ -168,7 +168,9 @@ def succeeded(result: subprocess.CompletedProcess) -> str:
 
 
 def test_who_has_no_token_starts_no_node(head, watch, checkout):
-    """The switch is cluster.yaml's."""
+    """A submission without the token is refused and starts no node.
+
+    The switch is cluster.yaml's."""
     result = head.submit(checkout, "python", "-c", "print('ran')", environment=head.without_token)
     assert result.returncode != 0
     assert "Unauthorized" in result.stdout
@@ -176,6 +178,7 @@ def test_who_has_no_token_starts_no_node(head, watch, checkout):
 
 
 def test_a_fit_brings_cpu_nodes_up_and_they_go(head, watch, checkout, stores):
+    """A submitted fit brings CPU nodes up, no others, and they go when it ends."""
     said = succeeded(
         head.submit(
             *(checkout, "python", "jobs/fit.py", "configs/fit.yaml"),
@@ -189,6 +192,7 @@ def test_a_fit_brings_cpu_nodes_up_and_they_go(head, watch, checkout, stores):
 
 
 def test_the_doctor_looks_at_a_node_of_each_kind_and_they_go(head, watch, checkout):
+    """The doctor starts a node of each kind, examines it, and they go."""
     result = head.submit(
         *(checkout, "python", "jobs/doctor.py", "configs/doctor.yaml", "start_nodes=true", "format=json"),
         *("min_free_gb=0.001", "wait_s=240"),
@@ -201,7 +205,9 @@ def test_the_doctor_looks_at_a_node_of_each_kind_and_they_go(head, watch, checko
 
 
 def test_encoding_brings_gpu_nodes_up_and_they_go(head, watch, checkout, tmp_path):
-    """As the README says it: the encoder's actors ask for a GPU each."""
+    """Encoding with a GPU an actor brings GPU nodes up, no others, and they go.
+
+    As the README says it: the encoder's actors ask for a GPU each."""
     encoder = write_encoder(tmp_path / "encoder")
     for part in range(6):
         lines = [f"{WORDS[part]} {WORDS[row]}\n" for row in range(40)]
@@ -239,7 +245,9 @@ DataParallelTrainer(work, scaling_config=asked, run_config=RunConfig(storage_pat
 
 
 def test_training_brings_gpu_nodes_up_and_they_go(head, watch, checkout, tmp_path):
-    """What stage 1's configuration asks of the cluster, by the function that its job asks with; its loop
+    """What stage 1 asks for brings GPU nodes up, a device for each worker, and they go.
+
+    What stage 1's configuration asks of the cluster, by the function that its job asks with; its loop
     would look for CUDA."""
     said = succeeded(head.submit(checkout, "python", "-P", "-c", TRAIN.replace("STORAGE", str(tmp_path))))
     assert set(re.findall(r"HOLDS \['\d'\]", said)) == {"HOLDS ['0']", "HOLDS ['1']"}, "a device each"

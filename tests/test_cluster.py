@@ -229,6 +229,7 @@ def submitted(head, checkout, stores) -> dict[str, subprocess.CompletedProcess]:
 
 @pytest.mark.slow
 def test_a_second_submission_to_one_output_is_refused(submitted, stores):
+    """A submission to an output that another job writes is refused and names that job."""
     result = submitted["second"]
     assert result.returncode != 0
     assert f"DataError: {stores}/held: another job writes there (process {os.getpid()} on " in result.stdout
@@ -238,7 +239,9 @@ def test_a_second_submission_to_one_output_is_refused(submitted, stores):
 
 @pytest.mark.slow
 def test_after_that_a_submission_is_accepted_and_another_one_finds_it_done(head, checkout, submitted, stores):
-    """The first has given the output free; a re-submission of what has finished keeps it."""
+    """An output that was given free takes a submission; the next one keeps what is there.
+
+    The first has given the output free; a re-submission of what has finished keeps it."""
     fit = ("python", "jobs/fit.py", "configs/fit.yaml")
     for said in ("realign fitted on", "holds this fit already"):
         result = head.submit(
@@ -250,7 +253,9 @@ def test_after_that_a_submission_is_accepted_and_another_one_finds_it_done(head,
 
 @pytest.mark.slow
 def test_driver_and_workers_import_the_package_that_was_submitted(head, submitted):
-    """Not the one that this environment has installed: nodes of a cluster have none."""
+    """Driver and workers import the submitted package, and no heavy folder travels.
+
+    Not the one that this environment has installed: nodes of a cluster have none."""
     result = submitted["where"]
     assert result.returncode == 0, result.stdout
     line = next(line for line in result.stdout.splitlines() if line.startswith("FOUND"))
@@ -264,6 +269,7 @@ def test_driver_and_workers_import_the_package_that_was_submitted(head, submitte
 
 @pytest.mark.slow
 def test_a_job_line_runs_on_the_cluster(submitted, stores):
+    """A submitted fit runs on the cluster and closes the gap."""
     result = submitted["fit"]
     assert result.returncode == 0, result.stdout
     gap = json.loads((stores / "fit" / "alignment.json").read_text())["modality_gap"]
@@ -272,6 +278,7 @@ def test_a_job_line_runs_on_the_cluster(submitted, stores):
 
 @pytest.mark.slow
 def test_a_failing_job_fails_the_submission(submitted):
+    """A submission with a wrong key fails with the job's exit code and its advice."""
     result = submitted["typo"]
     assert result.returncode != 0
     assert "Did you mean: 'texts'" in result.stdout
@@ -280,6 +287,7 @@ def test_a_failing_job_fails_the_submission(submitted):
 
 @pytest.mark.slow
 def test_without_the_token_nothing_is_accepted(head, checkout):
+    """Without the token, or with another, the cluster accepts nothing."""
     result = head.submit(checkout, "python", "-c", "print('ran')", environment=head.without_token)
     assert result.returncode != 0
     assert "Unauthorized" in result.stdout
@@ -311,9 +319,9 @@ def every_job(head, checkout) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", JOBS)
 def test_every_job_answers_on_the_cluster_and_refuses_a_wrong_key(every_job, name):
+    """Each job on the cluster prints its help and refuses a key that it does not have."""
     lines = every_job.stdout.splitlines()
     assert f"HELP 0 jobs/{name} usage: python jobs/{name} " in "\n".join(lines)
     # Ray repeats the end of a failed job's log.
@@ -324,6 +332,7 @@ def test_every_job_answers_on_the_cluster_and_refuses_a_wrong_key(every_job, nam
 
 @pytest.mark.slow
 def test_the_exit_code_of_the_last_line_is_the_jobs(every_job):
+    """The exit code of a submission is that of its last line."""
     assert every_job.returncode != 0
     assert "exit code 7" in every_job.stdout
 
@@ -358,8 +367,8 @@ def states(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_a_stopped_pipeline_is_submitted_again_and_goes_on(head, checkout, chain, stores):
+    """A pipeline stopped on the cluster and submitted again goes on and ends with equal bytes."""
     line = ("python", "jobs/pipeline.py", str(chain))
     stopped = stores / "stopped"
     head.run("submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--",

@@ -379,6 +379,7 @@ def test_a_cluster_is_examined(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_a_failure_is_printed_with_its_remedy_and_fails_the_job(cluster, tmp_path, capsys):
+    """A failed check of the doctor is printed with its remedy and fails the job."""
     (tmp_path / "file").write_text("")
     job = DoctorJob(storage=str(tmp_path / "file"), min_free_gb=1e9)
     with pytest.raises(ClusterError, match="2 checks failed: disk, storage"):
@@ -391,6 +392,7 @@ def test_a_failure_is_printed_with_its_remedy_and_fails_the_job(cluster, tmp_pat
 
 @pytest.mark.slow
 def test_strictness_fails_what_was_not_checked(cluster, tmp_path):
+    """A strict doctor fails where checks could not be done."""
     with pytest.raises(ClusterError, match="0 checks failed, 3 could not be done: versions, gpus, models"):
         run(DoctorJob(storage=str(tmp_path), min_free_gb=0.001, strict=True))
 
@@ -413,7 +415,9 @@ print(as_json(examined(job)))
 
 @pytest.mark.slow
 def test_every_node_of_a_cluster_is_asked_itself(tmp_path):
-    """A head that takes no task, and two kinds of nodes, one of which claims a device that is not there."""
+    """The doctor asks each node of a cluster itself.
+
+    A head that takes no task, and two kinds of nodes, one of which claims a device that is not there."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")

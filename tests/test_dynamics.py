@@ -306,7 +306,9 @@ PLAIN = {
 
 @pytest.mark.slow
 def test_training_does_not_notice_the_monitor(cluster, world, tmp_path):
-    """Losses and weights equal to the bit; the record is whole, replaces an old one, goes to TensorBoard."""
+    """Training with a monitor has the bits of training without; its record is whole.
+
+    Losses and weights equal to the bit; the record is whole, replaces an old one, goes to TensorBoard."""
     (tmp_path / "plain.json").write_text(json.dumps(PLAIN))
     training = EncoderTraining(
         data=[str(world / "pairs")], heldout=[str(world / "heldout")], output=str(tmp_path / "without"),

@@ -1,10 +1,8 @@
 """The embed job on real encoders and real Ray: what it writes, and what survives bad input and kills."""
 
-import contextlib
 import json
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -137,6 +135,7 @@ def test_a_second_run_encodes_nothing_and_new_files_add_shards(cluster, encoder,
 
 @pytest.mark.slow
 def test_an_image_folder_that_grew_adds_shards_of_the_new_files_only(cluster, encoder, tmp_path):
+    """An image folder that grew adds shards of its new files only."""
     folder = write_images(tmp_path / "images", 40)
     embed.run(job_of(encoder, tmp_path / "store", images=str(folder), rows_per_shard=16))
     before = stamps(tmp_path / "store")
@@ -150,6 +149,7 @@ def test_an_image_folder_that_grew_adds_shards_of_the_new_files_only(cluster, en
 
 @pytest.mark.slow
 def test_a_source_that_changed_is_refused(cluster, encoder, tmp_path):
+    """A source that changed since it was embedded is refused."""
     source = write_texts(tmp_path / "texts.jsonl", 100)
     embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))
     write_texts(source, 101)
@@ -159,6 +159,7 @@ def test_a_source_that_changed_is_refused(cluster, encoder, tmp_path):
 
 @pytest.mark.slow
 def test_another_encoder_or_setting_is_refused(cluster, encoder, tmp_path):
+    """A store is not gone on with by another encoder or setting, nor a folder that is no store."""
     source = write_texts(tmp_path / "texts.jsonl", 10)
     embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))
     other = EncoderConfig(kind="open_clip", model=write_encoder(tmp_path / "other", seed=1))
@@ -194,41 +195,10 @@ def test_bad_texts_are_counted_and_nothing_else_is_lost(cluster, encoder, tmp_pa
     assert set(rows_of(tmp_path / "store")) == {f"t{row}" for row in range(90)} | {"huge"}
 
 
-@pytest.mark.slow
-def test_a_killed_actor_loses_no_row_and_doubles_none(cluster, encoder, tmp_path):
-    source = write_texts(tmp_path / "texts.jsonl", 6000)
-    embed.run(job_of(encoder, tmp_path / "calm", texts=str(source)))
-    killed: list[int] = []
-
-    def kill_one_encoder() -> None:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and not killed:
-            if len(stamps(tmp_path / "store")) >= 3:
-                # Of this process's own Ray: others may run on the machine.
-                for process in psutil.Process().children(recursive=True):
-                    with contextlib.suppress(psutil.Error):
-                        if "ray::" in (title := " ".join(process.cmdline())) and "Encode" in title:
-                            process.kill()
-                            killed.append(process.pid)
-                            return
-            time.sleep(0.01)
-
-    killer = threading.Thread(target=kill_one_encoder)
-    killer.start()
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))
-    killer.join()
-    assert killed, "no encoder was caught at work: the job is too short for this test"
-    calm, store = rows_of(tmp_path / "calm"), rows_of(tmp_path / "store")
-    assert calm.keys() == store.keys()
-    assert len(store) == 6000
-    # The same units in the same batches: equal bits, whoever encoded them.
-    assert all(np.array_equal(calm[name], store[name]) for name in calm)
-
-
 def run_and_kill(command: list[str], output: Path, at: int) -> None:
     """The job is started and its driver killed when `at` shards stand; its Ray is gone when this returns."""
     process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while len(stamps(output)) < at and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -242,8 +212,8 @@ def run_and_kill(command: list[str], output: Path, at: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("points", [[4], [1, 9, 20, 40]])
-def test_a_killed_job_goes_on_where_it_was(cluster, encoder, tmp_path, points):
+def test_a_killed_job_goes_on_where_it_was(cluster, encoder, tmp_path):
+    """An embed job killed three times encodes no shard twice and ends with the rows of a calm one."""
     source = write_texts(tmp_path / "texts.jsonl", 6000)
     output = tmp_path / "store"
     command = [
@@ -252,7 +222,7 @@ def test_a_killed_job_goes_on_where_it_was(cluster, encoder, tmp_path, points):
         "resources.cpus_per_actor=0.5", "resources.cpus_per_task=0.5",
     ]  # fmt: skip
     kept: dict[str, tuple[int, int]] = {}
-    for at in points:
+    for at in (1, 9, 40):
         run_and_kill(command, output, at)
         assert kept.items() <= stamps(output).items()  # what stood was not encoded again
         kept = stamps(output)
@@ -282,6 +252,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_said_and_what_was_written_is_kept(cluster, encoder, tmp_path, small_disk):
+    """A full disk is said, and with room the embed job goes on from what it wrote."""
     source = write_texts(tmp_path / "texts.jsonl", 6000)
     with pytest.raises(DataError, match="no space left"):
         embed.run(job_of(encoder, small_disk / "store", texts=str(source)))
@@ -296,6 +267,7 @@ def test_a_full_disk_is_said_and_what_was_written_is_kept(cluster, encoder, tmp_
 
 @pytest.mark.slow
 def test_duplicate_ids_are_numbered_or_rejected(cluster, encoder, tmp_path):
+    """Duplicate ids are numbered or rejected, as is set."""
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"id": "x", "text": "word1"}\n{"id": "y", "text": "word2"}\n')

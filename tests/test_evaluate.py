@@ -677,7 +677,9 @@ def test_results_are_the_answers_counted(evaluated):
 
 @pytest.mark.slow
 def test_images_are_encoded_as_the_encoder_encodes_them(evaluated, model, world, encoder, tmp_path):
-    """With the store of the same encoder, joined by id, the model says the same."""
+    """With a store of the same encoder instead of its tower the model answers the same.
+
+    With the store of the same encoder, joined by id, the model says the same."""
     output, _ = evaluated
     tower, prepare = open_clip.image_tower(encoder), open_clip.image_preparer(encoder)
     contents = {item.image_id: opened(item) for item in read("miniature", world) if isinstance(item, Item)}
@@ -727,6 +729,7 @@ def test_answers_are_those_of_the_model_asked_by_hand(evaluated, model, world):
 
 @pytest.mark.slow
 def test_what_is_finished_is_not_asked_again(evaluated, model, world):
+    """An evaluation that is run again asks only what is missing."""
     output, text = evaluated
     kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
     assert len(kept) == 3 + 1 + 2  # conditions, captions, questions and images
@@ -757,6 +760,7 @@ def test_the_picture_shows_captions_and_answers(evaluated):
 
 @pytest.mark.slow
 def test_another_model_can_write_the_captions(evaluated, cluster, model, world, tmp_path):
+    """Another model can write the captions."""
     mine = next(evaluated[0].glob("answers/miniature/captions-*")).stem
     before = {row["raw"] for row in rows_of(evaluated[0], mine)}
     other = shutil.copytree(model, tmp_path / "other")
@@ -772,6 +776,7 @@ def test_another_model_can_write_the_captions(evaluated, cluster, model, world, 
 
 @pytest.mark.slow
 def test_benchmarks_together_are_averaged_and_sampled(cluster, model, world, tmp_path):
+    """Several benchmarks in one run are sampled, averaged, and say what was left out."""
     names = ["pope", "mme", "crpe", "mmmu", "miniature"]
     data = {name: write_rows(tmp_path / name, name) for name in names[:-1]}
     settings = {

@@ -218,6 +218,7 @@ def check_that_never_two_hold(output: str, num_processes: int) -> None:
 
 @pytest.mark.slow
 def test_of_many_at_once_never_two_hold_it(tmp_path):
+    """Of six processes that ask for one output at once, never two hold it."""
     check_that_never_two_hold(str(tmp_path / "out"), 6)
 
 

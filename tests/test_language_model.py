@@ -283,6 +283,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero(tmp_path):
 
 @pytest.mark.slow
 def test_training_writes_a_folder_that_transformers_loads_and_is_kept(cluster, tmp_path):
+    """A language model from scratch loads in transformers with the same figures, and is kept."""
     training = training_of(tmp_path / "model")
     metrics, trained = train_language_model(training)
     assert trained

@@ -691,6 +691,7 @@ assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__ == "ReVisionF
     ],
 )  # fmt: skip
 def test_import_registers_in_either_order_and_loads_nothing_by_itself(program):
+    """Importing the package registers its model in transformers, in any order, and loads nothing."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -112,7 +112,9 @@ def probes_of_two(rank, rendezvous, world, output, results):
 
 @pytest.mark.slow
 def test_two_workers_measure_what_one_measures(world, tmp_path):
-    """51 rows do not divide; batch normalisation differs between the workers until the probe."""
+    """The monitor of two workers measures what that of one measures.
+
+    51 rows do not divide; batch normalisation differs between the workers until the probe."""
     run_probes(monitor_of(world, tmp_path / "one", Towers()))
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -282,8 +282,8 @@ def whole(tmp_path_factory) -> tuple[Path, Path, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_whole_way_from_one_yaml(whole):
+    """One YAML renders, embeds, fits, trains both stages, evaluates and exports."""
     chain, output, said = whole
     assert states(output) == dict.fromkeys(STAGES, "finished")
     assert "realign " in said
@@ -303,8 +303,8 @@ def test_the_whole_way_from_one_yaml(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_run_again_it_does_nothing(whole):
+    """A finished pipeline that is run again skips every stage and prints the same report."""
     chain, output, said = whole
     again = finish(chain, output)
     lines = [line for line in again.splitlines() if "skipped, unchanged since" in line]
@@ -315,11 +315,11 @@ def test_run_again_it_does_nothing(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_changed_settings_of_a_stage_are_refused_with_a_remedy(whole):
+    """A finished stage with changed settings is refused with a remedy."""
     chain, output, _ = whole
     process = start(chain, output, "stages.pretrain.pretrain.seed=5")
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 2
     (error,) = [line for line in said.splitlines() if line.startswith("DataError: ")]
     assert "stages.pretrain.pretrain.seed is 5, was 0" in error
@@ -328,16 +328,12 @@ def test_changed_settings_of_a_stage_are_refused_with_a_remedy(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random_points_it_ends_as_if_it_never_was(whole, seed):
-    """The driver with its whole Ray is killed at points from a seed, in another stage each time."""
+def test_killed_at_random_points_it_ends_as_if_it_never_was(whole):
+    """A pipeline whose driver and Ray are killed in two of its stages ends with what a calm one makes."""
     chain, undisturbed, _ = whole
-    output = chain.parent / f"killed-{seed}"
-    generator = random.Random(seed)
-    for name in sorted(
-        generator.sample(["texts", "fit", "pretrain", "finetune", "evaluate"], 2), key=STAGES.index
-    ):
+    output = chain.parent / "killed"
+    generator = random.Random(0)
+    for name in (generator.choice(["texts", "fit", "pretrain"]), generator.choice(["finetune", "evaluate"])):
         process = start(chain, output)
         for _ in range(6000):
             if states(output).get(name) in ("running", "finished") or process.poll() is not None:

@@ -85,6 +85,7 @@ BEYOND_THE_CLIENT = {"POST": 35, "PUT": 35, "HEAD": 35, "GET": 2}
 
 @pytest.mark.parametrize("method", ["POST", pytest.param("PUT", marks=pytest.mark.slow)])
 def test_a_write_that_the_store_refuses_for_a_while_is_made(faltering_s3, method, caplog):
+    """A write that S3 refuses for longer than its client tries is made."""
     faltering_s3.refuses = first(BEYOND_THE_CLIENT[method], method)
     uri = faltering_s3.uri(f"written-{method}")
     storage.write_bytes(uri, b"content")
@@ -95,6 +96,7 @@ def test_a_write_that_the_store_refuses_for_a_while_is_made(faltering_s3, method
 
 @pytest.mark.parametrize("method", [pytest.param("HEAD", marks=pytest.mark.slow), "GET"])
 def test_a_read_that_fails_for_a_while_gives_all_bytes(faltering_s3, method, caplog):
+    """A read or look-up that S3 refuses for longer than its client tries gives all bytes."""
     uri = faltering_s3.uri(f"read-{method}")
     content = os.urandom(100_000)
     storage.write_bytes(uri, content)

@@ -44,8 +44,7 @@ from revision_ray.train.models import Architecture, load_model
 from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, pretrain
 from revision_ray.train.settings import Checkpoints, Logging, Optimisation, Workers
 
-# The two ways are fixtures: minutes each, three times that on a machine with other work.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 Place = Callable[[str], str]
@@ -205,6 +204,7 @@ def assert_equal_tensors(one: str, other: str) -> None:
 
 
 def test_world_stores_and_fit_are_those_of_local_disks(local, remote):
+    """World, stores and fit on S3 are those of local disks."""
     worlds = [storage.read_json(place("world/manifest.json")) for place in (local, remote)]
     assert worlds[0] == worlds[1]
     for store, num_rows in (("images", 48), ("texts", 200), ("aligned", 200)):
@@ -244,6 +244,7 @@ def trained(remote, tmp_path_factory) -> Place:
 
 
 def test_a_killed_stage_one_goes_on_and_everything_ends_the_same(local, trained):
+    """With all on S3, a killed stage 1 goes on, and models and answers are those of local disks."""
     for stage in ("pretrain", "finetune"):
         found = losses(trained(f"{stage}/metrics.jsonl"))
         assert found == losses(local(f"{stage}/metrics.jsonl"))
@@ -261,6 +262,7 @@ def test_a_killed_stage_one_goes_on_and_everything_ends_the_same(local, trained)
 
 
 def test_a_model_on_s3_loads_and_is_the_one_of_the_local_disk(local, trained):
+    """A model on S3 loads with equal weights and is copied again only where it changed."""
     found, expected = (
         load_model(place("model"), dtype=torch.float32, attention=None)[0] for place in (local, trained)
     )
@@ -273,6 +275,7 @@ def test_a_model_on_s3_loads_and_is_the_one_of_the_local_disk(local, trained):
 
 
 def test_finished_stages_on_s3_are_kept(trained):
+    """A finished stage on S3 is kept as it is."""
     before = {uri: info.mtime_ns for uri, info in storage.list_files(trained("pretrain"), recursive=True)}
     assert pretrain(stage_one(trained))["num_steps"] == STEPS
     after = {uri: info.mtime_ns for uri, info in storage.list_files(trained("pretrain"), recursive=True)}
@@ -322,6 +325,8 @@ def assert_last(uri: str, marker: str) -> None:
 
 
 def test_a_store_a_fit_and_a_model_appear_whole(trained, bucket):
+    """Stores, fits and models on S3 appear whole or not at all."""
+
     def store() -> bool:
         if not storage.exists(bucket("again/texts/manifest.json")):
             return False

@@ -26,7 +26,7 @@ from revision_ray.miniature.language_model import ModelSize
 from revision_ray.train.encoder import EncoderTraining, train_encoder
 from revision_ray.train.language_model import LanguageTraining, train_language_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.slow
 
 DIM, ROWS = 8, 400
 
@@ -79,6 +79,8 @@ def twice(stores: list[Place], run: Callable[[Place], object], output: str, patt
 
 
 def test_a_report(stores):
+    """A report from S3 to S3 has the pictures of local disks."""
+
     def run(place: Place) -> None:
         report.run(
             ReportJob(
@@ -97,6 +99,8 @@ def test_a_report(stores):
 
 
 def test_studies(stores):
+    """Studies from S3 to S3 have the tables of local disks."""
+
     def run(place: Place) -> None:
         study.run(
             StudyJob(
@@ -113,6 +117,7 @@ def test_studies(stores):
 
 
 def test_a_fit_travels_as_one_file(stores):
+    """A registry of fits on S3 exports, imports and lists as on local disks."""
     said = []
     for place in stores:
         registry, file = place("registry"), place("one.safetensors")
@@ -127,6 +132,7 @@ def test_a_fit_travels_as_one_file(stores):
 
 
 def test_pickles_are_imported(stores):
+    """Pickles on S3 are imported as from local disks."""
     imported = []
     for place in stores:
         import_reference.run(ImportJob(input=place("pickles"), output=place("imported"), modality="text"))
@@ -138,6 +144,7 @@ def test_pickles_are_imported(stores):
 
 
 def test_an_encoder_and_a_language_model_from_scratch(cluster, bucket, tmp_path):
+    """Encoder and language model from scratch, from S3 to S3, have the weights of local disks."""
     places = [on_disk(tmp_path), bucket]
 
     def encoder(place: Place) -> None:

@@ -542,6 +542,7 @@ def replicas(name: str) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["LanguageModel", "ImageEncoder"])
 def test_a_killed_replica_costs_no_request_that_was_not_streaming(client, part):
+    """A killed replica costs no request that was not streaming."""
     messages = user(image_part(picture(60)), "what colour is the dog ?")
     expected = said(client, messages, max_tokens=300)
     (victim,) = replicas(part)
@@ -563,6 +564,7 @@ def test_a_killed_replica_costs_no_request_that_was_not_streaming(client, part):
 
 @pytest.mark.slow
 def test_a_stream_whose_replica_dies_ends_with_an_error(client):
+    """A stream whose replica dies ends with an error, and the next request is answered."""
     stream = asked(client, TURNS, max_tokens=900, stream=True)
     next(iter(stream))
     (victim,) = replicas("LanguageModel")
@@ -576,6 +578,7 @@ def test_a_stream_whose_replica_dies_ends_with_an_error(client):
 
 @pytest.mark.slow
 def test_a_rolling_update_loses_nothing(client, served):
+    """A rolling update loses no request and replaces every replica."""
     expected, before = said(client, TURNS, max_tokens=100), replicas("LanguageModel")
     ended = threading.Event()
 
@@ -602,6 +605,7 @@ def test_a_rolling_update_loses_nothing(client, served):
 
 @pytest.mark.slow
 def test_replicas_come_and_go_with_the_load(client, served):
+    """Replicas come and go with the load."""
     part = replace(served.job.replicas.language_model, max_replicas=2, target_ongoing=2.0)
     quick = replace(served.job.replicas, language_model=part, upscale_delay_s=1, downscale_delay_s=3)
     run(replace(served.job, replicas=quick))
@@ -649,6 +653,7 @@ def as_a_job(*settings: str, **environment: str) -> Iterator[tuple[subprocess.Po
 
 @pytest.mark.slow
 def test_the_job_asks_for_keys_and_finishes_what_it_has_when_it_is_stopped(made):
+    """jobs/serve.py asks for keys, and finishes its requests when it is stopped."""
     with as_a_job(f"model={made.job.model}", REVISION_RAY_API_KEYS="first, second") as (job, url):
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=url, api_key="third").models.list()
@@ -663,6 +668,7 @@ def test_the_job_asks_for_keys_and_finishes_what_it_has_when_it_is_stopped(made)
 
 @pytest.mark.slow
 def test_model_encoder_and_fit_may_lie_on_an_object_store(made, bucket, tmp_path):
+    """jobs/serve.py answers the same with model, encoder and fit on S3."""
     folders = {"model": made.job.model, "encoder": made.encoder.model, "fit": made.job.alignment}
     for key, folder in folders.items():
         for path in Path(folder).rglob("*"):

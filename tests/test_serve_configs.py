@@ -194,6 +194,7 @@ class Recorder:
 
 @pytest.mark.slow
 def test_ray_exports_every_instrument_under_the_name_that_we_say(cluster):
+    """Ray exports every metric of serving under the name that we say."""
     recorder = Recorder.remote()
     ray.get(recorder.record.remote())
     end = time.monotonic() + 40  # a report interval is ten seconds

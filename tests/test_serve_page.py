@@ -539,7 +539,9 @@ return [...document.querySelectorAll("button, summary")].filter(element => eleme
     ],
 )
 def test_every_state_is_readable_in(browser, script, server, picture, tmp_path, name, width, height, scheme):
-    """Contrast of AA (4.5), nothing wider than the screen, targets of 24 pixels; a picture of each state."""
+    """Every state of the chat page is readable, light and dark, on a desk and a phone.
+
+    Contrast of AA (4.5), nothing wider than the screen, targets of 24 pixels; a picture of each state."""
     view(browser, width, height, scheme, motion="reduce")
     browser.open(server[1])
     wait(lambda: browser.text("#model") == MODEL, "the model's name is shown")

@@ -75,7 +75,9 @@ def test_a_missing_world_and_inputs_given_twice_are_refused(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path, monkeypatch):
-    """The whole way with an untrained encoder of 12 tokens, which cuts long captions off."""
+    """The miniature's studies make their other domain, long captions and labels.
+
+    The whole way with an untrained encoder of 12 tokens, which cuts long captions off."""
     here = small(tmp_path / "world")
     render(here)
     long = replace(here, caption_length="long")

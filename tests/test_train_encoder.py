@@ -112,6 +112,7 @@ def one_of_two(rank: int, rendezvous: str, results) -> None:
 
 @pytest.mark.slow
 def test_two_workers_give_the_loss_and_gradients_of_one(tmp_path):
+    """Two workers have the contrastive loss and gradients of one with the whole batch."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     meet = str(tmp_path / "meet")
@@ -263,25 +264,23 @@ def test_training_lowers_the_loss_and_open_clip_loads_the_folder(cluster, world,
 
 @pytest.mark.slow
 def test_two_workers_train_the_encoder_that_one_trains_and_a_seed_decides_it(cluster, world, tmp_path):
-    """A text and image tower without batch normalisation, which on CPUs is each worker's own."""
+    """Two workers train the encoder that one trains, to rounding; another seed trains another.
+
+    Towers without batch normalisation, which on CPUs is each worker's own. That a seed gives the same bits
+    again is shown where training does not notice its monitor."""
     plain = {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
         "text_cfg": {"context_length": 26, "width": 64, "heads": 2, "layers": 1},
     }
     (tmp_path / "plain.json").write_text(json.dumps(plain))
-    runs = {
-        "one": {}, "again": {}, "two": {"num_workers": 2, "cpus_per_worker": 0.5}, "seed": {"seed": 1},
-    }  # fmt: skip
+    runs = {"one": {}, "two": {"num_workers": 2, "cpus_per_worker": 0.5}, "seed": {"seed": 1}}
     metrics = {
         name: train_encoder(
             training_of(world, tmp_path / name, model=str(tmp_path / "plain.json"), **settings)
         )[0]
         for name, settings in runs.items()
     }
-    weights = {name: (tmp_path / name / "open_clip_model.safetensors").read_bytes() for name in runs}
-    assert weights["one"] == weights["again"]
-    assert weights["one"] != weights["seed"]
     # Twelve steps of float32 whose sums have another order; AdamW divides small gradients by their own size.
     assert metrics["two"]["heldout"]["modality_gap"] == pytest.approx(
         metrics["one"]["heldout"]["modality_gap"], abs=1e-3

@@ -114,6 +114,7 @@ def test_a_finished_run_trains_nothing_and_refuses_other_settings(world, unbroke
 
 @pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_has_the_same_results(world, unbroken):
+    """A run killed after its last checkpoint has the results of an unbroken one."""
     again = world / "killed at the end"
     again.mkdir()
     shutil.copytree(unbroken / "checkpoints", again / "checkpoints")
@@ -139,10 +140,10 @@ def kill_a_worker_at(output: Path, step: int) -> threading.Thread:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 7])
-def test_a_killed_worker_changes_no_bit(world, unbroken, step):
-    name = f"killed-{step}"
-    thread = kill_a_worker_at(world / name, step)
+def test_a_killed_worker_changes_no_bit(world, unbroken):
+    """A worker of stage 1 that is killed after a checkpoint changes no bit, doubles and skips no sample."""
+    name = "killed-worker"
+    thread = kill_a_worker_at(world / name, 7)
     figures = pretrain(stage_one(world, name))
     thread.join()
     assert figures["samples"] == 192  # none twice, none skipped
@@ -153,6 +154,7 @@ def test_a_killed_worker_changes_no_bit(world, unbroken, step):
 
 @pytest.mark.slow
 def test_a_killed_job_goes_on_where_it_was(world, unbroken):
+    """A killed job of stage 1, run again, has the losses of an unbroken one."""
     output = world / "killed-job"
     job = stage_one(world, "killed-job")
     from revision_ray.config import to_yaml
@@ -170,7 +172,7 @@ def test_a_killed_job_goes_on_where_it_was(world, unbroken):
     time.sleep(2)  # Ray Train writes down that the checkpoint is committed
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, check=True, timeout=900, capture_output=True, text=True)
     assert losses(output) == losses(unbroken)
     said = done.stdout + done.stderr
     assert "pretrain: 12 of 12 steps" in said
@@ -180,6 +182,7 @@ def test_a_killed_job_goes_on_where_it_was(world, unbroken):
 
 @pytest.mark.slow
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(world, unbroken, tmp_path):
+    """A full disk is said, and with room the run goes on to the losses of an unbroken one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
@@ -358,6 +361,7 @@ def test_stage_two_tunes_projector_and_language_model(world, unbroken):
 
 @pytest.mark.slow
 def test_lora_trains_adapters_and_exports_a_plain_model(world, unbroken):
+    """LoRA trains adapters only and exports a plain model."""
     from transformers import AutoModelForImageTextToText
 
     finetune(stage_two(world, "lora", lora=Lora(rank=4), num_workers=1))
@@ -378,6 +382,7 @@ def test_inspect_shows_the_label_mask(world, unbroken):
 
 @pytest.mark.slow
 def test_image_files_are_embedded_as_the_first_step_of_stage_two(world, unbroken, tmp_path):
+    """Stage 2 embeds image files first, and refuses an encoder that the model does not know."""
     (tmp_path / "pictures").mkdir()
     for number in range(8):
         Image.new("RGB", (40, 40), (30 * number, 100, 50)).save(tmp_path / f"pictures/image{number}.png")

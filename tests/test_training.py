@@ -190,6 +190,7 @@ def test_accumulation_changes_nothing_but_rounding(alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero 0", "zero 1", "zero 2", "zero 3", "zero 3 accumulated"])
 def test_workers_and_zero_change_nothing_but_rounding(alone, both, name):
+    """Two workers with ZeRO 0 to 3, accumulated or not, train as one worker does, to rounding."""
     check_same_steps(both[name], alone["whole"])
 
 
