@@ -8,6 +8,7 @@ the test that was at work. The record lies in pytest's cache: `--cache-clear` st
 import hashlib
 import json
 import re
+import signal
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -65,10 +66,10 @@ def code_of(test_file: Path) -> str:
 
 
 def claim_of(item: pytest.Item) -> str:
-    """Return the first sentence of the test's docstring, or its name."""
+    """Return the first paragraph of the test's docstring, or its name."""
     function = getattr(item, "function", None)
     text = (function and function.__doc__) or item.name.split("[")[0].removeprefix("test_").replace("_", " ")
-    return re.split(r"(?<=\.)\s|\n\s*\n", text.strip(), maxsplit=1)[0].replace("\n", " ")
+    return " ".join(text.strip().split("\n\n")[0].split())
 
 
 class Progress:
@@ -114,6 +115,15 @@ class Progress:
         known = [self._results[item.nodeid].seconds for item in items if item.nodeid in self._results]
         return f"{text}; {len(known)} of these took {sum(known):.0f} s the last time" if known else text
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        # As Ctrl-C: what tests have started is ended. Ray takes the signal for itself whenever it starts.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self) -> None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._reports.append(report)
         if report.when != "teardown":
@@ -139,15 +149,15 @@ class Progress:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
         write = terminalreporter.write_line
         terminalreporter.section("what was shown")
-        write(f"{'result':<10} {'seconds':>7}  claim")
+        write(f"{'result':<20} {'seconds':>7}  claim")
         for path, of_file in groupby(self._tests, lambda item: item.path):
             write(str(path.relative_to(ROOT)))
             for _, of_claim in groupby(of_file, lambda item: item.nodeid.split("[")[0]):
                 items = list(of_claim)
                 result = self._outcomes(items) if len(items) > 1 else self._outcome(items[0])
-                write(f"{result:<10} {self._seconds(items):>7.1f}  {claim_of(items[0])}")
+                write(f"{result:<20} {self._seconds(items):>7.1f}  {claim_of(items[0])}")
                 for reason in {found.reason for found in map(self._result, items) if found} - {""}:
-                    write(f"{'':<18}  {reason}")
+                    write(f"{'':<28}  {reason}")
         write(f"{self._outcomes(self._tests)}; {self._seconds(self._tests):.0f} s, fixtures included")
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self._tests:
             write("All passed already on this code: `make test-slow AFRESH=1` runs them again.")
