@@ -391,7 +391,7 @@ def test_a_stopped_pipeline_is_submitted_again_and_goes_on(head, checkout, chain
     stopped = stores / "stopped"
     head.run("submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--",
              *line, f"output={stopped}", folder=checkout)  # fmt: skip
-    for _ in range(2400):
+    for _ in range(9000):
         if len(states(stopped)) >= 3 or head.status("first") not in ("PENDING", "RUNNING"):
             break
         time.sleep(0.1)

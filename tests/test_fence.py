@@ -208,7 +208,7 @@ def check_that_never_two_hold(output: str, num_processes: int) -> None:
     """Processes that ask at the same moment: their times of holding do not overlap, and one at least held."""
     at = str(time.time() + 3)
     contenders = [start(CONTENDER, output, at) for _ in range(num_processes)]
-    said = [contender.communicate(timeout=120) for contender in contenders]
+    said = [contender.communicate(timeout=600) for contender in contenders]
     assert [contender.returncode for contender in contenders] == [0] * num_processes, said
     held = sorted(tuple(map(float, line.split())) for line, _ in said if line)
     assert held

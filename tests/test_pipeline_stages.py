@@ -335,7 +335,7 @@ def test_killed_at_random_points_it_ends_as_if_it_never_was(whole):
     generator = random.Random(0)
     for name in (generator.choice(["texts", "fit", "pretrain"]), generator.choice(["finetune", "evaluate"])):
         process = start(chain, output)
-        for _ in range(6000):
+        for _ in range(20000):
             if states(output).get(name) in ("running", "finished") or process.poll() is not None:
                 break
             time.sleep(0.05)

@@ -227,7 +227,7 @@ def trained(remote, tmp_path_factory) -> Place:
         start_new_session=True,
     )
     try:
-        for _ in range(900):
+        for _ in range(4000):
             snapshots = storage.list_files(remote("pretrain/checkpoints"), "*snapshot.json")
             committed = any(b"checkpoint-" in storage.read_bytes(uri) for uri, _ in snapshots)
             if committed or process.poll() is not None:

@@ -197,7 +197,7 @@ def test_ray_exports_every_instrument_under_the_name_that_we_say(cluster):
     """Ray exports every metric of serving under the name that we say."""
     recorder = Recorder.remote()
     ray.get(recorder.record.remote())
-    end = time.monotonic() + 40  # a report interval is ten seconds
+    end = time.monotonic() + 300  # a report interval is ten seconds; the machine may be busy
     recorded = {
         name + "_count" if kind == "histogram" else name: 1 if kind == "histogram" else 2
         for name, kind in metrics.exported().items()

@@ -128,7 +128,7 @@ class Sender:
             self.wrong.append(f"{type(error).__name__}: {error}")
 
     def _case(self, session: requests.Session, case: Case) -> None:
-        response = case.call(base_url=self.url, session=session, timeout=60)
+        response = case.call(base_url=self.url, session=session, timeout=600)
         content_type = response.headers.get("content-type", [""])[0]
         self._judge(response.status_code, content_type, response.content, case.as_curl_command)
         try:
@@ -138,7 +138,7 @@ class Sender:
 
     def _body(self, session: requests.Session, path: str, content: bytes) -> None:
         headers = {"Content-Type": "application/json"}
-        with session.post(self.url + path, content, headers=headers, timeout=60) as response:
+        with session.post(self.url + path, content, headers=headers, timeout=600) as response:
             kind = response.headers.get("content-type", "")
             self._judge(response.status_code, kind, response.content, lambda: f"{path} {content!r}")
 
@@ -179,7 +179,7 @@ def fuzz(requests_: st.SearchStrategy[Any], number: int, turn: int, send: Callab
 
 def from_the_openapi(served: Served, sender: Sender, number: int, turn: int) -> None:
     """About `number` requests, half of which fit the served OpenAPI, to every route."""
-    openapi = requests.get(f"{served.url}/openapi.json", timeout=60).json()
+    openapi = requests.get(f"{served.url}/openapi.json", timeout=600).json()
     for part in openapi["components"]["schemas"].values():
         # The server ignores fields that it does not know; otherwise most of each body would be such fields.
         if "properties" in part:
@@ -206,6 +206,7 @@ def memory() -> dict[str, int]:
 
 
 def test_ten_thousand_requests_break_nothing_and_leave_nothing_behind(served):
+    """Ten thousand requests, wrong ones too, get an answer that the OpenAPI describes and leak no memory."""
     chat = mutated(chat_bodies(NAME, served.fingerprint))
     embeddings = mutated(embeddings_bodies(NAME))
 

@@ -119,10 +119,10 @@ def test_two_workers_give_the_loss_and_gradients_of_one(tmp_path):
     workers = [context.Process(target=one_of_two, args=(rank, meet, results)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    found = {rank: rest for rank, *rest in (results.get(timeout=300) for _ in workers)}
+    found = {rank: rest for rank, *rest in (results.get(timeout=900) for _ in workers)}
     (loss_0, gradients_0), (loss_1, gradients_1) = found[0], found[1]
     for worker in workers:
-        worker.join(timeout=60)
+        worker.join(timeout=300)
         assert worker.exitcode == 0
     loss, gradients = loss_and_gradients(TwoTowers(), *global_batch())
     # float32 sums of 16 terms in another order: a few units in the last place, 1e-7 of values near 1.

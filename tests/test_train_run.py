@@ -126,7 +126,7 @@ def kill_a_worker_at(output: Path, step: int) -> threading.Thread:
 
     def watch() -> None:
         metrics = output / "metrics.jsonl"
-        for _ in range(1200):
+        for _ in range(9000):
             if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
                 break
             time.sleep(0.1)
@@ -163,7 +163,7 @@ def test_a_killed_job_goes_on_where_it_was(world, unbroken):
     command = [sys.executable, "jobs/pretrain.py", str(world / "job.yaml")]
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    for _ in range(1800):
+    for _ in range(9000):
         committed = list((output / "checkpoints").glob("checkpoint-*/position.json"))
         if len(committed) >= 2 or process.poll() is not None:
             break
