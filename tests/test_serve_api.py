@@ -600,7 +600,6 @@ def test_a_rolling_update_loses_nothing(client, served):
             ended.set()
         assert sum(load.result() for load in loads) > 4
     assert not {process.pid for process in before} & {process.pid for process in replicas("LanguageModel")}
-    run(served.job)
 
 
 @pytest.mark.slow
@@ -622,7 +621,6 @@ def test_replicas_come_and_go_with_the_load(client, served):
         for each in loads:
             each.result()
     assert eventually(lambda: len(replicas("LanguageModel")) == 1, 600)
-    run(served.job)
 
 
 @contextlib.contextmanager
