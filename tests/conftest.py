@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pytest
 import shared_cluster
 
-pytest_plugins = ["progress"]
+pytest_plugins = ["progress", "pytester"]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
 CODE = ("revision_ray", "jobs", "configs", "tests", "cluster.yaml", "constraints.txt", "pyproject.toml")
 SLOW_TIMEOUT_SECONDS = 1800
 """For one test with its fixtures, which take minutes where nothing else runs."""
@@ -43,7 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--go-on"):
         assert config.cache, "the record lies in pytest's cache"
-        config.pluginmanager.register(Progress(config.cache.mkdir("progress") / "results.jsonl"))
+        record = config.cache.mkdir("progress") / "results.jsonl"
+        config.pluginmanager.register(Progress(config.rootpath, record))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,16 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_SECONDS))
 
 
-def code_of(test_file: Path) -> str:
+def code_of(test_file: Path, root: Path) -> str:
     """Return the hash of what the tests of a file run: the product, what tests share, and the file itself."""
-    files = {path for name in CODE for path in (ROOT / name, *(ROOT / name).rglob("*")) if path.is_file()}
+    files = {path for name in CODE for path in (root / name, *(root / name).rglob("*")) if path.is_file()}
     of_tests = {path for path in files if re.fullmatch(r"test_\w+\.py", path.name)}
     imported = re.findall(r"^from (test_\w+) import", test_file.read_text(), re.MULTILINE)
     own = {test_file, *(test_file.with_name(f"{name}.py") for name in imported)}
     digest = hashlib.sha256(sys.version.encode())
     for path in sorted((files - of_tests) | own):
         if "__pycache__" not in path.parts:
-            digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+            digest.update(f"\0{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -75,7 +75,8 @@ def claim_of(item: pytest.Item) -> str:
 class Progress:
     """Results of this run and, from the record, of earlier ones."""
 
-    def __init__(self, record: Path) -> None:
+    def __init__(self, root: Path, record: Path) -> None:
+        self._root = root
         self._record = record
         self._tests: list[pytest.Item] = []
         self._code: dict[Path, str] = {}
@@ -105,7 +106,7 @@ class Progress:
     @pytest.hookimpl(trylast=True)  # after -m and -k
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self._tests = list(items)
-        self._code = {path: code_of(path) for path in {item.path for item in items}}
+        self._code = {path: code_of(path, self._root) for path in {item.path for item in items}}
         passed = [item for item in items if self._outcome(item) == "passed"]
         config.hook.pytest_deselected(items=passed)
         items[:] = [item for item in items if item not in passed]
@@ -132,7 +133,7 @@ class Progress:
         outcomes = {each.outcome for each in reports}
         outcome = next((each for each in ("failed", "skipped") if each in outcomes), "passed")
         (path,) = {item.path for item in self._tests if item.nodeid == report.nodeid}
-        if outcome == "passed" and code_of(path) != self._code[path]:
+        if outcome == "passed" and code_of(path, self._root) != self._code[path]:
             outcome = "outdated"
         seconds = round(sum(each.duration for each in reports), 1)
         reason = next((each.longrepr[2] for each in reports if isinstance(each.longrepr, tuple)), "")
@@ -151,7 +152,7 @@ class Progress:
         terminalreporter.section("what was shown")
         write(f"{'result':<20} {'seconds':>7}  claim")
         for path, of_file in groupby(self._tests, lambda item: item.path):
-            write(str(path.relative_to(ROOT)))
+            write(str(path.relative_to(self._root)))
             for _, of_claim in groupby(of_file, lambda item: item.nodeid.split("[")[0]):
                 items = list(of_claim)
                 result = self._outcomes(items) if len(items) > 1 else self._outcome(items[0])
