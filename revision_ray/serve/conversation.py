@@ -1,7 +1,7 @@
 """Messages to token ids through the model's chat template, with the images that they show, in order.
 
 What a client writes is text: strings in it that name control tokens (`<image>`, the end of a turn) are
-tokenised as the characters that they are, so no message can hold an image that was not sent, or speak in
+encoded as the characters that they are (`data.chat`), so no message can hold an image that was not sent, or speak in
 another's turn.
 """
 
@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
-from revision_ray.errors import ConfigError
+from revision_ray.data.chat import Chat, ChatRefusal, UnwritableToken
 from revision_ray.serve.api_error import ApiError
 from revision_ray.serve.protocol import ImageEmbeddingPart, ImageUrlPart, Message, TextPart
 
@@ -73,12 +71,7 @@ class Prompter:
         Raises:
             ConfigError: it has no chat template.
         """
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"{tokenizer.name_or_path}: its tokenizer has no chat template, so messages cannot be put to "
-                "the model; save one with it (chat_template.jinja)"
-            )
-        self._tokenizer, self._image_token_id = tokenizer, image_token_id
+        self._chat, self._image_token_id = Chat(tokenizer), image_token_id
         self.num_visual_tokens = num_visual_tokens
 
     def input_ids(self, conversation: Conversation) -> tuple[int, ...]:
@@ -92,25 +85,20 @@ class Prompter:
                 text.
         """
         try:
-            ids = self._tokenizer.apply_chat_template(
-                conversation.messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
-            )
-        except jinja2.TemplateError as error:
-            raise ApiError(
-                400,
-                "the model's chat template does not take these messages; most take a system message or none, "
-                "then user and assistant in turn, the user last",
-                param="messages",
-            ) from error
-        except ValueError as error:
+            rendered = self._chat.render(conversation.messages, prompt=True)
+            ids = self._chat.encode(rendered).input_ids.tolist()
+        except UnwritableToken as error:
             raise ApiError(
                 400,
                 "a message holds the name of a control token that this tokenizer cannot write as text; take "
                 "it out",
+                param="messages",
+            ) from error
+        except ChatRefusal as error:
+            raise ApiError(
+                400,
+                "the model's chat template does not take these messages; most take a system message or none, "
+                "then user and assistant in turn, the user last",
                 param="messages",
             ) from error
         if ids.count(self._image_token_id) != len(conversation.images):

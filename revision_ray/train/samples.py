@@ -6,25 +6,21 @@ template of the tokenizer; loss on the assistant's turns and their end token. No
 Shapes: T tokens, I images, D embedding dim, V visual tokens.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from revision_ray.data.chat import Chat, ChatRefusal, Rendered, Span, Texts, Turn, UnwritableToken
 from revision_ray.data.conversations import BAD_CONVERSATION, IMAGE_MARK, Conversation
 from revision_ray.errors import ConfigError
 
 Cause = Literal["no_target", "missing_embedding", "too_long", "bad_conversation"]
 NO_LABEL = -100
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PROBE = {"role": "user", "content": "?"}
 
 
 class Unusable(Exception):  # noqa: N818  # a verdict on the data, not a failure
@@ -54,6 +50,7 @@ class Formatter:
     """Examples as samples, for one tokenizer: at most `max_length` tokens, visual tokens among them.
 
     `on_too_long`: reject leaves longer examples out; truncate keeps what fits, and says so in `num_cut`.
+    `today`: the date that a chat template may print, as YYYY-MM-DD; the day of the call where it is empty.
 
     Raises:
         ConfigError: the tokenizer has no `<image>` token, no end token, or gives no offsets.
@@ -65,6 +62,7 @@ class Formatter:
         num_visual_tokens: int,
         max_length: int = 2048,
         on_too_long: Literal["reject", "truncate"] = "reject",
+        today: str = "",
     ) -> None:
         self.tokenizer, self.num_visual_tokens = tokenizer, num_visual_tokens
         self.max_length, self.on_too_long = max_length, on_too_long
@@ -78,10 +76,9 @@ class Formatter:
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         } | set(tokenizer.all_special_ids)
         self._bos = _bos_ids(tokenizer)
-        self._template = ""
-        if tokenizer.chat_template is not None:
-            self._template = tokenizer.get_chat_template()
-        self._marked = bool(_GENERATION.search(self._template))
+        self._texts = Texts(tokenizer)
+        self._today = date.fromisoformat(today) if today else None
+        self._chat: Chat | None = None
 
     def caption(self, id: str, text: str, embedding: np.ndarray) -> Sample:
         """The image slot with this embedding, then the caption and the end token, which are the targets.
@@ -91,10 +88,13 @@ class Formatter:
         """
         if not text or text.isspace():
             raise Unusable("no_target", "the caption is empty")
-        target = [*self._ids(text), self.tokenizer.eos_token_id]
-        prompt = [*self._bos, self.image_token_id]
-        if self.image_token_id in target:
+        if IMAGE_MARK in text:
             raise Unusable(BAD_CONVERSATION, f"the caption holds {IMAGE_MARK}")
+        try:
+            target = [*self._texts.encode(text), self.tokenizer.eos_token_id]
+        except UnwritableToken as error:
+            raise Unusable(BAD_CONVERSATION, str(error)) from error
+        prompt = [*self._bos, self.image_token_id]
         input_ids = np.array([*prompt, *target], np.int32)
         labels = input_ids.copy()
         labels[: len(prompt)] = NO_LABEL
@@ -114,88 +114,37 @@ class Formatter:
                 "missing_embedding", f"{len(image_embeds)} embeddings, {len(conversation.images)} images"
             )
         messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
+        chat = self._the_chat()
         try:
-            text, spans = self._marked_spans(messages) if self._marked else self._spans(messages)
-        except TemplateError as error:
-            raise Unusable(BAD_CONVERSATION, f"the chat template refuses it: {error}") from error
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        input_ids = np.array(encoded["input_ids"], np.int32)
-        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+            rendered, turns = chat.turns(messages, slots=True)
+            encoded = chat.encode(rendered)
+        except ChatRefusal as error:
+            raise Unusable(BAD_CONVERSATION, str(error)) from error
+        text, input_ids, offsets = rendered.text, encoded.input_ids, encoded.offsets
+        assert offsets is not None  # of fast tokenizers alone
         labels = np.full_like(input_ids, NO_LABEL)
         assistant_turns = [m for m in conversation.messages if m.role == "assistant"]
-        for turn, span in zip(assistant_turns, spans, strict=True):
-            if not turn.is_target:
+        for message, turn in zip(assistant_turns, turns, strict=True):
+            if not message.is_target:
                 continue
-            chosen = self._target(text, span, input_ids, offsets)
-            labels[chosen] = input_ids[chosen]
+            *pieces, last = _spans(rendered, turn)
+            chosen = [_inside(text, piece, offsets) for piece in pieces]
+            for tokens in [*chosen, self._target(text, last, input_ids, offsets)]:
+                labels[tokens] = input_ids[tokens]
         labels[input_ids == self.image_token_id] = NO_LABEL
         return self._sample(conversation.id, input_ids, labels, image_embeds)
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
-
-    def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
-        """`messages` as text; with the header of an assistant's turn after them where `prompt` is set."""
-        if not self._template:
-            raise ConfigError("the tokenizer has no chat template; give it one for training on conversations")
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-
-    def _marked_spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the characters of it inside the template's `{% generation %}` marks."""
-        special_tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
-        rendered: Any = render_jinja_template(
-            conversations=[messages],  # type: ignore[arg-type]
-            chat_template=self._template,
-            return_assistant_tokens_mask=True,
-            **special_tokens,
-        )
-        texts, spans = rendered
-        found = [(start, end) for start, end in spans[0] if end > start]
-        expected = sum(message["role"] == "assistant" for message in messages)
-        if len(found) != expected:
-            raise ConfigError(
-                f"the chat template marks {len(found)} turns with {{% generation %}}, the conversation has "
-                f"{expected} of the assistant; mend the template"
-            )
-        return texts[0], found
-
-    def _spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the characters of it that render each assistant's turn.
-
-        A turn begins where the text up to it, with the assistant's header, ends. It ends where the text up to
-        and with it parts from the same followed by a user's turn: so what a template writes only behind the
-        last turn (Phi-3's end of text) is no part of a turn.
-        """
-        whole = self._render(messages)
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:number], prompt=True)
-            alone = self._render(messages[: number + 1])
-            following = messages[number + 1] if number + 1 < len(messages) else _PROBE
-            end = _common(alone, self._render([*messages[: number + 1], following]))
-            content = message["content"].strip()
-            if (
-                not whole.startswith(before)
-                or not whole.startswith(alone[:end])
-                or content not in whole[len(before) : end]
-            ):
-                raise ConfigError(
-                    "the chat template does not show where the assistant's turns are: the text up to turn "
-                    f"{number} is not a beginning of the whole text; mark those turns in it with "
-                    "{% generation %} and {% endgeneration %}"
-                )
-            spans.append((len(before), end))
-        return whole, spans
+    def _the_chat(self) -> Chat:
+        if self._chat is None:
+            self._chat = Chat(self.tokenizer, self._today)
+        return self._chat
 
     def _target(self, text: str, span: tuple[int, int], input_ids: np.ndarray, offsets: np.ndarray) -> slice:
         """The tokens of `span`, up to the end token of its turn where there is one."""
-        touched = np.flatnonzero((offsets[:, 1] > span[0]) & (offsets[:, 0] < span[1])).tolist()
-        inside = [place for place in touched if _lies_in(text, offsets[place].tolist(), span)]
-        if not inside:
-            return slice(0, 0)
-        first, end = inside[0], inside[-1] + 1
+        inside = _inside(text, span, offsets)
+        first, end = inside.start, inside.stop
+        if first == end:
+            return inside
         last = end - 1
         while last > first and text[offsets[last, 0] : offsets[last, 1]].isspace():
             last -= 1  # the line break that ChatML writes behind the end token
@@ -256,12 +205,22 @@ def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if ids[:1] == [bos] else []
 
 
-def _common(first: str, second: str) -> int:
-    """How many characters both begin with."""
-    for place, (left, right) in enumerate(zip(first, second, strict=False)):
-        if left != right:
-            return place
-    return min(len(first), len(second))
+def _spans(rendered: Rendered, turn: Turn) -> list[Span]:
+    """The characters of the turn that are targets: those that the template marks, where it marks the content.
+
+    A turn whose content it does not mark is a target as a whole. What the generation prompt holds is none.
+    """
+    marked = [span for span in rendered.marked if span[0] < turn.end and span[1] > turn.start]
+    if any(start < turn.content_end <= end for start, end in marked):
+        return [(max(start, turn.start), end) for start, end in marked]
+    return [(turn.start, turn.end)]
+
+
+def _inside(text: str, span: Span, offsets: np.ndarray) -> slice:
+    """The tokens that lie in `span`."""
+    touched = np.flatnonzero((offsets[:, 1] > span[0]) & (offsets[:, 0] < span[1])).tolist()
+    inside = [place for place in touched if _lies_in(text, offsets[place].tolist(), span)]
+    return slice(inside[0], inside[-1] + 1) if inside else slice(0, 0)
 
 
 def _lies_in(text: str, offset: Sequence[int], span: tuple[int, int]) -> bool:
