@@ -13,7 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -33,7 +33,9 @@ from transformers import (
     SiglipModel,
 )
 
+from revision_ray.encode import transformers as transformers_backend
 from revision_ray.encode.encoder import EncoderConfig, backend
+from revision_ray.encode.open_clip_tokens import ClipTokens, FileTokens, LibraryTokens
 from revision_ray.errors import ConfigError
 
 # Unit rows in float32 through two or three layers, summed in another order in another batch: a few roundings
@@ -499,7 +501,6 @@ HARD_TEXTS = [
     "A Photo of two DOGS, it's they'll I'd",
     "caf\u00e9 \u4e2d\u6587 \U0001f600\U0001f600 \u0627\u0644\u0639 na\u00efve\ufb01 \u00bd 1234",
     "&amp;lt;b&gt; &#39;x&#39; \u201cquoted\u201d  tabs\t\tand\nlines",
-    "<start_of_text> in <end_of_text> the text",
     "supercalifragilisticexpialidocious" * 5,
     "".join(chr(97 + i * i % 26) for i in range(300)),
     "!!!???...---___" * 4,
@@ -516,6 +517,48 @@ def test_ids_equal_those_of_open_clips_own_tokenizer(tmp_path: Path, context: in
         np.testing.assert_array_equal(row.ids, expected[: len(row.ids)], err_msg=text)
         assert not expected[len(row.ids) :].any()
         assert row.truncated == (len(tokenizer.encode(text)) > context - 2)
+
+
+CONTROL = {
+    "json": ["<start_of_text>", "<end_of_text>"],
+    "library": ["<s>", "</s>"],
+    "file": ["<s>", "</s>"],
+    "transformers": ["<s>", "</s>"],
+}
+
+
+@pytest.mark.parametrize("kind", CONTROL)
+def test_a_control_tokens_name_in_a_text_is_text(kind: str) -> None:
+    """Its embedding would else be read at an end token in the midst of the text."""
+    if kind == "json":
+        prepare: Any = ClipTokens(SimpleTokenizer(context_length=24), 24)
+    else:
+        words = _word_tokenizer(["<pad>", "<unk>", "<s>", "</s>"], "<s> $A </s>")
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+        )
+        prepare = {
+            "file": lambda: FileTokens(words, 24),
+            "transformers": lambda: transformers_backend._Texts(wrapped, 24, lowercase=False),
+            "library": lambda: LibraryTokens(_named(wrapped), 24),
+        }[kind]()
+    start, end = (prepare(["a dog"])[0].ids[place] for place in (0, -1 if kind != "library" else 3))
+    for name in CONTROL[kind]:
+        (tokens,) = prepare([f"a {name} dog"])
+        ids = tokens.ids.tolist()
+        assert (ids.count(start), ids.count(end), ids[0]) == (1, 1, start)
+        assert not tokens.truncated
+    # Ordinary texts have the tokenizer's own ids, beside one that names a control token too.
+    alone, beside = prepare(["a dog"])[0], prepare([f"a {CONTROL[kind][1]}", "a dog"])[1]
+    np.testing.assert_array_equal(alone.ids, beside.ids)
+
+
+def _named(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """As open_clip's HFTokenizer, which can only be made from a file."""
+    wrapper = object.__new__(HFTokenizer)
+    wrapper.tokenizer, wrapper.tokenizer_mode, wrapper.strip_sep_token = tokenizer, "", False
+    wrapper.clean_fn, wrapper.context_length = str, 24
+    return wrapper
 
 
 def test_open_clips_own_tokenizer_takes_100_kilobytes_without_a_space() -> None:

@@ -107,9 +107,11 @@ class Texts:
         self._tokenizer = tokenizer
         names = control_tokens(tokenizer, role)
         self.pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        ids = {tokenizer.convert_tokens_to_ids(name): name for name in names}
-        self._names = {token_id: name for token_id, name in ids.items() if token_id != tokenizer.unk_token_id}
-        self._normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        # Ordinary text gives the unknown token too.
+        unknown = {tokenizer.unk_token, getattr(getattr(backend, "model", None), "unk_token", None)}
+        self._names = {tokenizer.convert_tokens_to_ids(name): name for name in names if name not in unknown}
+        self._normalizer = getattr(backend, "normalizer", None)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without the tokens that the tokenizer puts around texts.
@@ -120,6 +122,10 @@ class Texts:
         ids = encode(self._tokenizer, self.marked(text)).input_ids.tolist()
         self.check(ids)
         return ids
+
+    def names_control(self, text: str) -> bool:
+        """Whether a control token is named in `text`."""
+        return self.pattern.search(text) is not None
 
     def marked(self, text: str, keep: str = "") -> str:
         """Return `text` with private characters around its control tokens, but for `keep`.
@@ -489,16 +495,25 @@ def _behind_line_break(tokenizer: Any, piece: str) -> Encoded:
 
 
 def _as_characters(tokenizer: Any, token: str) -> list[int]:
-    """The ids of a control token's name as text."""
-    line_break = _encoded(tokenizer, "\n").input_ids.tolist()
-    ids = tokenizer._encode_without_added_tokens("\n" + token)
-    if ids[: len(line_break)] == line_break:
-        ids = ids[len(line_break) :]
-    else:
-        ids = tokenizer._encode_without_added_tokens(token)
-    if not ids or tokenizer.convert_tokens_to_ids(token) in ids:
-        raise _unwritable(token)
-    return ids
+    """The ids of a control token's name as text.
+
+    A vocabulary of whole words or of pieces by likelihood (T5's) may give the token itself: then its name is
+    encoded in two parts.
+    """
+    control = tokenizer.convert_tokens_to_ids(token)
+    line_break = tokenizer._encode_without_added_tokens("\n")
+
+    def characters(text: str) -> list[int]:
+        ids = tokenizer._encode_without_added_tokens("\n" + text)
+        if ids[: len(line_break)] == line_break:
+            return ids[len(line_break) :]
+        return tokenizer._encode_without_added_tokens(text)
+
+    for cut in range(len(token)):
+        ids = [token_id for part in (token[:cut], token[cut:]) if part for token_id in characters(part)]
+        if ids and control not in ids:
+            return ids
+    raise _unwritable(token)
 
 
 def _unwritable(token: str) -> UnwritableToken:

@@ -11,13 +11,14 @@ import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from revision_ray.config import MISSING
+from revision_ray.data.chat import Texts
 from revision_ray.errors import ConfigError
 
 # One thread per tokenizer: Ray gives a task so many CPUs and counts on it, and a pool of threads does not
@@ -64,6 +65,36 @@ class Tokens:
 
     ids: np.ndarray  # int32 (T,)
     truncated: bool
+
+
+class PlainTexts:
+    """Texts that name a control token (`</s>`, `<|endoftext|>`), as the characters that they consist of.
+
+    All other texts are the tokenizer's own work.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is one of transformers'."""
+        self._texts = Texts(tokenizer)
+        whole, alone = (
+            list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False)
+        )
+        starts = (at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
+        start = next(starts, 0)
+        self._before, self._behind = whole[:start], whole[start + len(alone) :]
+
+    def names_control(self, text: str) -> bool:
+        return self._texts.names_control(text)
+
+    def __call__(self, text: str, context: int) -> Tokens:
+        """
+        Raises:
+            UnwritableToken: the tokenizer makes a control token of the text even so.
+        """
+        body = self._texts.encode(text)
+        room = context - len(self._before) - len(self._behind)
+        ids = [*self._before, *body[:room], *self._behind]
+        return Tokens(ids=np.asarray(ids, dtype=np.int32), truncated=len(body) > room)
 
 
 class TextPreparer(Protocol):

@@ -30,6 +30,7 @@ from transformers import (
     LlamaModel,
 )
 
+from revision_ray.data.chat import Texts
 from revision_ray.encode import checkpoints
 from revision_ray.encode.encoder import (
     EncoderConfig,
@@ -105,6 +106,7 @@ def _native_adapter(folder: str) -> _Adapter | None:
 class _Texts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._plain = Texts(tokenizer)
         self._header_T = _header_ids(tokenizer)
         self._end_id = tokenizer.convert_tokens_to_ids(_END)
 
@@ -114,7 +116,10 @@ class _Texts:
         bodies = [text.rstrip() + _END for text in texts]
         room = _CONTEXT - len(self._header_T)
         rows = []
-        for ids in self._tokenizer(bodies, add_special_tokens=False, verbose=False)["input_ids"]:
+        encoded = self._tokenizer(bodies, add_special_tokens=False, verbose=False)["input_ids"]
+        for text, ids in zip(texts, encoded, strict=True):
+            if self._plain.names_control(text):
+                ids = [*self._plain.encode(text.rstrip()), self._end_id]
             truncated = len(ids) > room
             body_T = [*ids[: room - 1], self._end_id] if truncated else ids
             rows.append(

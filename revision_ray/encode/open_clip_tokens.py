@@ -8,9 +8,10 @@ import numpy as np
 import open_clip
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, default_bpe
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from revision_ray.encode import checkpoints
-from revision_ray.encode.encoder import Tokens
+from revision_ray.encode.encoder import PlainTexts, Tokens
 from revision_ray.encode.open_clip_source import Source
 from revision_ray.errors import ConfigError
 
@@ -21,12 +22,15 @@ class FileTokens:
     def __init__(self, tokenizer: Tokenizer, context: int) -> None:
         tokenizer.no_padding()
         tokenizer.enable_truncation(context)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._context = tokenizer, context
+        self._plain = PlainTexts(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
         return [
-            Tokens(ids=np.asarray(encoding.ids, dtype=np.int32), truncated=bool(encoding.overflowing))
-            for encoding in self._tokenizer.encode_batch(list(texts))
+            self._plain(text, self._context)
+            if self._plain.names_control(text)
+            else Tokens(ids=np.asarray(encoding.ids, dtype=np.int32), truncated=bool(encoding.overflowing))
+            for text, encoding in zip(texts, self._tokenizer.encode_batch(list(texts)), strict=True)
         ]
 
 
@@ -39,15 +43,17 @@ class ClipTokens:
 
     def __init__(self, original: SimpleTokenizer, context: int) -> None:
         assert original.context_length is not None
+        # The original takes the names of its special tokens in a text for these tokens; here they are text.
+        special = "|".join(original.decoder[token_id] for token_id in original.all_special_ids)
+        words = original.pat.pattern.removeprefix(f"{special}|")
         merges = [pair for pair in original.bpe_ranks if len(pair) == 2]
         self._words = Tokenizer(models.BPE(original.encoder, merges, end_of_word_suffix="</w>"))
         self._words.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(f"(?i){original.pat.pattern}"), "removed", invert=True),
+                pre_tokenizers.Split(Regex(f"(?i){words}"), "removed", invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-        self._words.add_special_tokens([original.decoder[special] for special in original.all_special_ids])
         self._original, self._context = original, context
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
@@ -70,18 +76,28 @@ class LibraryTokens:
 
     def __init__(self, tokenizer: Any, context: int) -> None:
         self._tokenizer, self._context = tokenizer, context
+        self._plain = PlainTexts(tokenizer.tokenizer)
+        tokenizer.tokenizer.split_special_tokens = True  # a special token's name in a text is text
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
         if not texts:
             return []
         ids_NT = self._tokenizer(list(texts), context_length=self._context).numpy().astype(np.int32)
         clean = getattr(self._tokenizer, "clean_fn", str)
-        whole = self._tokenizer.tokenizer([clean(text) for text in texts], verbose=False)["input_ids"]
+        cleaned = [clean(text) for text in texts]
+        whole = self._tokenizer.tokenizer(cleaned, verbose=False)["input_ids"]
         # The mode "clips" adds a class token behind the padding.
-        room = self._context - (getattr(self._tokenizer, "tokenizer_mode", "") == "clips")
-        return [
-            Tokens(ids=row_T, truncated=len(ids) > room) for row_T, ids in zip(ids_NT, whole, strict=True)
-        ]
+        clips = getattr(self._tokenizer, "tokenizer_mode", "") == "clips"
+        rows = []
+        for text, row_T, ids in zip(cleaned, ids_NT, whole, strict=True):
+            if clips or not self._plain.names_control(text):
+                rows.append(Tokens(ids=row_T, truncated=len(ids) > self._context - clips))
+                continue
+            plain = self._plain(text, self._context)
+            row_T[:] = self._tokenizer.tokenizer.pad_token_id
+            row_T[: len(plain.ids)] = plain.ids
+            rows.append(Tokens(ids=row_T, truncated=plain.truncated))
+        return rows
 
 
 def tokenizer_of(source: Source) -> Any:

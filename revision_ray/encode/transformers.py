@@ -31,6 +31,7 @@ from revision_ray.encode import checkpoints
 from revision_ray.encode.encoder import (
     EncoderConfig,
     PixelScale,
+    PlainTexts,
     Tokens,
     device_of,
     dtype_of,
@@ -151,6 +152,7 @@ def pixel_scale_of(processor: Any) -> PixelScale:
 class _Texts:
     def __init__(self, tokenizer: Any, context: int, lowercase: bool) -> None:
         self._tokenizer, self._context, self._lowercase = tokenizer, context, lowercase
+        self._plain = PlainTexts(tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
         if not texts:
@@ -158,6 +160,9 @@ class _Texts:
         texts = [text.lower() for text in texts] if self._lowercase else list(texts)
         rows = []
         for text, whole in zip(texts, self._tokenizer(texts, verbose=False)["input_ids"], strict=True):
+            if self._plain.names_control(text):
+                rows.append(self._plain(text, self._context))
+                continue
             truncated = len(whole) > self._context
             ids = whole
             if truncated:  # by the tokenizer itself: which special tokens stay is its knowledge

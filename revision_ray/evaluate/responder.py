@@ -4,12 +4,13 @@ Shapes: I images, D embedding_dim, B batch, T tokens.
 """
 
 from collections.abc import Sequence
+from datetime import date
 from typing import Any, Literal
 
 import numpy as np
 
+from revision_ray.data.chat import Chat
 from revision_ray.data.images import decode_image
-from revision_ray.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -22,7 +23,9 @@ class Responder:
     likely to within it.
     """
 
-    def __init__(self, folder: str, *, dtype: Dtype, max_new_tokens: int, num_threads: int | None) -> None:
+    def __init__(
+        self, folder: str, *, dtype: Dtype, max_new_tokens: int, num_threads: int | None, today: str = ""
+    ) -> None:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
@@ -40,11 +43,9 @@ class Responder:
         tokenizer = self.processor.tokenizer
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token_id = tokenizer.eos_token_id
-        if not (getattr(self.processor, "chat_template", None) or tokenizer.chat_template):
-            raise ConfigError(
-                f"{folder}: its tokenizer has no chat template, so no question can be put; save one with it "
-                "(chat_template.jinja)"
-            )
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = getattr(self.processor, "chat_template", None)
+        self._chat = Chat(tokenizer, date.fromisoformat(today) if today else None)
 
     def encode(self, images: Sequence[bytes], max_pixels: int) -> np.ndarray:
         """float32 unit rows (I, D) of encoded images, from the model's own image tower.
@@ -64,10 +65,9 @@ class Responder:
         """What the model says to each prompt, each about its row of `images_BD`, or without an image."""
         import torch
 
-        texts = [self._rendered(prompt, images_BD is not None) for prompt in prompts]
-        # The template writes its own special tokens.
-        tokens = self.processor.tokenizer(
-            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+        rows = [self._input_ids(prompt, images_BD is not None) for prompt in prompts]
+        tokens = self.processor.tokenizer.pad(
+            {"input_ids": rows}, padding=True, padding_side="left", return_tensors="pt"
         ).to(self._device)
         inputs = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
         if images_BD is not None:
@@ -88,11 +88,16 @@ class Responder:
         said = self.processor.tokenizer.batch_decode(said_BT, skip_special_tokens=True)
         return [text.strip() for text in said]
 
-    def _rendered(self, prompt: str, with_image: bool) -> str:
+    def _input_ids(self, prompt: str, with_image: bool) -> list[int]:
         image = self.processor.image_token
         # A question that spells the placeholder has no second image.
         prompt = prompt.replace(image, "").strip()
         content = "\n".join(part for part in (image if with_image else "", prompt) if part)
-        chat = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return text.replace(image, image * self.processor.num_visual_tokens)
+        rendered = self._chat.render([{"role": "user", "content": content}], prompt=True, slots=True)
+        ids = self._chat.encode(rendered).input_ids.tolist()
+        copies = self.processor.num_visual_tokens
+        return [
+            token_id
+            for found in ids
+            for token_id in [found] * (copies if found == self.processor.image_token_id else 1)
+        ]

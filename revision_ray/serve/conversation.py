@@ -1,8 +1,8 @@
 """Messages to token ids through the model's chat template, with the images that they show, in order.
 
 What a client writes is text: strings in it that name control tokens (`<image>`, the end of a turn) are
-encoded as the characters that they are (`data.chat`), so no message can hold an image that was not sent, or speak in
-another's turn.
+encoded as the characters that they are (data/chat.py), so no message can hold an image that was not sent, or
+speak in another's turn.
 """
 
 from collections.abc import Sequence
