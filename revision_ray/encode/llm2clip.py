@@ -117,7 +117,8 @@ class _Texts:
         room = _CONTEXT - len(self._header_T)
         rows = []
         encoded = self._tokenizer(bodies, add_special_tokens=False, verbose=False)["input_ids"]
-        for text, ids in zip(texts, encoded, strict=True):
+        for text, whole in zip(texts, encoded, strict=True):
+            ids = whole
             if self._plain.names_control(text):
                 ids = [*self._plain.encode(text.rstrip()), self._end_id]
             truncated = len(ids) > room
