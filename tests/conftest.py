@@ -1,5 +1,6 @@
 """One small Ray cluster for every test that needs one."""
 
+import collections
 import contextlib
 import functools
 import logging
@@ -20,6 +21,22 @@ import pytest
 import shared_cluster
 
 pytest_plugins = ["progress", "pytester"]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where nothing may be skipped (.ci/run), a test that skips itself has failed."""
+    report = (yield).get_result()
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("REVISION_RAY_NO_SKIPS"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid}: every test must run here; {report.longrepr[2]}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in a line for each reason how many tests were skipped, and what they want."""
+    reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, number in reasons.items():
+        terminalreporter.write_line(f"{number} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMEDRIVER, CHROMIUM, Browser
+from browser import Browser
 from embedding_stores import cloud, unit, write_store
 
 from revision_ray import storage
@@ -539,7 +539,6 @@ def test_pictures_stand_beside_the_page(paired_report):
     assert (paired_report / report.CONFIG).exists()
 
 
-@pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="no Chromium here")
 def test_the_page_fits_every_screen_and_complains_of_nothing(paired_report, tmp_path):
     shutil.copy(paired_report / report.PAGE, tmp_path / "report.html")
     browser = Browser(tmp_path)

@@ -12,17 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
-from browser import CHROMEDRIVER, CHROMIUM, ENTER, ESCAPE, RELEASE, SHIFT, Browser, wait
+from browser import ENTER, ESCAPE, RELEASE, SHIFT, Browser, wait
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image, ImageDraw
 
 from revision_ray.serve.page import page
-
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER),
-    reason="the page is tested in Chromium: install chromium and chromium-driver (Debian's packages)",
-)
 
 MODEL = "demo-realign-0.6m"
 ANSWER = "There is a large red circle to the left of a small blue square, on a striped background."
