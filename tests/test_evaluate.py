@@ -714,7 +714,7 @@ def test_the_picture_shows_captions_and_answers(evaluated):
 
 
 @pytest.mark.slow
-def test_another_model_can_write_the_captions(evaluated, cluster, model, world, tmp_path):
+def test_another_model_can_write_the_captions(evaluated, cluster, model, world, tmp_path, caplog):
     """Another model can write the captions."""
     mine = next(evaluated[0].glob("answers/miniature/captions-*")).stem
     before = {row["raw"] for row in rows_of(evaluated[0], mine)}
@@ -722,8 +722,11 @@ def test_another_model_can_write_the_captions(evaluated, cluster, model, world, 
     found = AutoModelForImageTextToText.from_pretrained(other)
     with torch.no_grad():
         found.projector[-1].bias.add_(5 * torch.randn_like(found.projector[-1].bias))
+    found.generation_config.eos_token_id = 0  # as if written before models knew their template's end
     found.save_pretrained(other)
     run(job(model, world, tmp_path / "out", caption_model=str(other), controls=[], max_items=10))
+    warnings = [record.getMessage() for record in caplog.records if "eos_token_id" in record.getMessage()]
+    assert [f"caption_model={other}" in warning and "<e> (2)" in warning for warning in warnings] == [True]
     captions = rows_of(tmp_path / "out", next((tmp_path / "out").glob("answers/miniature/captions-*")).stem)
     assert len(captions) == 3
     assert {row["raw"] for row in captions} != before

@@ -19,6 +19,7 @@ from embedding_stores import cloud, write_store
 from PIL import Image
 from tiny_encoder import write_encoder
 from training_data import DIM, write_records, write_training_data
+from transformers import AutoTokenizer
 
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig
@@ -26,7 +27,7 @@ from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, Da
 from revision_ray.train import export
 from revision_ray.train.export_job import export_checkpoint
 from revision_ray.train.models import Architecture, new_model
-from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, inspect, pretrain
+from revision_ray.train.run import FinetuneJob, PretrainJob, describe, finetune, inspect, pretrain
 from revision_ray.train.settings import Checkpoints, Logging, Lora, Optimisation, Workers, Zero
 
 ROWS = 240
@@ -88,6 +89,7 @@ def test_stage_one_leaves_a_model_metrics_and_its_configuration(world, unbroken)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(unbroken / "model")
+    assert ends_of(unbroken / "model") == ["</s>", "<|im_end|>"]  # a caption's, and the chat template's
     start = AutoModelForCausalLM.from_pretrained(world / "language_model").state_dict()
     assert model.config.alignment["strategy"] == "realign"
     for name, value in model.language_model.state_dict().items():
@@ -342,6 +344,14 @@ def stage_two(world: Path, output: str, **changes) -> FinetuneJob:
     return replace(job, **changes)
 
 
+def ends_of(folder: Path) -> list[str]:
+    """The tokens at which the model in `folder` stops, by name."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.convert_ids_to_tokens(
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    )
+
+
 def test_stage_two_tunes_projector_and_language_model(world, unbroken):
     from transformers import AutoModelForImageTextToText
 
@@ -349,6 +359,8 @@ def test_stage_two_tunes_projector_and_language_model(world, unbroken):
     assert figures["num_steps"] == 10
     assert figures["samples"] == 80
     assert figures["heldout_loss"] is None
+    assert figures["without_end"] == 0
+    assert ends_of(world / "tuned/model") == ["</s>", "<|im_end|>"]
     tuned = AutoModelForImageTextToText.from_pretrained(world / "tuned/model").state_dict()
     start = AutoModelForImageTextToText.from_pretrained(unbroken / "model").state_dict()
     assert tuned.keys() == start.keys()
@@ -360,11 +372,25 @@ def test_stage_two_tunes_projector_and_language_model(world, unbroken):
 
 
 @pytest.mark.slow
-def test_lora_trains_adapters_and_exports_a_plain_model(world, unbroken):
+def test_lora_trains_adapters_and_exports_a_plain_model(world, unbroken, capfd):
     """LoRA trains adapters only and exports a plain model."""
     from transformers import AutoModelForImageTextToText
 
-    finetune(stage_two(world, "lora", lora=Lora(rank=4), num_workers=1))
+    # A template without an end: who speaks next ends a turn, and nothing the last.
+    model = world / "endless"
+    shutil.copytree(unbroken / "model", model)
+    (model / "generation_config.json").unlink()
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    )
+    figures = finetune(stage_two(world, "lora", lora=Lora(rank=4), num_workers=1, model=str(model)))
+    assert (
+        figures["without_end"] == json.loads((world / "lora/results.json").read_text())["without_end"] == 80
+    )
+    assert "80 without an end token" in describe("finetune", figures, str(world / "lora"))
+    heard = capfd.readouterr().err
+    assert heard.count("8 of 8 samples have no token") == 1
+    assert ends_of(world / "lora/model") == ["</s>", "<|im_start|>"]
     tuned = AutoModelForImageTextToText.from_pretrained(world / "lora/model").state_dict()
     start = AutoModelForImageTextToText.from_pretrained(unbroken / "model").state_dict()
     assert tuned.keys() == start.keys()

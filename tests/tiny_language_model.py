@@ -53,13 +53,21 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
     ),
 }
+TEMPLATES["base"] = TEMPLATES["qwen"]  # as of a model before chat training: its own end token is </s>
 # The token that ends an assistant's turn, and the other special tokens.
-END_OF_TURN = {"plain": "</s>", "llama3": "<|eot_id|>", "qwen": "<|im_end|>", "phi": "<|end|>"}
+END_OF_TURN = {
+    "plain": "</s>",
+    "llama3": "<|eot_id|>",
+    "qwen": "<|im_end|>",
+    "phi": "<|end|>",
+    "base": "<|im_end|>",
+}
 _SPECIAL = {
     "plain": [],
     "llama3": ["<|start_header_id|>", "<|end_header_id|>"],
     "qwen": ["<|im_start|>"],
     "phi": ["<|system|>", "<|user|>", "<|assistant|>"],
+    "base": ["<|im_start|>"],
 }
 
 
@@ -77,7 +85,7 @@ def tiny_tokenizer(template: str = "plain", words: list[str] | None = None) -> P
         pad_token="<pad>",
         unk_token="<unk>",
         bos_token="<s>",
-        eos_token=END_OF_TURN[template],
+        eos_token="</s>" if template == "base" else END_OF_TURN[template],
         chat_template=TEMPLATES[template],
     )
 

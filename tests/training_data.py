@@ -21,7 +21,7 @@ def write_training_data(folder: Path, num_rows: int, num_conversations: int) -> 
     texts = write_store(folder / "texts", cloud(num_rows, DIM, "text"), rows_per_shard=80, texts=captions)
     images = write_store(folder / "images", cloud(num_rows, DIM, "image"), "image")
     fit(FitJob(texts=texts, images=images, output=str(folder / "fit")))
-    write_language_model(folder / "language_model")
+    write_language_model(folder / "language_model", template="base")
     records: list[dict[str, Any]] = [
         {
             "id": f"c{number}",

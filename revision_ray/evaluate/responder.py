@@ -11,6 +11,7 @@ import numpy as np
 
 from revision_ray.data.chat import Chat
 from revision_ray.data.images import decode_image
+from revision_ray.model.ending import until_end
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -84,8 +85,9 @@ class Responder:
                 top_k=None,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
             )
-        said_BT = out_BT[:, tokens["input_ids"].shape[1] :]
-        said = self.processor.tokenizer.batch_decode(said_BT, skip_special_tokens=True)
+        said_BT = out_BT[:, tokens["input_ids"].shape[1] :].tolist()
+        answers = [until_end(said_T, self.model.generation_config) for said_T in said_BT]
+        said = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in said]
 
     def _input_ids(self, prompt: str, with_image: bool) -> list[int]:

@@ -6,6 +6,7 @@ A condition that is finished is never asked again.
 """
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,9 @@ from revision_ray.evaluate.responder import Dtype
 from revision_ray.evaluate.rows import Unit, units
 from revision_ray.evaluate.tables import read_parquet
 from revision_ray.model import ReVisionConfig, check_encoder
+from revision_ray.model.ending import unknown_ends
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,7 @@ def run(job: EvaluateJob) -> str:
     found = {name: units(name, job.data[name]) for name in job.benchmarks}
     folder = _folder(job.model)
     store = _store(job.images, _model_config(folder), folder)
+    _warn_of_unknown_ends("model", job.model, folder)
     fingerprint = _fingerprint(folder)
     _claim(output, job, fingerprint, store, found)
     actors = _actors(job)
@@ -141,7 +146,8 @@ def _captioning(job: EvaluateJob, actors: Actors) -> Actors:
     """
     if not job.caption_model:
         return actors
-    expected, found = _model_config(_folder(actors.model)), _model_config(_folder(job.caption_model))
+    folder = _folder(job.caption_model)
+    expected, found = _model_config(_folder(actors.model)), _model_config(folder)
     if found.embedding_dim != expected.embedding_dim:
         raise CheckpointError(
             f"caption_model={job.caption_model}: takes embeddings of {found.embedding_dim} dimensions, "
@@ -149,7 +155,13 @@ def _captioning(job: EvaluateJob, actors: Actors) -> Actors:
         )
     if fingerprint := (expected.alignment or {}).get("image_fingerprint"):
         check_encoder(found, fingerprint)
+    _warn_of_unknown_ends("caption_model", job.caption_model, folder)
     return replace(actors, model=_placed(job.caption_model), max_new_tokens=job.max_caption_tokens)
+
+
+def _warn_of_unknown_ends(key: str, model: str, folder: str) -> None:
+    if warning := unknown_ends(folder):
+        log.warning("%s=%s: %s", key, model, warning)
 
 
 def _folder(model: str) -> str:

@@ -23,6 +23,7 @@ from revision_ray import cluster, config, storage
 from revision_ray.align.alignment import load_alignment
 from revision_ray.errors import AlignmentError, ConfigError, DataError
 from revision_ray.model import ReVisionConfig
+from revision_ray.model.ending import unknown_ends
 from revision_ray.serve.calls import RETRY_AFTER_S
 from revision_ray.serve.conversation import Prompter
 from revision_ray.serve.deployments import ImageEncoderReplica, LanguageModelReplica, TextEncoderReplica
@@ -186,6 +187,8 @@ def checked(job: ServeJob) -> ServeJob:
             f"model={job.model}: is damaged or not complete ({error}); save it again"
         ) from error
     Prompter(tokenizer, facts.image_token_id, facts.num_visual_tokens)  # has a chat template
+    if warning := unknown_ends(folder):
+        log.warning("model=%s: %s", job.model, warning)
     if job.alignment:
         fit = load_alignment(job.alignment)
         expected = (model.alignment or {}).get("image_fingerprint")

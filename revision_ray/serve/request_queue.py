@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from revision_ray.errors import DataError
+from revision_ray.model.ending import end_ids
 from revision_ray.serve.engine import Piece, Prompt, QueueFull, Sampling, TokenLogprob
 from revision_ray.serve.sampling import Draw, choose, fresh_generator, log_probabilities
 from revision_ray.serve.settings import EngineConfig
@@ -69,8 +70,7 @@ class QueuedEngine(ABC):
         text_config = model.config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", None) or config.max_length
         self.context_length = min(config.max_length, positions)
-        end = model.generation_config.eos_token_id
-        self._end = frozenset([end] if isinstance(end, int) else end or [])
+        self._end = frozenset(end_ids(model.generation_config))
         self._device = model.get_input_embeddings().weight.device
         self._vocab_size = model.get_input_embeddings().num_embeddings
         # Any token but the placeholder; padding is masked.

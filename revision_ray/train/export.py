@@ -10,9 +10,11 @@ import deepspeed
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from revision_ray import storage
 from revision_ray.errors import CheckpointError
+from revision_ray.model.ending import declare_ends, generation_settings
 from revision_ray.train import checkpoint, models
 from revision_ray.train.zero import Engine
 
@@ -64,10 +66,18 @@ def write(model: Any, processor: Any, uri: str) -> None:
         put(folder, uri)
 
 
-def put(folder: str, uri: str) -> None:
-    """The model's files in the local `folder` stand at `uri`."""
+def copy(folder: str, uri: str) -> None:
+    """The model in the local `folder` stands at `uri` too; its generation settings know its ends."""
+    settings = generation_settings(folder)
+    declare_ends(settings, models.load_tokenizer(folder))
+    storage.write_bytes(storage.join(uri, GENERATION_CONFIG_NAME), settings.to_json_string().encode())
+    put(folder, uri, leave_out=GENERATION_CONFIG_NAME)
+
+
+def put(folder: str, uri: str, leave_out: str = "") -> None:
+    """The model's files in the local `folder`, but for the one named `leave_out`, stand at `uri`."""
     # The configuration goes last: a folder that has it is whole.
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != leave_out)
     for path in sorted(files, key=lambda path: path.name == "config.json"):
         with pa.memory_map(str(path)) as file:
             storage.write_bytes(storage.join(uri, path.relative_to(folder).as_posix()), file.read_buffer())

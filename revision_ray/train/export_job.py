@@ -63,7 +63,7 @@ def export_checkpoint(run: str, name: str | None, output: str) -> str:
         raise CheckpointError(f"{chosen}: no such checkpoint; there are {names}")
     if name is None and _exported(run, chosen):
         # A model that does not fit into this machine's memory is copied all the same.
-        export.put(storage.local_copy(storage.join(run, export.MODEL)), output)
+        export.copy(storage.local_copy(storage.join(run, export.MODEL)), output)
         return output
     with Checkpoint(chosen).as_directory() as local:
         model, processor = _start_of(run, local)

@@ -28,6 +28,7 @@ from revision_ray.errors import ConfigError, DataError
 from revision_ray.miniature import language_model
 from revision_ray.miniature.documents import Document, DocumentConfig, document
 from revision_ray.miniature.language_model import ModelSize, Rows
+from revision_ray.model.ending import declare_ends
 from revision_ray.progress import progress
 from revision_ray.train import worker
 from revision_ray.train.entry import fitted, loop, scaling
@@ -234,6 +235,7 @@ def learning_rate_factor(training: LanguageTraining, step: int) -> float:
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: str) -> None:
     """Configuration, weights, generation settings, tokenizer and chat template stand at `output`."""
+    declare_ends(model.generation_config, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

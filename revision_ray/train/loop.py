@@ -7,7 +7,7 @@ run that died goes on from its last checkpoint as if nothing had happened.
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ray.train import Checkpoint
 
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import DataError
+from revision_ray.model.ending import until_end
 from revision_ray.progress import Progress, progress
 from revision_ray.train import best, checkpoint, export, ingest, models, worker
 from revision_ray.train.checkpoint import Position
@@ -64,7 +65,7 @@ class State:
     """What changes from step to step."""
 
     step: int = 0
-    counters: dict[str, int] = field(default_factory=lambda: {"samples": 0, "rejected": 0})
+    counters: dict[str, int] = field(default_factory=lambda: {"samples": 0, "rejected": 0, "without_end": 0})
     last_loss: float | None = None
     heldout_loss: float | None = None
     lowest_loss: float = float("inf")  # held out, of the best checkpoint
@@ -139,7 +140,7 @@ def _resume(engine: Engine, task: Task, num_workers: int) -> State:
     log.info("resumed at step %d of %d from %s", position.step, task.num_steps, former.path)
     return State(
         step=position.step,
-        counters=dict(position.counters),
+        counters={**State().counters, **position.counters},
         last_loss=position.losses.get("last"),
         heldout_loss=position.losses.get("heldout"),
     )
@@ -187,7 +188,7 @@ def _run(
 ) -> None:
     """Steps until there are none left."""
     training, settings = task.training, task.training.optimisation
-    window, saved = Window(), state.step
+    window, saved, warned = Window(), state.step, False
     while state.step < task.num_steps:
         begun = time.monotonic()
         step = next(stream)
@@ -200,9 +201,13 @@ def _run(
         )
         result = train_step(engine, step.micro_batches)
         state.step, state.last_loss = step.step + 1, result.loss
-        rejected = rejections.add(step)
+        rejected, without_end = _all_sums([rejections.add(step), step.num_without_end], engine.device)
         state.counters["samples"] += result.num_samples
-        state.counters["rejected"] += _all_sum(rejected, engine.device)
+        state.counters["rejected"] += rejected
+        state.counters["without_end"] += without_end
+        if without_end and not warned:
+            _warn_of_endless(without_end, result.num_samples, state.step, processor.tokenizer)
+            warned = True
         window.add(result, received - begun, time.monotonic() - received)
         shown.advance(1, window.note(engine))
 
@@ -232,10 +237,21 @@ def _measure(engine: Engine, heldout: list[Step]) -> float:
     return loss
 
 
-def _all_sum(value: int, device: torch.device) -> int:
-    total = torch.tensor(value, device=device)
-    dist.all_reduce(total)
-    return int(total)
+def _all_sums(values: Sequence[int], device: torch.device) -> list[int]:
+    """Each of the values summed over all workers."""
+    totals = torch.tensor(values, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def _warn_of_endless(without_end: int, num_samples: int, step: int, tokenizer: Any) -> None:
+    if dist.get_rank() == 0:
+        log.warning(
+            "step %d: %d of %d samples have no token behind the assistant's last turn that ends it, as the "
+            "chat template writes them: the model does not learn there where to stop; write the end token "
+            "%s behind the assistant's turns in the template. results.json counts such samples: without_end",
+            step, without_end, num_samples, tokenizer.eos_token,
+        )  # fmt: skip
 
 
 def _check_rejected(state: State, training: Training, last: bool) -> None:
@@ -267,14 +283,14 @@ def _sample(engine: Engine, step: Step, processor: Any, output: str, number: int
         max_new_tokens=_SAMPLE_TOKENS,
         do_sample=False,
         pad_token_id=processor.tokenizer.pad_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
     )
+    answer = said[0][start:] if said.shape[1] > start else said[0]
     wanted = batch.input_ids[0][batch.labels[0] != -100]
     decode = processor.tokenizer.decode
     log.info(
         "step %d says: %s | expected: %s",
         number,
-        decode(said[0][start:] if said.shape[1] > start else said[0], skip_special_tokens=True),
+        decode(until_end(answer.tolist(), engine.model.generation_config), skip_special_tokens=True),
         decode(wanted, skip_special_tokens=True),
     )
 

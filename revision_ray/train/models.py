@@ -12,6 +12,7 @@ from revision_ray import storage
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import ConfigError
 from revision_ray.model.build import build_model
+from revision_ray.model.ending import declare_ends
 from revision_ray.model.modeling import ReVisionForConditionalGeneration
 from revision_ray.model.processing import ReVisionProcessor, add_image_token
 from revision_ray.train.optional import optional
@@ -76,6 +77,7 @@ def new_model(
 
         images = attach_image_tower(model, image_tower)
         processor = ReVisionProcessor(tokenizer, images, num_visual_tokens=architecture.num_visual_tokens)
+    declare_ends(model.generation_config, tokenizer)
     return model, processor
 
 
@@ -114,6 +116,7 @@ def load_model(
         raise ConfigError(
             f"model={folder}: is no model of jobs/pretrain.py ({error}); name its OUTPUT/model"
         ) from error
+    declare_ends(model.generation_config, processor.tokenizer)
     return model, processor
 
 

@@ -46,6 +46,7 @@ class Step:
     rejected: list[tuple[str, str, str]]  # (id, cause, detail) of this rank's samples that are left out
     truncated: list[tuple[str, str, str]]  # (id, cause, detail) of those that were cut off and kept
     num_samples: int  # of all ranks, those left out among them
+    num_without_end: int = 0  # of this rank's samples: no token behind the last target says that it ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,7 @@ def _encode(
         "ids": [sample.id for sample in samples],
         "rejected": rejected,
         "num_samples": num_samples,
+        "num_without_end": sum(not sample.ended for sample in samples),
     }
     arrays = {
         "micro_batches": np.array([len(micro_batch) for micro_batch in micro_batches], np.int64),
@@ -162,6 +164,7 @@ def decode(step: int, epoch: int, payload: bytes, pad_id: int) -> Step:
             if sample.num_cut
         ],
         num_samples=notes["num_samples"],
+        num_without_end=notes["num_without_end"],
     )
 
 

@@ -132,6 +132,8 @@ def describe(stage: str, figures: dict[str, Any], output: str) -> str:
     """What a run did, for a person."""
     losses = {"loss": figures["loss"], "held out": figures["heldout_loss"]}
     shown = "".join(f", {name} {loss:.3f}" for name, loss in losses.items() if loss is not None)
+    if without_end := figures.get("without_end"):
+        shown = f", {without_end:,} without an end token behind the last turn{shown}"
     return (
         f"{stage}: {figures['num_steps']} steps, {figures['samples']:,} samples, {figures['rejected']:,} "
         f"rejected or cut off{shown}\n"

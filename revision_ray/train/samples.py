@@ -7,7 +7,7 @@ Shapes: T tokens, I images, D embedding dim, V visual tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import pairwise
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from revision_ray.data.chat import Chat, ChatRefusal, Rendered, Span, Texts, Turn, UnwritableToken
 from revision_ray.data.conversations import BAD_CONVERSATION, IMAGE_MARK, Conversation
 from revision_ray.errors import ConfigError
+from revision_ray.model.ending import control_tokens, turn_ends
 
 Cause = Literal["no_target", "missing_embedding", "too_long", "bad_conversation"]
 NO_LABEL = -100
@@ -44,6 +45,7 @@ class Sample:
     labels: np.ndarray  # int32 (T,), NO_LABEL where not a target
     image_embeds: np.ndarray  # float32 (I, D)
     num_cut: int = 0
+    ended: bool = True  # whether a token that ends answers is behind the last target, before any cut
 
 
 class Formatter:
@@ -72,9 +74,11 @@ class Formatter:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {name}: has no end token (eos_token); set one")
         self.image_token_id = image_token_id(tokenizer)
-        self._special_ids = {
-            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-        } | set(tokenizer.all_special_ids)
+        eos: Any = tokenizer.eos_token_id
+        self._ends: set[int] = {eos, *turn_ends(tokenizer)}
+        special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= self._ends | set(tokenizer.all_special_ids)
+        self._special_ids = special & control_tokens(tokenizer)
         self._bos = _bos_ids(tokenizer)
         self._texts = Texts(tokenizer)
         self._today = date.fromisoformat(today) if today else None
@@ -132,7 +136,8 @@ class Formatter:
             for tokens in [*chosen, self._target(text, last, input_ids, offsets)]:
                 labels[tokens] = input_ids[tokens]
         labels[input_ids == self.image_token_id] = NO_LABEL
-        return self._sample(conversation.id, input_ids, labels, image_embeds)
+        sample = self._sample(conversation.id, input_ids, labels, image_embeds)
+        return replace(sample, ended=int(labels[labels != NO_LABEL][-1]) in self._ends)
 
     def _the_chat(self) -> Chat:
         if self._chat is None:
