@@ -239,6 +239,16 @@ def test_evaluate_hears_the_answer_and_no_end(taught):
     assert responder.answer([ASKED, ASKED], None) == [ANSWERED] * 2
 
 
+def test_settings_for_sampling_that_a_model_brings_do_not_draw_answers(taught, tmp_path):
+    export.put(str(taught / "stage two"), str(tmp_path))
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    settings |= {"do_sample": True, "temperature": 50.0, "top_p": 1.0, "top_k": 0, "num_beams": 3}
+    settings |= {"max_length": 3, "max_new_tokens": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    responder = Responder(str(tmp_path), dtype="float32", max_new_tokens=12, num_threads=1)
+    assert responder.answer([ASKED] * 20, None) == [ANSWERED] * 20
+
+
 def prompt_of(folder: Path) -> list[int]:
     asked = [{"role": "user", "content": ASKED}]
     processor: Any = AutoProcessor.from_pretrained(folder)

@@ -11,6 +11,7 @@ from transformers import (
 
 from revision_ray.model.build import build_model
 from revision_ray.model.configuration import ReVisionConfig, check_encoder
+from revision_ray.model.ending import declare_ends
 from revision_ray.model.image_processing import OpenClipImageProcessor
 from revision_ray.model.modeling import ReVisionForConditionalGeneration, target_positions
 from revision_ray.model.processing import IMAGE_TOKEN, ReVisionProcessor, add_image_token
@@ -24,6 +25,7 @@ __all__ = [
     "add_image_token",
     "build_model",
     "check_encoder",
+    "declare_ends",
     "target_positions",
 ]
 
