@@ -36,7 +36,7 @@ def turn_ends(tokenizer: Any) -> list[int]:
 
 def _ends_in(tokenizer: Any, turns: list[dict[str, str]]) -> Iterator[int]:
     """The end of each turn of the assistant, where it has one."""
-    control_ids = control_tokens(tokenizer)
+    control_ids = control_token_ids(tokenizer)
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
@@ -51,7 +51,7 @@ def _ends_in(tokenizer: Any, turns: list[dict[str, str]]) -> Iterator[int]:
         yield from [token for token in candidates if token in control_ids][:1]
 
 
-def control_tokens(tokenizer: Any) -> set[int]:
+def control_token_ids(tokenizer: Any) -> set[int]:
     """Ids of the tokens that ordinary text does not give: special and added ones, but for the unknown."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     unknown = {tokenizer.unk_token, getattr(getattr(backend, "model", None), "unk_token", None)}

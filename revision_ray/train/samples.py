@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from revision_ray.data.chat import Chat, ChatRefusal, Rendered, Span, Texts, Turn, UnwritableToken
 from revision_ray.data.conversations import BAD_CONVERSATION, IMAGE_MARK, Conversation
 from revision_ray.errors import ConfigError
-from revision_ray.model.ending import control_tokens, turn_ends
+from revision_ray.model.ending import control_token_ids, turn_ends
 
 Cause = Literal["no_target", "missing_embedding", "too_long", "bad_conversation"]
 NO_LABEL = -100
@@ -78,7 +78,7 @@ class Formatter:
         self._ends: set[int] = {eos, *turn_ends(tokenizer)}
         special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= self._ends | set(tokenizer.all_special_ids)
-        self._special_ids = special & control_tokens(tokenizer)
+        self._special_ids = special & control_token_ids(tokenizer)
         self._bos = _bos_ids(tokenizer)
         self._texts = Texts(tokenizer)
         self._today = date.fromisoformat(today) if today else None
