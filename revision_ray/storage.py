@@ -20,9 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote, shorten
 from revision_ray.retry import PatientReads, patiently
 
+_LONGEST_URI = 4096
+_EXPLANATION = 400  # characters of a system's error, which names the path too
 TEMPORARY = ".tmp-"  # in the names of files and folders that no listing shows
 
 
@@ -32,6 +34,8 @@ def absolute(uri: str) -> str:
         raise DataError(
             "an empty path was given; name a file, a directory or a URI such as s3://bucket/prefix"
         )
+    if len(uri) > _LONGEST_URI:
+        raise DataError(f"a path of {len(uri)} characters was given, {quote(uri, 60)}; no storage has such")
     if uri.startswith("file://"):
         uri = uri[len("file://") :]
     return uri.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
@@ -58,7 +62,9 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         base = f"{scheme}://{bucket}" + (f"?{query}" if query else "")
         return patiently(uri, lambda: _filesystem_of(base)), path.rstrip("/")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise DataError(f"{uri}: {error}; use a local path, s3://bucket/path or gs://bucket/path") from error
+        raise DataError(
+            f"{uri}: {shorten(error, _EXPLANATION)}; use a local path, s3://bucket/path or gs://bucket/path"
+        ) from error
 
 
 _LOCAL = pafs.LocalFileSystem()
@@ -100,7 +106,7 @@ def info(uri: str) -> pafs.FileInfo:
     try:
         return patiently(uri, lambda: filesystem.get_file_info(path))
     except OSError as error:
-        raise DataError(f"{uri}: cannot be looked up: {error}") from error
+        raise DataError(f"{uri}: cannot be looked up: {shorten(error, _EXPLANATION)}") from error
 
 
 def exists(uri: str) -> bool:
@@ -132,10 +138,10 @@ def _files_below(
             if entry.type == pafs.FileType.File and TEMPORARY not in entry.path[len(path) :]
         ]
     except OSError as error:
-        raise DataError(f"{uri}: cannot be listed: {error}") from error
+        raise DataError(f"{uri}: cannot be listed: {shorten(error, _EXPLANATION)}") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{uri}: holds a file whose name is not UTF-8: {error.object!r}; rename it"
+            f"{uri}: holds a file whose name is not UTF-8: {quote(error.object)}; rename it"
         ) from error
     return sorted(files, key=lambda pair: pair[0])
 
@@ -205,8 +211,16 @@ def open_input(uri: str) -> pa.NativeFile:
         return pa.PythonFile(PatientReads(uri, file), mode="r")
     except FileNotFoundError as error:
         raise DataError(f"{uri}: no such file") from error
-    except OSError as error:
-        raise DataError(f"{uri}: cannot be read: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL inside the path
+        raise DataError(f"{uri}: cannot be read: {shorten(error, _EXPLANATION)}") from error
+
+
+def is_absence(error: BaseException | None) -> bool:
+    """Whether `error`, of opening a file, says that no such file is there, nor could be."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return True
+    nul_inside = type(error) is ValueError
+    return nul_inside or isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -215,7 +229,7 @@ def read_bytes(uri: str) -> bytes:
         try:
             return file.read()
         except OSError as error:
-            raise DataError(f"{uri}: cannot be read: {error}") from error
+            raise DataError(f"{uri}: cannot be read: {shorten(error, _EXPLANATION)}") from error
 
 
 def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
@@ -233,8 +247,9 @@ def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
     except OSError as error:
         room = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "refused"
         raise DataError(
-            f"{uri}: writing {len(memoryview(content))} bytes failed ({room}): {error}; make room or name "
-            "another output, then run the same command again: what was finished is kept"
+            f"{uri}: writing {len(memoryview(content))} bytes failed ({room}): "
+            f"{shorten(error, _EXPLANATION)}; make room or name another "
+            "output, then run the same command again: what was finished is kept"
         ) from error
 
 
@@ -282,7 +297,9 @@ def local_copy(uri: str) -> str:
         if not os.path.isdir(folder):
             _copy_whole(files, cache, folder)
     except OSError as error:
-        raise DataError(f"{uri}: cannot be copied to {cache} (REVISION_RAY_CACHE): {error}") from error
+        raise DataError(
+            f"{uri}: cannot be copied to {cache} (REVISION_RAY_CACHE): {shorten(error, _EXPLANATION)}"
+        ) from error
     return os.path.join(folder, name_of(uri)) if single.type == pafs.FileType.File else folder
 
 
@@ -310,7 +327,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
-        raise DataError(f"{uri}: is not JSON: {error}") from error
+        raise DataError(f"{uri}: is not JSON: {shorten(error)}") from error
 
 
 def write_json(uri: str, document: Any) -> None:

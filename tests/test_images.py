@@ -60,9 +60,10 @@ def test_lossless_formats_give_the_very_pixels(kind, options):
     assert (pixels(encoded(picture(), kind, **options)) == np.asarray(picture())).all()
 
 
-def test_jpeg_and_mpo_are_close_to_the_picture():
+def test_jpeg_avif_and_mpo_are_close_to_the_picture():
     for content in (
         encoded(picture(), "JPEG", quality=95),
+        encoded(picture(), "AVIF", quality=95),
         encoded(picture(), "MPO", quality=95, save_all=True, append_images=[picture().rotate(180)]),
     ):
         # Quantisation and chroma subsampling at quality 95 move a pixel by a few of 256 levels.
@@ -187,7 +188,7 @@ def test_formats_off_the_list_are_refused(kind):
         decode_image(encoded(picture(), kind), max_pixels=MAX_PIXELS)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 def test_a_file_cut_in_half_is_refused(kind):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     content = encoded(Image.fromarray(noise), kind)
@@ -262,6 +263,7 @@ def samples_of_every_format() -> dict[str, bytes]:
         "webp": encoded(rgb, "WEBP", exif=exif),
         "webp animated": encoded(rgba, "WEBP", save_all=True, append_images=[rgba.rotate(180)]),
         "gif": encoded(rgb, "GIF", save_all=True, append_images=[rgb.rotate(180)]),
+        "avif": encoded(rgba, "AVIF", exif=exif),
         "bmp": encoded(rgb, "BMP"),
         "bmp palette": encoded(rgb.quantize(16), "BMP"),
         "tiff 16": encoded(grey16, "TIFF", exif=exif),

@@ -1,10 +1,12 @@
 """Sources: every row of every format comes out once, with its id; what cannot be a row says why and where."""
 
+import base64
 import hashlib
 import io
 import json
 import os
 import random
+import re
 import tarfile
 import tracemalloc
 
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from revision_ray.data import json_stream, line_ranges, tar_stream, text_rows
+from revision_ray.data import json_stream, line_ranges, listing, tar_stream, text_rows
 from revision_ray.data.images import decode_image
 from revision_ray.data.schema import ImageRow, Rejected, TextRow
 from revision_ray.data.sources import image_splits, read_images, read_texts, text_splits
@@ -720,3 +722,227 @@ def test_tar_names_that_are_not_utf8_become_ids_spelt_out(tmp_path):
         archive.addfile(entry, io.BytesIO(RED))
     [row] = images(path)
     assert row.id == r"caf\xe9"
+
+
+# What a folder holds besides data
+
+
+def img2dataset_notes(tmp_path, **columns):
+    """A shard of four downloads, the last of which failed, as img2dataset's list of downloads has it."""
+    rows = {
+        "url": [f"https://h/{i}.jpg" for i in range(4)],
+        "caption": [f"caption {i}" for i in range(4)],
+        "key": [f"00000000{i}" for i in range(4)],
+        "status": ["success"] * 3 + ["failed_to_download"],
+        "error_message": [None] * 3 + ["<urlopen error>"],
+    }
+    write(tmp_path / "00000_stats.json", json.dumps({"count": 4, "successes": 3}))
+    pq.write_table(pa.table({**rows, **columns}), tmp_path / "00000.parquet")
+    return rows
+
+
+def logged(caplog):
+    return [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+
+
+@pytest.mark.parametrize("layout", ["files", "webdataset", "parquet"])
+def test_img2datasets_layouts_give_each_image_and_its_caption_under_one_id(tmp_path, caplog, layout):
+    table = {"jpg": [RED, BLUE, RED, None]} if layout == "parquet" else {}
+    rows = img2dataset_notes(tmp_path, **table)
+    members = [
+        (f"{key}.{ending}", content)
+        for key, caption in zip(rows["key"][:3], rows["caption"], strict=False)
+        for ending, content in (
+            ("jpg", RED),
+            ("json", json.dumps({"key": key, "caption": caption, "status": "success"}).encode()),
+            ("txt", caption.encode()),
+        )
+    ]
+    if layout == "files":
+        for name, content in members:
+            write(tmp_path / "00000" / name, content)
+    if layout == "webdataset":
+        write_tar(tmp_path / "00000.tar", members)
+    ids = [("00000/" if layout == "files" else "") + key for key in rows["key"][:3]]
+    assert [row.id for row in images(tmp_path)] == ids
+    assert pairs(texts(tmp_path)) == list(zip(ids, rows["caption"][:3], strict=True))
+    ours = [line for line in logged(caplog) if str(tmp_path) in line]
+    assert len(ours) == 2  # one of the images, one of the texts
+    assert all("1 .json of img2dataset's notes" in line for line in ours)
+    assert all(("1 .parquet of" in line) == (layout != "parquet") for line in ours)
+
+
+def test_a_shard_of_which_every_download_failed_has_no_rows(tmp_path):
+    img2dataset_notes(tmp_path)
+    for read in (images, texts):
+        with pytest.raises(DataError, match=r"img2dataset"):
+            read(tmp_path)
+
+
+def test_a_table_beside_a_folder_of_its_name_is_data_where_it_is_no_list_of_downloads(tmp_path):
+    pq.write_table(pa.table({"id": ["a"], "text": ["one"]}), tmp_path / "train.parquet")
+    write(tmp_path / "train" / "b.txt", "two")
+    assert [row.text for row in texts(tmp_path)] == ["one", "two"]
+
+
+def test_the_text_beside_an_image_is_one_text_with_its_id(tmp_path):
+    for key in "abcde":
+        write(tmp_path / "x" / f"{key}.png", RED)
+    write(tmp_path / "x/a.txt", "of two\nlines\n")
+    write(tmp_path / "x/b.caption", "in .caption")
+    write(tmp_path / "x/c.json", '{"caption": "in .json"}')
+    write(tmp_path / "x/d.txt", "")
+    write(tmp_path / "x/d.json", '{"caption": "behind an empty .txt"}')
+    write(tmp_path / "x/e.json", '[{"id": "1", "text": "a list is no record of the picture"}]')
+    write(tmp_path / "x/captions.txt", "line 1\nline 2")
+    assert pairs(texts(tmp_path)) == [
+        ("x/a", "of two\nlines"),
+        ("x/b", "in .caption"),
+        ("x/c", "in .json"),
+        ("x/d", "behind an empty .txt"),
+        (content_id("line 1"), "line 1"),
+        (content_id("line 2"), "line 2"),
+        ("1", "a list is no record of the picture"),
+    ]
+    before = text_splits([str(tmp_path)])
+    write(tmp_path / "x/f.png", RED)
+    write(tmp_path / "x/f.txt", "new")
+    after = text_splits([str(tmp_path)], taken=[split for split in before if split.files])
+    assert [pairs(read_texts(split)) for split in after if split.files] == [[("x/f", "new")]]
+
+
+NOTES = ("_SUCCESS", "_metadata", "_delta_log/0.json", "README", "README.md", "LICENSE.txt", "state.json",
+         "dataset_info.json", "sha256sums.txt", "checksums", ".DS_Store", ".a.txt.crc", "__MACOSX/._0.png",
+         "Thumbs.db", "desktop.ini")  # fmt: skip
+
+
+def test_notes_of_other_tools_are_no_data(tmp_path, caplog):
+    for name in NOTES:
+        write(tmp_path / name, "not a caption\n")
+    write(tmp_path / "0.png", RED)
+    write(tmp_path / "license_plates.jsonl", '{"id": "t", "text": "data"}')
+    assert [row.id for row in images(tmp_path)] == ["0"]
+    assert pairs(texts(tmp_path)) == [("t", "data")]
+    for line in logged(caplog):
+        assert f"passed over {len(NOTES) + 1} files" in line
+        assert "4 hidden" in line
+
+
+# Files whose extension does not tell
+
+
+def avif() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "AVIF")
+    return file.getvalue()
+
+
+def test_images_are_known_by_their_content_where_the_extension_does_not_tell(tmp_path, caplog):
+    for name in ("a.jfif", "b.jpe", "c.JPG", "d.jpg_large", "e.jpg?w=640", "f.bin", "g", "h.0001", "h.0002"):
+        write(tmp_path / name, RED)
+    for name in ("k.avif", "l.heic"):
+        write(tmp_path / name, avif())
+    write(tmp_path / "m.heic", b"\0\0\0\x18ftypheic" + bytes(80))
+    write(tmp_path / "n.xyz", "no image")
+    write(tmp_path / "o.xyz", "no image")
+    write(tmp_path / "p", "no image")
+    write(tmp_path / "q.jpg", "no image, but named as one")
+    rows = images(tmp_path)
+    assert [row.id for row in rows] == [*"abcdefg", "h.0001", "h.0002", *"klq"]
+    for row in rows[:-1]:
+        assert decode_image(row.content, max_pixels=64).size == (8, 8)
+    [line] = logged(caplog)
+    assert "passed over 4 files" in line
+    assert all(part in line for part in ("2 .xyz", "1 .heic", "1 without extension"))
+    assert [row.id for row in images(tmp_path / "g")] == ["g"]
+
+
+def test_a_sample_speaks_for_many_files_of_one_extension(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "_MOST_HEADS", 4)
+    for i in range(9):
+        write(tmp_path / f"{i}.dat", RED)
+        write(tmp_path / f"{i}.raw", "no image")
+        write(tmp_path / f"{i}.mix", BLUE if i % 3 else "no image")
+    opened = []
+    read_head = listing._head
+    monkeypatch.setattr(listing, "_head", lambda file: opened.append(file.extension) or read_head(file))
+    found = [row.uri.rpartition(".")[2] for row in images(tmp_path)]
+    assert (found.count("dat"), found.count("mix"), found.count("raw")) == (9, 6, 0)
+    assert (opened.count(".dat"), opened.count(".raw")) == (4, 4)
+
+
+def test_members_of_tars_are_known_by_their_content_too(tmp_path, caplog):
+    path = write_tar(
+        tmp_path / "s.tar",
+        [
+            ("a.jfif", RED), ("a.txt", b"one"),
+            ("b.jpg_large", RED), ("b.json", b"{}"),
+            ("c", RED),
+            ("d.png", BLUE), ("d.seg.png", RED),
+            ("README", b"no image"),
+            ("e.cls", b"7"),
+        ],
+    )  # fmt: skip
+    rows = images(path)
+    assert [(row.id, row.content) for row in rows[:-1]] == [("a", RED), ("b", RED), ("c", RED), ("d", BLUE)]
+    assert (rows[-1].id, "cls" in rows[-1].reason) == ("e", True)
+    assert f"{path}: passed over 1 members without an extension" in logged(caplog)
+
+
+# Images in fields
+
+
+def of_records(tmp_path, *values, field="image"):
+    records = [{"id": str(i), field: value} for i, value in enumerate(values)]
+    return images(write(tmp_path / "records.json", json.dumps(records)))
+
+
+def test_images_in_fields_are_decoded_however_they_are_written(tmp_path):
+    plain = base64.b64encode(RED).decode()
+    values = [
+        plain,
+        base64.encodebytes(RED).decode(),
+        base64.urlsafe_b64encode(RED).decode().rstrip("="),
+        "data:image/png;base64," + plain,
+        "DATA:image/jpeg;charset=x;base64," + plain.replace("+", "%2B").replace("/", "%2F"),
+        "data:," + "".join(f"%{byte:02x}" for byte in RED),
+        list(RED),
+        {"bytes": plain, "path": None},
+        {"bytes": list(RED), "path": "gone.png"},
+        {"path": "data:image/png;base64," + plain},
+    ]
+    assert [row.content for row in of_records(tmp_path, *values)] == [RED] * len(values)
+    assert [row.content for row in of_records(tmp_path, plain, field="bytes")] == [RED]
+    kinds = [pa.string(), pa.large_string()]
+    for number, kind in enumerate(kinds):
+        table = pa.table({"image": pa.array([plain, values[3]], kind)})
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+        assert [row.content for row in images(tmp_path / f"{number}.parquet")] == [RED, RED]
+
+
+def test_paths_stay_paths_whatever_they_look_like(tmp_path):
+    names = ["9j/4AAQSkZJRgABAQAAAQABAAD/a.png", "iVBORw0KGgo", "R0lGODlh", "Qk/" + "a" * 60, "AAAA" * 20]
+    for name in names:
+        write(tmp_path / name, name.encode())
+    rows = of_records(
+        tmp_path, *names, {"path": names[1]}, {"bytes": None, "path": names[2]}, {"url": names[1]}
+    )
+    assert [row.content.decode() for row in rows] == [*names, names[1], names[2], names[1]]
+
+
+def test_a_value_that_is_no_image_is_one_short_rejection(tmp_path):
+    text = base64.b64encode(bytes(40_000)).decode()
+    broken = base64.b64encode(RED * 300).decode() + "#"
+    values = [
+        text, broken, "data:image/png;base64," + broken, "data:" + text, "word " * 9000, "x/" * 2000, "a\0b",
+        "y" * 300, {"bytes": "photo.png"}, {"bytes": text}, [1, 2, 999], [0.5], 7, True, "", None,
+        {"path": "z" * 900}, "ftp://" + "h" * 3000, "https://h/" + "w " * 1500,
+    ]  # fmt: skip
+    rows = of_records(tmp_path, *values)
+    assert [type(row) for row in rows] == [Rejected] * len(values)
+    assert max(len(row.reason) for row in rows) < 400
+    for row in rows:
+        assert not re.search(r"\S{201}", row.reason + " " + row.uri)
+    for row, part in zip(rows, ("no base64", "breaks", "not base64"), strict=False):
+        assert part in row.reason
+    assert {row.reason for row in rows[5:8]} == {"no such image file"}

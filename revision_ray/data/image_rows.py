@@ -1,12 +1,14 @@
 """Encoded images of a split, from whatever format holds or names them."""
 
 import posixpath
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from revision_ray import storage
+from revision_ray.data.images import HEAD_BYTES, is_image
 from revision_ray.data.json_stream import elements
 from revision_ray.data.parquet_rows import footer, image_columns, rows
 from revision_ray.data.records import (
@@ -18,13 +20,26 @@ from revision_ray.data.records import (
     known_id,
 )
 from revision_ray.data.schema import ImageRow, Rejected, Split
-from revision_ray.data.tar_stream import Sample, samples
-from revision_ray.errors import DataError
+from revision_ray.data.tar_stream import Member, Sample, samples
+from revision_ray.errors import DataError, quote, shorten, shorten_words
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "jif", "png", "apng", "webp", "gif", "bmp", "dib", "tif",
+                    "tiff", "avif", "avifs")  # fmt: skip
+# Downloads keep what stood behind the name: .jpg_large, .jpg:orig, .jpg?w=640.
+_IMAGE_ENDING = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})(\?[^/]*|[^a-z0-9./?][^./]*)?$", re.IGNORECASE)
+_ANY_ENDING = re.compile(r"(?<=[^/])\.[A-Za-z][A-Za-z0-9]*$")  # .0001 is a part of the name
 DEFAULT_MAX_IMAGE_BYTES = 128 * 2**20
 _BATCH_ROWS = 16
 _READ_AHEAD = 8  # files read at once: object stores answer in tens of milliseconds, whatever the size
+
+
+def without_image_ending(path: str) -> str:
+    """`path` without the ending of an image file, if it has one."""
+    return _IMAGE_ENDING.sub("", path)
+
+
+def has_image_ending(path: str) -> bool:
+    return _IMAGE_ENDING.search(path) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +64,10 @@ def read_images(
 ) -> Iterator[ImageRow | Rejected]:
     """Every image of `split`, still encoded, and every row without one with the reason, in the listed order.
 
-    Nothing is decoded here. Records are asked for `image` (bytes, {bytes, path} or a path), `bytes`, then for
-    a location under `uri`, `image_uri`, `image_path`, `url`, `image_url`; relative ones are relative to the
-    file that names them. Holds a few images at a time.
+    Nothing is decoded here. Records are asked for `image`, `bytes`, `jpg`, `jpeg`, `png`, `webp`, then for a
+    location under `uri`, `image_uri`, `image_path`, `url`, `image_url`; any of them may hold bytes, base64, a
+    `data:` URI, a path or a URI (`image_value`). Relative paths are relative to the file that names them.
+    Holds a few images at a time.
 
     Raises:
         DataError: the file that holds the rows is missing, damaged or cut off; or the storage fails to give a
@@ -60,7 +76,11 @@ def read_images(
     derived = DerivedIds()
     for row in _read_ahead(_READERS[split.kind](split, max_image_bytes), max_image_bytes):
         if isinstance(row.content, RowError):
-            yield Rejected(id=row.id or derived(row.where.encode()), uri=row.where, reason=str(row.content))
+            yield Rejected(
+                id=row.id or derived(row.where.encode()),
+                uri=shorten_words(row.where),
+                reason=str(row.content),
+            )
         else:
             yield ImageRow(id=row.id or derived(row.content), uri=row.where, content=row.content)
 
@@ -93,7 +113,7 @@ def _read(row: _Named, max_bytes: int) -> _Found:
         raise DataError(f"{row.uri}: cannot be read: {error}") from error
     except DataError as error:
         # Absent for good, whereas a storage that fails now may answer later: that must not lose rows.
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        if storage.is_absence(error.__cause__):
             return _Found(row.id, row.uri, RowError("no such image file"))
         raise
 
@@ -104,25 +124,34 @@ def _too_large(size: int, max_bytes: int) -> str:
 
 def _from_files(split: Split, max_bytes: int) -> Iterator[_Named]:
     for uri in split.files:
-        yield _Named(posixpath.splitext(storage.relative_path(uri, split.uri))[0], uri)
+        below = storage.relative_path(uri, split.uri)
+        ending = _IMAGE_ENDING if has_image_ending(below) else _ANY_ENDING
+        yield _Named(ending.sub("", below), uri)
 
 
 def _from_tar(split: Split, max_bytes: int) -> Iterator[_Found]:
-    for sample in samples(split.uri, IMAGE_EXTENSIONS, max_bytes):
+    for sample in samples(split.uri, IMAGE_EXTENSIONS, max_bytes, by_content=is_image):
         yield from _of_sample(split.uri, sample, max_bytes)
 
 
+def images_in(sample: Sample) -> list[Member]:
+    """The members of `sample` that are images by their extension, else by their content."""
+    named = [member for member in sample.members if member.extension in IMAGE_EXTENSIONS]
+    return named or [m for m in sample.members if m.content is not None and is_image(m.content[:HEAD_BYTES])]
+
+
 def _of_sample(uri: str, sample: Sample, max_bytes: int) -> Iterator[_Found]:
-    images = [member for member in sample.members if member.extension in IMAGE_EXTENSIONS]
+    images = images_in(sample)
     if not images:
-        found = sorted(member.extension for member in sample.members)
+        found = quote(sorted(member.extension for member in sample.members))
         bad = RowError(f"no image: found members {found}, expected one of {list(IMAGE_EXTENSIONS)}")
         yield _Found(sample.key, storage.join(uri, sample.key), bad)
     for number, member in enumerate(images):
         content = RowError(_too_large(member.size, max_bytes)) if member.content is None else member.content
         if number:
             content = RowError(
-                f"sample {sample.key!r} has another image, {images[0].name!r}, which was taken"
+                f"sample {quote(sample.key, 80)} has another image, {quote(images[0].name, 80)}, which was "
+                "taken"
             )
         yield _Found(sample.key, storage.join(uri, member.name), content)
 
@@ -160,7 +189,8 @@ def _located(path: str, beside: str) -> str:
     scheme = path.partition("://")[0] if "://" in path else ""
     if scheme not in ("", "file", "s3", "gs"):
         raise RowError(
-            f"{path}: read are local paths, s3:// and gs://, not {scheme}://; download images first"
+            f"{shorten(path)}: read are local paths, s3:// and gs://, not {shorten(scheme, 20)}://; download "
+            "images first"
         )
     if scheme or path.startswith("/"):
         return path

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pyarrow.types as pat
 
 from revision_ray import storage
-from revision_ray.data.records import IMAGE_FIELDS, TEXT_FIELDS
-from revision_ray.errors import DataError
+from revision_ray.data.records import IMAGE_FIELDS, LOCATION_FIELDS, TEXT_FIELDS
+from revision_ray.errors import DataError, shorten
 
 # Remote column chunks are fetched in pieces of this size; local files are memory-mapped.
 _READ_BYTES = 8 * 2**20
@@ -43,7 +43,7 @@ def footer(uri: str) -> Footer:
             )
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{uri}: is no readable Parquet file: {error}; write it again or leave it out"
+            f"{uri}: is no readable Parquet file: {shorten(error, 400)}; write it again or leave it out"
         ) from error
 
 
@@ -55,7 +55,20 @@ def image_columns(schema: pa.Schema) -> list[str]:
 def _holds_images(kind: pa.DataType) -> bool:
     if pat.is_struct(kind):
         return any(kind.field(i).name in ("bytes", "path") for i in range(kind.num_fields))
+    if pat.is_list(kind) or pat.is_large_list(kind):
+        return pat.is_integer(kind.value_type)  # the numbers of bytes
     return _is_text(kind) or _is_bytes(kind)
+
+
+def holds_image_bytes(schema: pa.Schema) -> bool:
+    """Whether a column of `schema` may hold images themselves, not only where they lie."""
+    columns = set(image_columns(schema)) - set(LOCATION_FIELDS)
+    return any(not _is_text(schema.field(name).type) for name in columns)
+
+
+def is_download_list(schema: pa.Schema) -> bool:
+    """Whether `schema` is that of img2dataset's list of downloads, one row a URL, failed ones among them."""
+    return {"key", "url", "status", "error_message"} <= set(schema.names)
 
 
 def text_columns(schema: pa.Schema) -> list[str]:
@@ -76,6 +89,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pat.is_dictionary(kind) else kind
     return pat.is_binary(kind) or pat.is_large_binary(kind) or pat.is_binary_view(kind)
 
 
@@ -84,7 +98,8 @@ def rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number in the file, record of `columns`) of row groups [start, stop).
 
-    Columns that the file lacks are left out; a string that is not UTF-8 is given as bytes. Holds
+    Columns that the file lacks are left out; a string that is not UTF-8 is given as bytes. Where img2dataset
+    wrote images into the table, the rows of failed downloads, which hold none, are left out. Holds
     `batch_size` rows and the pages that they lie in.
 
     Raises:
@@ -97,15 +112,21 @@ def rows(
             pq.ParquetFile(file, pre_buffer=False, buffer_size=_READ_BYTES) as parquet,
         ):
             number = sum(parquet.metadata.row_group(i).num_rows for i in range(start))
-            present = [name for name in columns if name in parquet.schema_arrow.names]
+            schema = parquet.schema_arrow
+            present = [name for name in columns if name in schema.names]
+            with_status = is_download_list(schema) and holds_image_bytes(schema)
+            read = dict.fromkeys([*present, "status"] if with_status else present)
             for batch in parquet.iter_batches(
-                batch_size, row_groups=list(range(start, stop)), columns=present
+                batch_size, row_groups=list(range(start, stop)), columns=list(read)
             ):
                 for i in range(batch.num_rows):
-                    yield number, {name: _value(batch.column(name)[i]) for name in batch.schema.names}
+                    if not with_status or batch.column("status")[i].as_py() == "success":
+                        yield number, {name: _value(batch.column(name)[i]) for name in present}
                     number += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{uri}: row groups {start} to {stop} cannot be read: {error}") from error
+        raise DataError(
+            f"{uri}: row groups {start} to {stop} cannot be read: {shorten(error, 400)}"
+        ) from error
 
 
 def _value(scalar: pa.Scalar) -> Any:

@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from revision_ray.errors import DataError
+from revision_ray.data.images import UndecodableImage, image_value
+from revision_ray.errors import DataError, quote
 
 # Fields in the order in which they are asked. A text does not take `image_id`: five captions of one image
 # share it.
@@ -12,7 +13,8 @@ TEXT_IDS = ("id", "key", "text_id")
 TEXT_FIELDS = ("text", "caption", "conversations")
 IMAGE_IDS = ("id", "image_id", "key")
 LOCATION_FIELDS = ("uri", "image_uri", "image_path", "url", "image_url")
-IMAGE_FIELDS = ("image", "bytes", *LOCATION_FIELDS)
+# `jpg`, `png` and `webp` hold bytes in the tables that img2dataset writes.
+IMAGE_FIELDS = ("image", "bytes", "jpg", "jpeg", "png", "webp", *LOCATION_FIELDS)
 
 
 class RowError(DataError):
@@ -125,24 +127,21 @@ def _first_answer(conversations: object) -> str:
 
 
 def image_of(record: dict[str, Any]) -> bytes | str:
-    """The encoded image in `record`, or the path or URI that it gives instead.
-
-    The hub stores `image` as {bytes, path}; either may be null.
+    """The encoded image in `record`, or the path or URI that it gives instead; see `image_value`.
 
     Raises:
-        RowError: there is neither, or it is of another type.
+        RowError: there is neither, or it can be no image.
     """
     for field in IMAGE_FIELDS:
-        value = record.get(field)
-        if isinstance(value, dict):
-            value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if value is None:
+        try:
+            value = image_value(record.get(field))
+        except UndecodableImage as error:
+            raise RowError(f"field {field!r}: {error}") from error
+        if value is None or value == "":
             continue
-        if isinstance(value, str):
-            return unicode(value, f"field {field!r}")
-        if not isinstance(value, bytes):
-            raise RowError(f"field {field!r} is {_kind(value)}, expected bytes, a path or a URI")
-        return value
+        if isinstance(value, str) and field == "bytes":
+            raise RowError(f"field 'bytes' is a string that is no image in base64: {quote(value, 60)}")
+        return value if isinstance(value, bytes) else unicode(value, f"field {field!r}")
     raise RowError(_missing("image", record, IMAGE_FIELDS))
 
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from revision_ray import storage
 
-SplitKind = Literal["image_files", "image_tar", "image_parquet", "image_json", "text_lines", "text_jsonl",
-                    "text_json", "text_parquet", "text_tar"]  # fmt: skip
+SplitKind = Literal["image_files", "image_tar", "image_parquet", "image_json", "text_files", "text_lines",
+                    "text_jsonl", "text_json", "text_parquet", "text_tar"]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,9 @@ class Split:
 
     `start` and `stop` count what the kind counts: bytes of a line or JSON file (a record belongs to the range
     where it begins), row groups of a Parquet file; both 0 where the whole file is one split. `files` lists
-    the members of an `image_files` split, whose `uri` is the folder that ids are relative to, and is empty
-    otherwise. `identity` changes when the content may have changed (sizes and modification times).
+    the members of an `image_files` or `text_files` split, whose `uri` is the folder that ids are relative to,
+    and is empty otherwise. `identity` changes when the content may have changed (sizes and modification
+    times).
     """
 
     kind: SplitKind

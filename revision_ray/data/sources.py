@@ -4,57 +4,43 @@ import logging
 import math
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
-import pyarrow.fs as pafs
+from collections.abc import Sequence
 
 from revision_ray import storage
-from revision_ray.data.image_rows import IMAGE_EXTENSIONS, read_images
-from revision_ray.data.parquet_rows import Footer, footer, image_columns, text_columns
+from revision_ray.data.image_rows import has_image_ending, read_images, without_image_ending
+from revision_ray.data.images import FORMATS, is_image
+from revision_ray.data.listing import (
+    Source,
+    SourceFile,
+    each_source,
+    judged,
+    kind_of,
+    may_be_image,
+    parquet_data,
+)
+from revision_ray.data.parquet_rows import Footer, image_columns, text_columns
 from revision_ray.data.schema import Split, SplitKind
-from revision_ray.data.text_rows import read_texts
-from revision_ray.errors import DataError
+from revision_ray.data.text_rows import TEXT_ENDINGS, read_texts
+from revision_ray.errors import DataError, quote
 
-__all__ = ["image_splits", "read_images", "read_texts", "text_splits"]
+__all__ = ["image_splits", "read_images", "read_texts", "tar_shards", "text_splits"]
 
 _log = logging.getLogger(__name__)
 
 _IMAGES_ACCEPTED = (
-    "image files (.jpg .jpeg .png .webp .gif .bmp .tif .tiff), WebDataset shards (.tar), Parquet with a "
-    "column image, bytes, uri, image_uri, image_path, url or image_url, or a dataset.json"
+    f"files of {FORMATS} images, WebDataset shards (.tar), Parquet with a column image, bytes, jpg, png, "
+    "webp, uri, image_uri, image_path, url or image_url, or a dataset.json"
 )
 _TEXTS_ACCEPTED = (
-    "lines (.txt), JSON Lines (.jsonl, .ndjson), JSON lists or dataset.json (.json), Parquet with a column "
-    "text, caption or conversations, or WebDataset shards (.tar)"
+    "lines (.txt, .text, .caption), JSON Lines (.jsonl, .ndjson), JSON lists or dataset.json (.json), "
+    "Parquet with a column text, caption or conversations, or WebDataset shards (.tar)"
 )
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
-_FOOTERS_AT_ONCE = 16
+_TEXT_FILES_PER_SPLIT = 8192
 # A task parses a JSON document from its beginning to find its own records: more parts would read mostly in
 # vain.
 _MAX_JSON_PARTS = 16
 _JSON_BYTES_PER_IMAGE = 128
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file of a source; ids are relative to `root`; `named` says that the user gave the file itself."""
-
-    uri: str
-    root: str
-    size: int
-    mtime_ns: int
-    named: bool
-
-    @property
-    def below(self) -> str:
-        """The path below `root`, without query."""
-        return storage.relative_path(self.uri, self.root)
-
-    @property
-    def extension(self) -> str:
-        return posixpath.splitext(self.below)[1].lower()
 
 
 def image_splits(
@@ -63,9 +49,11 @@ def image_splits(
     """The images of `uris`, cut into splits of about `rows_per_split` rows where the format allows.
 
     A URI is a file, a directory (taken whole) or a wildcard path. Ids: see `read_images`; an image file's is
-    its path below the given directory (below the part before the first wildcard) without extension. In a
-    directory, hidden files and the metadata beside tar shards are passed over, and a `dataset.json` stands
-    for the loose image files below its folder. A file that several URIs name is taken once.
+    its path below the given directory (below the part before the first wildcard) without the ending of an
+    image. Files whose extension does not tell what they are, are judged by their first bytes. In a directory,
+    hidden files and notes on data are passed over (img2dataset's, README, _SUCCESS, ...), and a
+    `dataset.json` stands for the loose image files below its folder. One line of the log says how many files
+    were passed over, by extension. A file that several URIs name is taken once.
 
     `taken` are splits of loose image files that were read before: those files are in none of the new splits,
     so that a folder that has grown gives splits of its new files only.
@@ -75,13 +63,17 @@ def image_splits(
             changed.
     """
     splits: list[Split] = []
-    for uri, listed in _each_source(uris):
-        files = _indexed(uri, listed)
-        loose = [file for file in files if file.extension[1:] in IMAGE_EXTENSIONS]
-        parquet = _footers(files)
+    for source in each_source(uris):
+        listed = list(source.files)
+        parquet = parquet_data(source)
+        files = _indexed(source)
+        loose = _image_files(files, taken)
         fresh = _without_taken(loose, taken)
-        found = _slices(fresh, rows_per_split)
+        found = _slices("image_files", fresh, rows_per_split)
+        images = {file.uri for file in loose}
         for file in files:
+            if file.uri in images:
+                continue
             if file.extension == ".tar":
                 found.append(_split("image_tar", file))
             elif file.extension == ".json" and (file.named or _is_index(file)):
@@ -90,28 +82,40 @@ def image_splits(
                 )
             elif file.uri in parquet and image_columns(parquet[file.uri].schema):
                 found += _row_group_ranges("image_parquet", file, parquet[file.uri].rows, rows_per_split)
+            else:
+                source.pass_over(file)
         if len(fresh) == len(loose):
-            _some(found, uri, "images", _IMAGES_ACCEPTED, files, parquet)
+            _some(found, source, "images", _IMAGES_ACCEPTED, listed, parquet)
+        source.say_what_was_passed_over()
         splits += found
     return splits
 
 
-def text_splits(uris: Sequence[str], *, bytes_per_split: int = 64 * 2**20) -> list[Split]:
+def text_splits(
+    uris: Sequence[str], *, bytes_per_split: int = 64 * 2**20, taken: Sequence[Split] = ()
+) -> list[Split]:
     """The texts of `uris`, cut into splits of about `bytes_per_split` where the format allows.
 
     A URI is a file, a directory (taken whole) or a wildcard path. Ids: see `read_texts`. In a directory,
-    hidden files and the metadata beside tar shards are passed over. A file that several URIs name is taken
-    once.
+    hidden files and notes on data are passed over (img2dataset's, README, _SUCCESS, ...); KEY.txt, .text,
+    .caption or .json beside the image KEY is one text with the image's id. One line of the log says how many
+    files were passed over, by extension. A file that several URIs name is taken once.
+
+    `taken` are splits of such single texts that were read before, as in `image_splits`.
 
     Raises:
-        DataError: nothing at a URI, or no texts; the message says what was found.
+        DataError: nothing at a URI, or no texts; the message says what was found; or a file of `taken` has
+            changed.
     """
     splits: list[Split] = []
-    for uri, files in _each_source(uris):
-        parquet = _footers(files)
-        found: list[Split] = []
-        for file in files:
-            if file.extension == ".txt":
+    for source in each_source(uris):
+        listed = list(source.files)
+        parquet = parquet_data(source)
+        single = _texts_of_images(source)
+        fresh = _without_taken(single, taken)
+        found = _slices("text_files", fresh, _TEXT_FILES_PER_SPLIT)
+        for file in source.files:
+            if file.extension[1:] in TEXT_ENDINGS:
                 found += _byte_ranges("text_lines", file, bytes_per_split)
             elif file.extension in (".jsonl", ".ndjson"):
                 found += _byte_ranges("text_jsonl", file, bytes_per_split)
@@ -121,76 +125,109 @@ def text_splits(uris: Sequence[str], *, bytes_per_split: int = 64 * 2**20) -> li
                 found.append(_split("text_tar", file))
             elif file.uri in parquet and text_columns(parquet[file.uri].schema):
                 found += _row_group_ranges("text_parquet", file, parquet[file.uri].bytes, bytes_per_split)
-        splits += _some(found, uri, "texts", _TEXTS_ACCEPTED, files, parquet)
+            else:
+                source.pass_over(file)
+        if len(fresh) == len(single):
+            _some(found, source, "texts", _TEXTS_ACCEPTED, listed, parquet)
+        source.say_what_was_passed_over()
+        splits += found
     return splits
 
 
-def _each_source(uris: Sequence[str]) -> Iterator[tuple[str, list[_File]]]:
-    """Each URI with its files, without those that an earlier one named."""
-    if not uris:
-        raise DataError("no source was given; name files, directories or wildcard paths")
-    seen: set[str] = set()
-    for uri in [uris] if isinstance(uris, str) else uris:
-        files = _files(uri)
-        fresh = [file for file in files if file.uri not in seen]
-        if len(fresh) < len(files):
-            _log.warning("%s: %d files were named before and are taken once", uri, len(files) - len(fresh))
-        seen.update(file.uri for file in fresh)
-        if fresh or not files:
-            yield uri, fresh
+def tar_shards(uris: Sequence[str]) -> list[str]:
+    """The tar files at `uris`: files, directories (not what lies in folders inside), or wildcard paths.
 
-
-def _files(uri: str) -> list[_File]:
-    entry = storage.info(uri)
-    if entry.type == pafs.FileType.File:
-        absolute = storage.absolute(uri)
-        return [_file(absolute, entry, storage.parent_of(absolute), named=True)]
-    if entry.type == pafs.FileType.Directory:
-        root, listed = storage.absolute(uri), storage.list_files(uri, recursive=True)
-    elif storage.is_wildcard(uri):
-        root, listed = storage.wildcard_root(uri), storage.glob_files(uri)
-        if not listed:
-            raise DataError(
-                f"{uri}: matches no file; wildcards match files (folder-*/** those of whole folders)"
-            )
-    else:
-        raise DataError(f"{uri}: no such file or directory")
-    files = [_file(found, info, root, named=False) for found, info in listed]
-    return _without_companions([file for file in files if not _is_hidden(file)])
-
-
-def _file(uri: str, info: pafs.FileInfo, root: str, *, named: bool) -> _File:
-    return _File(uri, root, info.size or 0, info.mtime_ns or 0, named)
-
-
-def _is_hidden(file: _File) -> bool:
-    return any(segment.startswith(".") or segment == "__MACOSX" for segment in file.below.split("/"))
-
-
-def _without_companions(files: list[_File]) -> list[_File]:
-    """`files` without NAME.parquet, NAME.json, NAME_stats.json beside NAME.tar: img2dataset's notes on it.
-
-    Read as sources they would give its rows a second time.
+    Raises:
+        DataError: nothing at a URI, or no tar file.
     """
-    shards = {posixpath.splitext(file.below)[0] for file in files if file.extension == ".tar"}
-    notes = {stem + ending for stem in shards for ending in (".parquet", ".json", "_stats.json")}
-    return [file for file in files if file.below not in notes]
+    shards: list[str] = []
+    for source in each_source(uris):
+        listed = list(source.files)
+        parquet_data(source)
+        whole = storage.is_wildcard(source.uri)
+        found = [f for f in source.files if f.extension == ".tar" and (whole or "/" not in f.below)]
+        for file in source.files:
+            if file not in found:
+                source.pass_over(file)
+        if not found:
+            _some([], source, "shards", "directories of WebDataset shards (.tar), or one shard", listed, {})
+        source.say_what_was_passed_over()
+        shards += [file.uri for file in found]
+    return shards
 
 
-def _is_index(file: _File) -> bool:
+def _image_files(files: list[SourceFile], taken: Sequence[Split]) -> list[SourceFile]:
+    """Those of `files` that are images by their name, or by their content where the name does not tell."""
+    known = {uri for split in taken for uri in split.files}
+    unknown: dict[str, list[SourceFile]] = {}
+    images = []
+    for file in files:
+        if has_image_ending(file.below) or file.uri in known:
+            images.append(file)
+        elif may_be_image(file):
+            unknown.setdefault(file.extension, []).append(file)
+    for same_kind in unknown.values():
+        images += judged(same_kind, is_image)
+    return sorted(images, key=lambda file: file.uri)
+
+
+def _texts_of_images(source: Source) -> list[SourceFile]:
+    """The files that hold the text of the image of the same name, one an image; `source` loses all of them.
+
+    KEY.txt comes before KEY.json, unless it is empty: the rule of tar shards.
+    """
+    keys = {
+        without_image_ending(file.below)
+        for file in source.files
+        if not file.named and has_image_ending(file.below)
+    }
+    endings = [f".{ending}" for ending in (*TEXT_ENDINGS, "json")]
+    texts: dict[str, list[SourceFile]] = {}
+    for file in source.files:
+        if file.extension in endings and file.stem in keys and not _is_index(file):
+            texts.setdefault(file.stem, []).append(file)
+    chosen = [
+        min(several, key=lambda file: (not file.size, endings.index(file.extension)))
+        for several in texts.values()
+    ]
+    # A list of records beside a picture of the same name is no record of that picture.
+    records = [file for file in chosen if file.extension == ".json"]
+    lists = {file.uri for file in judged(records, _begins_a_list)}
+    single = [file for file in chosen if file.uri not in lists]
+    taken = {file.uri for file in single}
+    others = {file.uri for several in texts.values() for file in several} - lists
+    files, source.files = source.files, []
+    for file in files:
+        if file.uri not in others:
+            source.files.append(file)
+        elif file.uri not in taken:
+            source.pass_over(file, f"{kind_of(file)} beside a text")
+    return sorted(single, key=lambda file: file.uri)
+
+
+def _begins_a_list(head: bytes) -> bool:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _is_index(file: SourceFile) -> bool:
     return posixpath.basename(file.below) == "dataset.json"
 
 
-def _indexed(uri: str, files: list[_File]) -> list[_File]:
-    """`files` without the images that a dataset.json lists: under two ids each would count twice."""
-    folders = tuple(file.below.removesuffix("dataset.json") for file in files if _is_index(file))
-    kept = [f for f in files if f.extension[1:] not in IMAGE_EXTENSIONS or not f.below.startswith(folders)]
-    if len(kept) < len(files):
-        _log.warning("%s: %d image files are taken as dataset.json lists them", uri, len(files) - len(kept))
+def _indexed(source: Source) -> list[SourceFile]:
+    """The files without the images that a dataset.json lists: under two ids each would count twice."""
+    folders = tuple(file.below.removesuffix("dataset.json") for file in source.files if _is_index(file))
+    kept = [
+        file
+        for file in source.files
+        if not file.below.startswith(folders) or not (has_image_ending(file.below) or may_be_image(file))
+    ]
+    if len(kept) < len(source.files):
+        num_listed = len(source.files) - len(kept)
+        _log.warning("%s: %d image files are taken as dataset.json lists them", source.uri, num_listed)
     return kept
 
 
-def _without_taken(files: list[_File], taken: Sequence[Split]) -> list[_File]:
+def _without_taken(files: list[SourceFile], taken: Sequence[Split]) -> list[SourceFile]:
     """`files` without those of the splits `taken`, which are known to be as they were."""
     present = {file.uri: file for file in files}
     for split in taken:
@@ -204,24 +241,18 @@ def _without_taken(files: list[_File], taken: Sequence[Split]) -> list[_File]:
     return [file for file in files if file.uri not in read]
 
 
-def _footers(files: list[_File]) -> dict[str, Footer]:
-    uris = [file.uri for file in files if file.extension == ".parquet"]
-    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-        return {found.uri: found for found in pool.map(footer, uris)}
-
-
-def _identity(files: Sequence[_File]) -> str:
+def _identity(files: Sequence[SourceFile]) -> str:
     return storage.sha256(*(f"{file.size} {file.mtime_ns}".encode() for file in files))[:16]
 
 
-def _split(kind: SplitKind, file: _File, start: int = 0, stop: int = 0) -> Split:
+def _split(kind: SplitKind, file: SourceFile, start: int = 0, stop: int = 0) -> Split:
     return Split(kind=kind, uri=file.uri, start=start, stop=stop, identity=_identity([file]))
 
 
-def _slices(files: list[_File], size: int) -> list[Split]:
+def _slices(kind: SplitKind, files: list[SourceFile], size: int) -> list[Split]:
     return [
         Split(
-            kind="image_files",
+            kind=kind,
             uri=part[0].root,
             files=tuple(file.uri for file in part),
             identity=_identity(part),
@@ -230,7 +261,7 @@ def _slices(files: list[_File], size: int) -> list[Split]:
     ]
 
 
-def _byte_ranges(kind: SplitKind, file: _File, size: int, max_parts: int | None = None) -> list[Split]:
+def _byte_ranges(kind: SplitKind, file: SourceFile, size: int, max_parts: int | None = None) -> list[Split]:
     """Ranges of `size` bytes that cover `file`; one, for its error, of an empty JSON document."""
     if not file.size:
         return [_split(kind, file)] if file.extension == ".json" else []
@@ -238,7 +269,7 @@ def _byte_ranges(kind: SplitKind, file: _File, size: int, max_parts: int | None 
     return [_split(kind, file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
 
 
-def _row_group_ranges(kind: SplitKind, file: _File, weights: list[int], size: int) -> list[Split]:
+def _row_group_ranges(kind: SplitKind, file: SourceFile, weights: list[int], size: int) -> list[Split]:
     """Ranges of consecutive row groups whose weights add up to `size` or just less, at least one each."""
     splits, start, total = [], 0, 0
     for group, weight in enumerate(weights):
@@ -250,17 +281,25 @@ def _row_group_ranges(kind: SplitKind, file: _File, weights: list[int], size: in
 
 
 def _some(
-    found: list[Split], uri: str, what: str, accepted: str, files: list[_File], parquet: dict[str, Footer]
-) -> list[Split]:
-    """`found`, unless it is empty: then an error that says what is there instead."""
+    found: Sequence[Split],
+    source: Source,
+    what: str,
+    accepted: str,
+    files: list[SourceFile],
+    parquet: dict[str, Footer],
+) -> None:
+    """Refuse a source of which nothing was `found`, and say what is there instead."""
     if found:
-        return found
+        return
     empty = sum(not file.size for file in files)
-    kinds = Counter(file.extension or "no extension" for file in files)
+    kinds = Counter(kind_of(file) for file in files)
     listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(8))
     state = f"{len(files)} files ({listed})" if files else "no files"
     notes = [f"{empty} of them empty"] if empty else []
-    notes += [f"{found.uri} has the columns {found.schema.names}" for found in list(parquet.values())[:2]]
-    if any(kind in _COMPRESSED for kind in kinds):
+    notes += [
+        f"{found.uri} has the columns {quote(found.schema.names)}" for found in list(parquet.values())[:2]
+    ]
+    if any(file.extension in _COMPRESSED for file in files):
         notes.append("compressed files are not read: decompress them first")
-    raise DataError(f"{uri}: no {what}, found {'; '.join([state, *notes])}; accepted are {accepted}")
+    notes += [f"beside {number} {kind}" for kind, number in source.passed.items() if kind not in kinds]
+    raise DataError(f"{source.uri}: no {what}, found {'; '.join([state, *notes])}; accepted are {accepted}")

@@ -1,15 +1,20 @@
 """Samples of a WebDataset shard, read as a stream."""
 
+import logging
 import posixpath
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from revision_ray import storage
-from revision_ray.errors import DataError
+from revision_ray.data.images import HEAD_BYTES
+from revision_ray.errors import DataError, quote, shorten
 
+_log = logging.getLogger(__name__)
+
+ByContent = Callable[[bytes], bool]
 _READ_BYTES = 2**20
 
 
@@ -29,12 +34,15 @@ class Sample:
     members: list[Member]
 
 
-def samples(uri: str, extensions: Collection[str], max_bytes: int) -> Iterator[Sample]:
+def samples(
+    uri: str, extensions: Collection[str], max_bytes: int, *, by_content: ByContent | None = None
+) -> Iterator[Sample]:
     """The samples of the tar at `uri`: consecutive members of one key, with contents of `extensions` only.
 
     The key is the member's path up to the first dot of its base name, the extension what follows, in lower
-    case (the WebDataset rule). Members without an extension, hidden ones and those named `__*__` belong to no
-    sample. Holds one sample in memory.
+    case (the WebDataset rule). Hidden members and those named `__*__` belong to no sample, nor do those
+    without an extension. `by_content` judges by their first HEAD_BYTES which members of other extensions, or
+    of none, are wanted too. Holds one sample in memory.
 
     Raises:
         DataError: missing, compressed, damaged or cut off; the message names the last sample that is
@@ -45,8 +53,8 @@ def samples(uri: str, extensions: Collection[str], max_bytes: int) -> Iterator[S
     last_key: str | None = None
     with storage.open_input(uri) as file:
         try:
-            for name, extension, size, content in _files(file, extensions, max_bytes):
-                key = name[: len(name) - len(extension) - 1]
+            for name, extension, size, content in _files(file, uri, extensions, max_bytes, by_content):
+                key = name[: len(name) - len(extension) - 1] if extension else name
                 if sample is not None and sample.key != key:
                     yield sample
                     last_key, sample = sample.key, None
@@ -54,7 +62,8 @@ def samples(uri: str, extensions: Collection[str], max_bytes: int) -> Iterator[S
                 sample.members.append(Member(name, extension.lower(), size, content))
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             raise DataError(
-                f"{uri}: is no sound tar archive: {error}; the last whole sample is {last_key!r}; "
+                f"{uri}: is no sound tar archive: {shorten(error)}; the last whole sample is "
+                f"{None if last_key is None else quote(last_key)}; "
                 "restore the file (compressed archives are not read: decompress them first)"
             ) from error
     if sample is not None:
@@ -62,30 +71,47 @@ def samples(uri: str, extensions: Collection[str], max_bytes: int) -> Iterator[S
 
 
 def _files(
-    file: pa.NativeFile, extensions: Collection[str], max_bytes: int
+    file: pa.NativeFile,
+    uri: str,
+    extensions: Collection[str],
+    max_bytes: int,
+    by_content: ByContent | None,
 ) -> Iterator[tuple[str, str, int, bytes | None]]:
-    """(name, extension as spelt, size, content if asked for) of the members that belong to samples."""
+    """(name, extension as spelt, size, content if wanted) of the members that belong to samples."""
+    num_passed = 0
     with tarfile.open(fileobj=file, mode="r|", bufsize=_READ_BYTES, tarinfo=_StrictTarInfo) as archive:
         while (entry := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header seen
             name = _unicode(entry.name).removeprefix("./")
             stem, _, extension = posixpath.basename(name).partition(".")
             reserved = stem.startswith("__") and stem.endswith("__")
-            if entry.isfile() and stem and extension and not reserved:
-                wanted = extension.lower() in extensions and entry.size <= max_bytes
-                yield name, extension, entry.size, _content(archive, entry) if wanted else None
+            if not entry.isfile() or not stem or reserved:
+                continue
+            by_name = extension.lower() in extensions
+            content = None
+            if entry.size <= max_bytes and (by_name or by_content is not None):
+                content = _content(archive, entry, None if by_name else by_content)
+            if extension or content is not None:
+                yield name, extension, entry.size, content
+            else:
+                num_passed += 1
         file.seek(archive.offset)  # type: ignore[attr-defined]
         while rest := file.read(_READ_BYTES):
             if rest.strip(b"\0"):
                 raise tarfile.ReadError("data follows the end mark; was it joined with cat? join with tar -A")
+    if num_passed:
+        _log.warning("%s: passed over %d members without an extension", uri, num_passed)
 
 
-def _content(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
+def _content(archive: tarfile.TarFile, entry: tarfile.TarInfo, wanted: ByContent | None) -> bytes | None:
     reader = archive.extractfile(entry)
     assert reader is not None  # `entry` is a regular file
-    content = reader.read()
+    head = b"" if wanted is None else reader.read(HEAD_BYTES)
+    if wanted is not None and not wanted(head):
+        return None
+    content = head + reader.read() if head else reader.read()
     if len(content) != entry.size:
-        raise tarfile.ReadError(f"{entry.name} has {len(content)} of {entry.size} bytes")
+        raise tarfile.ReadError(f"{shorten(entry.name)} has {len(content)} of {entry.size} bytes")
     return content
 
 

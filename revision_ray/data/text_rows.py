@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from revision_ray import storage
@@ -22,8 +23,11 @@ from revision_ray.data.records import (
 )
 from revision_ray.data.schema import Rejected, Split, TextRow
 from revision_ray.data.tar_stream import Sample, samples
+from revision_ray.errors import quote, shorten
 
+TEXT_ENDINGS = ("txt", "text", "caption")
 _BATCH_ROWS = 1024
+_READ_AHEAD = 8  # files read at once
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -104,7 +108,7 @@ def _from_json_bytes(raw: bytes, where: str, offset: int) -> _Found:
         at = offset + len(error.doc[: error.pos].encode("utf-8", "surrogateescape"))
         return _Found(None, where, raw, bad or RowError(f"malformed JSON at byte {at}: {error.msg}"))
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting beyond the stack
-        return _Found(None, where, raw, bad or RowError(f"malformed JSON: {error}"))
+        return _Found(None, where, raw, bad or RowError(f"malformed JSON: {shorten(error)}"))
     return _found(record, raw, where, bad)
 
 
@@ -129,32 +133,49 @@ def _from_parquet(split: Split) -> Iterator[_Found]:
         yield replace(found, raw=canonical(record)) if isinstance(found.text, RowError) else found
 
 
+def _from_files(split: Split) -> Iterator[_Found]:
+    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+        for start in range(0, len(split.files), _BATCH_ROWS):
+            uris = split.files[start : start + _BATCH_ROWS]
+            for uri, content in zip(uris, pool.map(storage.read_bytes, uris), strict=True):
+                key, _, extension = storage.relative_path(uri, split.uri).rpartition(".")
+                yield _of_file(key, uri, extension.lower(), content)
+
+
 def _from_tar(split: Split) -> Iterator[_Found]:
-    for sample in samples(split.uri, ("txt", "json"), MAX_LINE_BYTES):
+    for sample in samples(split.uri, (*TEXT_ENDINGS, "json"), MAX_LINE_BYTES):
         yield _of_sample(split.uri, sample)
 
 
 def _of_sample(uri: str, sample: Sample) -> _Found:
-    """The text of KEY.txt, else of the record in KEY.json; the key is the id."""
+    """The text of KEY.txt (.text, .caption) that is not empty, else of the record in KEY.json; the key is the
+    id."""
     by_extension = {member.extension: member for member in reversed(sample.members)}
-    member = by_extension.get("txt") or by_extension.get("json")
-    if member is None:
-        bad = RowError(f"no text: found members {sorted(by_extension)}, expected .txt or .json")
+    members = [by_extension[ending] for ending in (*TEXT_ENDINGS, "json") if ending in by_extension]
+    if not members:
+        bad = RowError(f"no text: found members {quote(sorted(by_extension))}, expected .txt or .json")
         return _Found(sample.key, storage.join(uri, sample.key), b"", bad)
+    member = next((member for member in members if member.size), members[0])
     where = storage.join(uri, member.name)
     if member.content is None:
         return _Found(sample.key, where, b"", RowError(f"{member.size} bytes, more than {MAX_LINE_BYTES}"))
-    raw = member.content.removeprefix(_BOM)
-    if member.extension == "json":
-        return _Found(sample.key, where, raw, _from_json_bytes(raw, where, 0).text)
+    return _of_file(sample.key, where, member.extension, member.content)
+
+
+def _of_file(key: str, where: str, extension: str, content: bytes) -> _Found:
+    """The text of a file that holds one, or the record of one."""
+    raw = content.removeprefix(_BOM)
+    if extension == "json":
+        return _Found(key, where, raw, _from_json_bytes(raw, where, 0).text)
     try:
         # The line break at the end of a text file is no part of the caption.
-        return _Found(sample.key, where, raw, non_empty(utf8(raw).strip()))
+        return _Found(key, where, raw, non_empty(utf8(_whole(raw)).strip()))
     except RowError as error:
-        return _Found(sample.key, where, raw, error)
+        return _Found(key, where, raw, error)
 
 
 _READERS = {
+    "text_files": _from_files,
     "text_lines": _from_lines,
     "text_jsonl": _from_jsonl,
     "text_json": _from_json,

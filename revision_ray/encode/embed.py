@@ -122,22 +122,28 @@ def _identity(encoder: EncoderConfig) -> EncoderIdentity:
 
 
 def _splits(job: EmbedJob, rows_per_shard: int, footers: list[Footer]) -> list[Split]:
-    """What the sources hold, without image files that stand in the store already.
+    """What the sources hold, without image and text files that stand in the store already.
 
     Raises:
         DataError: no rows, or a source has changed since its rows were embedded.
     """
+    taken = [
+        Split(
+            kind="image_files" if f.modality == "image" else "text_files",
+            uri=f.split_uri,
+            files=f.split_files,
+            identity=f.identity,
+        )
+        for f in footers
+        if f.split_files
+    ]
     if job.images is not None:
         uris = [job.images] if isinstance(job.images, str) else job.images
-        taken = [
-            Split(kind="image_files", uri=f.split_uri, files=f.split_files, identity=f.identity)
-            for f in footers
-            if f.split_files
-        ]
         splits = sources.image_splits(uris, rows_per_split=rows_per_shard, taken=taken)
     else:
         assert job.texts is not None
-        splits = sources.text_splits([job.texts] if isinstance(job.texts, str) else job.texts)
+        uris = [job.texts] if isinstance(job.texts, str) else job.texts
+        splits = sources.text_splits(uris, taken=taken)
     former = {footer.split_uri: footer.identity for footer in footers if not footer.split_files}
     for split in splits:
         if not split.files and former.get(split.uri, split.identity) != split.identity:

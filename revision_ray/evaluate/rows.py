@@ -11,7 +11,8 @@ import pyarrow.fs as pafs
 
 from revision_ray import storage
 from revision_ray.data import parquet_rows, tar_stream
-from revision_ray.data.image_rows import DEFAULT_MAX_IMAGE_BYTES, IMAGE_EXTENSIONS
+from revision_ray.data.image_rows import DEFAULT_MAX_IMAGE_BYTES, IMAGE_EXTENSIONS, images_in
+from revision_ray.data.images import UndecodableImage, image_value
 from revision_ray.errors import DataError
 from revision_ray.evaluate.benchmarks import Benchmark, benchmark
 from revision_ray.evaluate.questions import Item, Row
@@ -165,13 +166,13 @@ def _records(spec: Benchmark, unit: Unit) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def _image_bytes(cell: Any, uri: str, where: str) -> bytes | None:
-    """The encoded image of a cell: bytes, {"bytes", "path"}, or a path relative to the file `uri`."""
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
+    """The encoded image of a cell (see `image_value`); a path is relative to the file `uri`."""
+    try:
+        cell = image_value(cell)
+    except UndecodableImage as error:
+        raise DataError(f"{where}: an image {error}") from error
     if cell is None or isinstance(cell, bytes):
         return cell
-    if not isinstance(cell, str):
-        raise DataError(f"{where}: an image is {type(cell).__name__}, expected bytes or a path")
     path = cell if "://" in cell or cell.startswith("/") else storage.join(storage.parent_of(uri), cell)
     try:
         return storage.read_bytes(path)
@@ -199,7 +200,7 @@ def _miniature_rows(unit: Unit) -> Iterator[Row]:
 def _images_of(shard: str) -> dict[str, bytes]:
     found = {}
     for sample in tar_stream.samples(shard, IMAGE_EXTENSIONS, DEFAULT_MAX_IMAGE_BYTES):
-        for member in sample.members:
-            if member.content is not None and member.extension in IMAGE_EXTENSIONS:
+        for member in images_in(sample):
+            if member.content is not None:
                 found[sample.key] = member.content
     return found

@@ -7,18 +7,20 @@ pixels, is done where images are encoded.
 import base64
 import binascii
 import hashlib
-import re
-import urllib.parse
 
 import numpy as np
 
+from revision_ray.data.images import (
+    FORMATS,
+    HEAD_BYTES,
+    ImageTooLarge,
+    UndecodableImage,
+    data_uri_content,
+    is_image,
+)
 from revision_ray.serve.api_error import ApiError
 from revision_ray.serve.protocol import ImageEmbedding
 
-# The formats that `revision_ray.data.images` decodes.
-FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-_HEADER = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(?:;[^,;]*)*),", re.IGNORECASE)
-_MAX_HEADER = 256
 _SHORTEST_NORM = 1e-8
 
 
@@ -28,25 +30,12 @@ def bytes_of_data_uri(uri: str, *, max_bytes: int, param: str) -> bytes:
     Raises:
         ApiError: 400 no data URI, or not an image's; 413 more than `max_bytes`.
     """
-    header = _HEADER.match(uri[:_MAX_HEADER])
-    if header is None:
-        raise ApiError(400, f"{param}: expected data:image/TYPE;base64,DATA", param=param)
-    # The length of what would be decoded is known before: 4 characters for 3 bytes, 1 for 1 else.
-    encoded = uri[header.end() :]
-    if header["parameters"].lower().endswith(";base64"):
-        if len(encoded) // 4 * 3 > max_bytes + 3:
-            raise too_large(max_bytes, param)
-        # URIs may carry line breaks, the URL-safe alphabet, or no padding.
-        encoded = urllib.parse.unquote(encoded) if "%" in encoded else encoded
-        packed = "".join(encoded.split()).replace("-", "+").replace("_", "/").rstrip("=")
-        try:
-            content = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"{param}: the data is not base64; encode it again", param=param) from error
-    else:
-        if len(encoded) > 3 * max_bytes:
-            raise too_large(max_bytes, param)
-        content = urllib.parse.unquote_to_bytes(encoded)
+    try:
+        content = data_uri_content(uri, max_bytes=max_bytes)
+    except ImageTooLarge as error:
+        raise too_large(max_bytes, param) from error
+    except UndecodableImage as error:
+        raise ApiError(400, f"{param}: {error}", param=param) from error
     return checked(content, max_bytes=max_bytes, param=param)
 
 
@@ -58,7 +47,7 @@ def checked(content: bytes, *, max_bytes: int, param: str) -> bytes:
     """
     if len(content) > max_bytes:
         raise too_large(max_bytes, param)
-    if not _is_image(content):
+    if not is_image(content[:HEAD_BYTES]):
         raise ApiError(
             400,
             f"{param}: the data is no {FORMATS} image, whatever it is declared as; send one of these",
@@ -71,14 +60,6 @@ def checked(content: bytes, *, max_bytes: int, param: str) -> bytes:
 def too_large(max_bytes: int, param: str) -> ApiError:
     return ApiError(
         413, f"{param}: the image has more than {max_bytes} bytes; send a smaller one", param=param
-    )
-
-
-def _is_image(content: bytes) -> bool:
-    return (
-        content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM"))
-        or content.startswith((b"II*\x00", b"MM\x00*"))
-        or (content.startswith(b"RIFF") and content[8:12] == b"WEBP")
     )
 
 

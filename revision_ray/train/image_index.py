@@ -13,12 +13,11 @@ import pandas.util
 
 from revision_ray import storage
 from revision_ray.data import shards
-from revision_ray.data.image_rows import IMAGE_EXTENSIONS
+from revision_ray.data.image_rows import without_image_ending
 from revision_ray.data.store import RowGroup
 
 MISSING, AMBIGUOUS = -1, -2
 WAYS = ("id", "uri", "file name")
-_ENDINGS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ImageIndex:
         below = [storage.join(root, image) for image in images] if root else list(images)
         asked = [
             (0, by_id, list(images)),
-            (0, by_id, [without_ending(image) for image in images]),
+            (0, by_id, [without_image_ending(image) for image in images]),
             (1, by_uri, below),
             (1, by_uri, list(images)),
             (2, by_name, [file_name(image) for image in images]),
@@ -69,15 +68,9 @@ class ImageIndex:
         return places, ways
 
 
-def without_ending(path: str) -> str:
-    """`path` without the ending of an image file, if it has one."""
-    stem, ending = posixpath.splitext(path)
-    return stem if ending.lower() in _ENDINGS else path
-
-
 def file_name(path: str) -> str:
     """The last segment of `path`, without the ending of an image file."""
-    return without_ending(posixpath.basename(path))
+    return without_image_ending(posixpath.basename(path))
 
 
 def hash_of(keys: Sequence[str]) -> np.ndarray:

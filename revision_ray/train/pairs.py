@@ -8,11 +8,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from revision_ray import storage
-from revision_ray.data.images import decode_image
+from revision_ray.data.image_rows import IMAGE_EXTENSIONS, images_in
+from revision_ray.data.images import decode_image, is_image
+from revision_ray.data.sources import tar_shards
 from revision_ray.data.tar_stream import samples
+from revision_ray.data.text_rows import TEXT_ENDINGS
 from revision_ray.errors import DataError
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
 _MAX_BYTES = 2**28
 _MAX_PIXELS = 2**27
 
@@ -29,39 +31,29 @@ class Pair:
 def read_pairs(uris: Sequence[str]) -> list[Pair]:
     """All pairs of the tar shards at `uris` (directories or files), in the order of shards and members.
 
-    A sample holds KEY.jpg (jpeg, png, webp) and KEY.txt, or KEY.json with `captions`, a list of several.
+    A sample holds KEY.jpg (or another image) and KEY.txt, or KEY.json with `captions`, a list of several.
     Images stay encoded in memory: about 3 kB each at 64 pixels.
 
     Raises:
         DataError: no shard, no sound tar archive, or a sample without an image or a caption.
     """
-    return [pair for shard in _shards(uris) for pair in _pairs(shard)]
-
-
-def _shards(uris: Sequence[str]) -> list[str]:
-    shards = []
-    for uri in uris:
-        single = storage.name_of(uri).endswith(".tar")
-        found = [uri] if single else [file for file, _ in storage.list_files(uri, "*.tar")]
-        if not found:
-            raise DataError(
-                f"{uri}: holds no *.tar shard; name a directory of WebDataset shards, or one shard"
-            )
-        shards += found
-    return shards
+    return [pair for shard in tar_shards(uris) for pair in _pairs(shard)]
 
 
 def _pairs(shard: str) -> Iterator[Pair]:
-    for sample in samples(shard, {*_IMAGES, "txt", "json"}, _MAX_BYTES):
+    wanted = {*IMAGE_EXTENSIONS, *TEXT_ENDINGS, "json"}
+    for sample in samples(shard, wanted, _MAX_BYTES, by_content=is_image):
         found = {member.extension: member.content for member in sample.members if member.content is not None}
-        image = next((found[extension] for extension in _IMAGES if extension in found), None)
+        image = next((member.content for member in images_in(sample)), None)
         try:
             said = json.loads(found["json"]).get("captions", []) if "json" in found else []
             captions = said or ([found["txt"].decode()] if "txt" in found else [])
         except (ValueError, AttributeError) as error:
             raise DataError(f"{shard}: sample {sample.key!r}: its caption cannot be read: {error}") from error
         if image is None or not captions:
-            missing = "image of " + ", ".join(_IMAGES) if image is None else "caption in .txt or .json"
+            missing = (
+                "image (" + ", ".join(IMAGE_EXTENSIONS) + ")" if image is None else "caption in .txt or .json"
+            )
             raise DataError(f"{shard}: sample {sample.key!r} has no {missing}; remove it or complete it")
         yield Pair(key=sample.key, image=image, captions=captions)
 
