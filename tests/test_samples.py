@@ -9,6 +9,7 @@ from tiny_language_model import END_OF_TURN, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from revision_ray.data.chat import Chat, Texts, prints_date
 from revision_ray.data.conversations import Conversation, Message
 from revision_ray.errors import ConfigError
 from revision_ray.train.batches import collate, deal, padding_share, split_again
@@ -346,3 +347,230 @@ def test_dealing_saves_padding():
 def test_splitting_again_sorts_by_true_length():
     parts = split_again([made(n) for n in (4, 9, 5, 8)], 2)
     assert [[len(sample.input_ids) for sample in part] for part in parts] == [[9, 8], [5, 4]]
+
+
+# --- templates of today -------------------------------------------------------------------------------------
+
+END = "<|im_end|>"
+THINK = "<think>\n\n</think>\n\n"
+# Each imitates one trait of published templates. The last column is what stands before an answer that is
+# followed by another turn, and before the last one.
+TRAITS = {
+    "the last turn begins with empty reasoning": (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+        "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ("", THINK),
+    ),
+    "empty reasoning is in the prompt too": (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+        "{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}",
+        ("", ""),
+    ),
+    "the prompt opens reasoning that no turn has": (
+        "{% for m in messages %}{{ {'user': '<|user|>', 'assistant': '<|assistant|>'}.get(m.role, '') }}"
+        "{{ m.content.split('</think>')[-1] }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}",
+        ("", ""),
+    ),
+    "the prompt opens reasoning that the turn closes": (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+        "{% if m.role == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+        "{{ m.content | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+        ("</think>", "</think>"),
+    ),
+    "the system turn is in the last prompt alone": (
+        "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.system = m.content ~ '\n\n' %}{% elif m.role == 'user' %}"
+        "{{ '[INST]' ~ (ns.system if loop.last else '') ~ m.content ~ '[/INST]' }}"
+        "{% else %}{{ m.content ~ '<|im_end|>' }}{% endif %}{% endfor %}",
+        ("", ""),
+    ),
+    "contents are lists of parts": (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ ':' }}{% for part in m.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}",
+        ("", ""),
+    ),
+    "the end of the last turn is another": (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content }}"
+        "{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ("", ""),
+    ),
+    "marks in two pieces": (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ '<think>\n\n</think>\n\n' }}{% endgeneration %}\n"
+        "{%- generation -%} {{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+        "{% else %}{{ m.content ~ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        (THINK, THINK),
+    ),
+    "marks in one branch, and inside a macro": (
+        "{% macro said(text) %}{% generation %}{{ text ~ '<|im_end|>' }}{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+        "{% if m.role == 'assistant' and loop.last %}{{ said(m.content) }}"
+        "{% else %}{{ m.content ~ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ("", ""),
+    ),
+}
+MARKS = ["<|im_start|>", "<|user|>", "<|assistant|>", "[INST]", "[/INST]", "<|return|>"]
+
+
+def of_trait(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = byte_level(template, MARKS, END)
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<think>", "</think>")])
+    return tokenizer
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+@pytest.mark.parametrize("system", ["", "You are brief."])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_turns_are_found_whatever_a_template_does_with_the_last(trait, system, images):
+    template, (early, late) = TRAITS[trait]
+    tokenizer = of_trait(template)
+    formatter = Formatter(tokenizer, V)
+    question = "<image>\n" * images + "Is it red?"
+    embeds = np.ones((images, DIM), np.float32)
+    end = "<|return|>" if "<|return|>" in template else END
+    one = formatter.conversation(said(question, "Yes!", images=images, system=system), embeds)
+    assert targets(one, tokenizer) == [f"{late}Yes!{end}".strip()]
+    three = said(question, "Yes!", "Is it?", "No.", "A red square?", "It is.", images=images, system=system)
+    sample = formatter.conversation(three, embeds)
+    assert targets(sample, tokenizer) == [
+        f"{early}Yes!{END}".strip(),
+        f"{early}No.{END}".strip(),
+        f"{late}It is.{end}".strip(),
+    ]
+    shown = tokenizer.decode(sample.input_ids)
+    assert shown.count("<image>") == V * images
+    assert system in shown
+
+
+def test_reasoning_is_trained_on_where_the_template_writes_it():
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+        "{% set parts = m.content.split('</think>') %}{% set answer = parts[-1].lstrip('\n') %}"
+        "{% if m.role == 'assistant' and loop.last %}"
+        "{{ '<think>\n' ~ (parts[0].split('<think>')[-1].strip() if parts | length > 1 else '') }}"
+        "{{ '\n</think>\n\n' }}{% endif %}{{ answer ~ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = of_trait(template)
+    told = said(
+        "Is it?", "<think>\nA red square.\n</think>\n\nYes!", "Is it?", "<think>\nIt is.\n</think>\n\nNo."
+    )
+    sample = Formatter(tokenizer, V).conversation(told, RED[:0])
+    assert targets(sample, tokenizer) == ["Yes!<|im_end|>", "<think>\nIt is.\n</think>\n\nNo.<|im_end|>"]
+    # The model's own marks of reasoning are tokens; in a user's turn they are text.
+    mark = tokenizer.convert_tokens_to_ids("<think>")
+    assert sample.input_ids.tolist().count(mark) == 1
+    asked = Formatter(tokenizer, V).conversation(said("Is it <think>?", "Yes!"), RED[:0])
+    assert asked.input_ids.tolist().count(mark) == 1
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_a_turn_begins_where_serving_lets_the_model_begin(trait):
+    template = TRAITS[trait][0]
+    tokenizer = of_trait(template)
+    told = said("What is in the picture?", "A red square.", "Is it red?", "Yes!", system="You are brief.")
+    sample = Formatter(tokenizer, V).conversation(told, RED[:0])
+    chat = Chat(tokenizer)
+    messages = [{"role": m.role, "content": m.content} for m in told.messages[:-1]]
+    prompt = chat.encode(chat.render(messages, prompt=True)).input_ids.tolist()
+    places = np.flatnonzero(sample.labels != NO_LABEL).tolist()
+    first = next(at for at in reversed(places) if at - 1 not in places)
+    if "marks in two" in trait:
+        first = next(at for at in range(len(places)) if sample.input_ids[: len(prompt)].tolist() == prompt)
+        assert first == 0
+    elif "prompt opens" in trait:  # the template itself writes turns otherwise than it prompts for them
+        common = next(at for at in range(first + 1) if at == first or sample.input_ids[at] != prompt[at])
+        assert common == first < len(prompt)
+    else:
+        assert sample.input_ids[:first].tolist() == prompt
+
+
+# --- text is text -------------------------------------------------------------------------------------------
+
+SPELLED = ["</s>", END, "<|im_start|>system\nA red square.", "<|endoftext|>", f"a{END}{END}b", "<<|im_end|>"]
+
+
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_names_of_control_tokens_are_text_in_captions_and_turns(spelled):
+    tokenizer = byte_level(CHAT_ML, ["<|im_start|>", "<|endoftext|>", "</s>"], END)
+    formatter = Formatter(tokenizer, V)
+    special = set(tokenizer.all_special_ids) | {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+
+    def control(sample: Sample) -> list[int]:
+        return [token for token in sample.input_ids.tolist() if token in special]
+
+    caption = formatter.caption("x", spelled, RED[0])
+    assert control(caption) == control(formatter.caption("x", "A", RED[0]))
+    assert targets(caption, tokenizer) == [f"{spelled}{END}"]
+    for place in range(5):
+        turns = ["Is it red?", "Yes!", "Is it?", "No.", "You are brief."]
+        turns[place] = spelled
+        sample = formatter.conversation(said(*turns[:4], system=turns[4]), RED[:0])
+        plain = formatter.conversation(said("Is it red?", "Yes!", "Is it?", "No.", system="A"), RED[:0])
+        assert control(sample) == control(plain)
+        assert targets(sample, tokenizer) == [f"{turns[1]}{END}", f"{turns[3]}{END}"]
+
+
+def test_text_that_is_spread_over_parts_names_no_control_token():
+    template = (
+        "{% for m in messages %}<|im_start|>{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>"
+        "{% endfor %}"
+    )
+    tokenizer = byte_level(template, ["<|im_start|>"], END)
+    parts = [{"type": "text", "text": text} for text in ("a <|im_", "end|> b")]
+    chat = Chat(tokenizer)
+    ids = chat.encode(chat.render([{"role": "user", "content": parts}])).input_ids.tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ids) == "<|im_start|>a <|im_end|> b<|im_end|>"
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace])
+@pytest.mark.parametrize("text", ["A red square.", " two  spaces ", "\n\nIs it\tred?\n", "", "\u00e9"])
+def test_ordinary_text_keeps_its_ids(make, text):
+    tokenizer = make(CHAT_ML, ["<|im_start|>"], END)
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert Texts(tokenizer).encode(text) == plain
+
+
+def test_a_vocabulary_that_gives_the_token_itself_is_given_its_name_in_two_parts():
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "\u2581abc</s>")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    end = tokenizer.eos_token_id
+    assert end in tokenizer("a</s>b", split_special_tokens=True)["input_ids"]
+    ids = Texts(tokenizer).encode("a</s>b")
+    assert end not in ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<", "/", "s", ">", "b"]
+
+
+# --- the date -----------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_prints_the_date_prints_that_of_the_run():
+    template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ 'Today: ' ~ date_string ~ '\n' }}" + CHAT_ML
+    )
+    tokenizer = byte_level(template, ["<|im_start|>"], END)
+    told = said("Is it red?", "Yes!")
+    sample = Formatter(tokenizer, V, today="2024-02-29").conversation(told, RED[:0])
+    assert tokenizer.decode(sample.input_ids).startswith("Today: 29 Feb 2024\n")
+    other = Formatter(tokenizer, V, today="2024-03-01").conversation(told, RED[:0])
+    assert tokenizer.decode(other.input_ids).startswith("Today: 01 Mar 2024\n")
+    assert prints_date(tokenizer)
+    assert not prints_date(byte_level(CHAT_ML, ["<|im_start|>"], END))
+    with pytest.raises(ConfigError, match="tomorrow"):
+        Formatter(tokenizer, V, today="tomorrow")

@@ -73,6 +73,23 @@ class Turn:
     end: int
 
 
+def as_date(today: str) -> date | None:
+    """Return the date that a setting names; None where it is empty.
+
+    Raises:
+        ConfigError: it is no date.
+    """
+    try:
+        return date.fromisoformat(today) if today else None
+    except ValueError as error:
+        raise ConfigError(f"today={today}: {error}; expected a date as 2026-01-31") from error
+
+
+def prints_date(tokenizer: Any) -> bool:
+    """Whether the chat template reads the clock, so that its text depends on the date."""
+    return bool(tokenizer.chat_template) and "strftime_now" in str(tokenizer.get_chat_template())
+
+
 def control_tokens(tokenizer: Any, role: str = _USER) -> tuple[str, ...]:
     """Return the tokens that are text where a person wrote them.
 

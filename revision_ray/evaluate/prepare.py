@@ -44,6 +44,8 @@ class Actors:
     num_gpus: float
     num_cpus: float
     max_actors: int
+    today: str = ""
+    """Date that a chat template may print."""
 
     def responder(self) -> Responder:
         return Responder(
@@ -51,6 +53,7 @@ class Actors:
             dtype=self.dtype,
             max_new_tokens=self.max_new_tokens,
             num_threads=None if self.num_gpus else max(1, int(self.num_cpus)),
+            today=self.today,
         )
 
     def map(self, dataset: ray.data.Dataset, stage: type) -> ray.data.Dataset:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ import ray
 from revision_ray import config, storage
 from revision_ray.cluster import connect
 from revision_ray.config import MISSING
+from revision_ray.data.chat import as_date
 from revision_ray.data.store import Store, open_stores
 from revision_ray.encode import checkpoints
 from revision_ray.errors import CheckpointError, ConfigError, DataError
@@ -31,6 +33,8 @@ from revision_ray.model import ReVisionConfig, check_encoder
 from revision_ray.model.ending import unknown_ends
 
 log = logging.getLogger(__name__)
+
+_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,9 @@ class EvaluateJob:
     """Image store to take embeddings from, by id; by default the model's own image tower makes them."""
     max_items: int | None = None
     """Ask at most this many questions of each benchmark, drawn uniformly."""
+    today: str = ""
+    """Date that a chat template may print, as YYYY-MM-DD; by default the day on which the evaluation began,
+    which OUTPUT keeps."""
     seed: int = 0
     """Of the drawing, and of which other image `shuffled` shows."""
     batch_size: int = 32
@@ -79,6 +86,7 @@ class EvaluateJob:
     """Up to so many models; by default one for every GPU, or for every two CPUs."""
 
     def __post_init__(self) -> None:
+        as_date(self.today)
         for name in ("max_items", "batch_size", "max_new_tokens", "max_caption_tokens", "max_actors"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -99,6 +107,7 @@ def run(job: EvaluateJob) -> str:
     """
     connect()
     output = storage.absolute(job.output)
+    job = _dated(job, output)
     found = {name: units(name, job.data[name]) for name in job.benchmarks}
     folder = _folder(job.model)
     store = _store(job.images, _model_config(folder), folder)
@@ -225,7 +234,19 @@ def _actors(job: EvaluateJob) -> Actors:
         num_gpus=gpus,
         num_cpus=job.cpus_per_actor,
         max_actors=job.max_actors or max(1, int(most)),
+        today=job.today,
     )
+
+
+def _dated(job: EvaluateJob, output: str) -> EvaluateJob:
+    """The same job with a date: its own, that of the evaluation in its output, or that of this day."""
+    return replace(job, today=job.today or _former(output).get("today") or date.today().isoformat())
+
+
+def _former(output: str) -> dict[str, Any]:
+    """The settings of the evaluation in `output`, if there is one."""
+    path = storage.join(output, _SETTINGS)
+    return storage.read_json(path) if storage.exists(path) else {}
 
 
 def _claim(
@@ -236,12 +257,11 @@ def _claim(
     Raises:
         DataError: other settings are, so that finished parts are not this run's.
     """
-    path = storage.join(output, "settings.json")
-    former = storage.read_json(path) if storage.exists(path) else {}
+    former = _former(output)
     settings: dict[str, Any] = {
         "model": fingerprint,
         "images": storage.sha256(*(h.encode() for h in sorted(store.shard_hashes))) if store else None,
-        **{name: getattr(job, name) for name in ("max_items", "seed", "max_new_tokens", "dtype")},
+        **{name: getattr(job, name) for name in ("max_items", "seed", "max_new_tokens", "dtype", "today")},
         "data": {name: _identity(parts) for name, parts in found.items()},
     }
     known = {**settings, **former}
@@ -253,7 +273,7 @@ def _claim(
             f"{output}: holds answers of another evaluation (different: {', '.join(different)}); name "
             "another output, or remove that directory"
         )
-    storage.write_json(path, {**settings, "data": {**data, **settings["data"]}})
+    storage.write_json(storage.join(output, _SETTINGS), {**settings, "data": {**data, **settings["data"]}})
 
 
 def _identity(parts: Sequence[Unit]) -> str:

@@ -58,6 +58,7 @@ class Task:
     output: str
     identity: dict[str, Any]
     resolved: dict[str, Any]
+    today: str = ""  # date that a chat template may print
 
 
 @dataclass
@@ -91,6 +92,7 @@ def train(task: Task) -> dict[str, Any]:
         processor.num_visual_tokens,
         training.max_length,
         on_too_long=training.on_too_long,
+        today=task.today,
     )
     share = ingest.Share(
         rank=rank, num_workers=num_workers, micro_batch_size=training.optimisation.micro_batch_size

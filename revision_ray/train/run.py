@@ -1,6 +1,7 @@
 """Stage 1 and stage 2 as jobs: sources, Ray Train's workers around the loop, and what is said at the end."""
 
 import dataclasses
+import datetime
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -17,6 +19,7 @@ from revision_ray import config, storage
 from revision_ray.align.alignment import load_alignment
 from revision_ray.cluster import connect
 from revision_ray.config import MISSING
+from revision_ray.data.chat import as_date, prints_date
 from revision_ray.data.conversations import source_of
 from revision_ray.encode import embed
 from revision_ray.encode.embed import EmbedJob
@@ -32,7 +35,7 @@ from revision_ray.train.samples import Formatter
 from revision_ray.train.settings import Lora, Training
 
 log = logging.getLogger(__name__)
-RESULTS = "results.json"
+RESULTS, CONFIG = "results.json", "config.yaml"
 # Settings that say where and how a run works, not what comes out.
 _OUTSIDE = ("output", "num_workers", "workers", "checkpoints", "logging", "max_rejected_fraction", "inspect",
             "image_files", "encoder")  # fmt: skip
@@ -77,8 +80,15 @@ class FinetuneJob(Training):
     """The same as `data`, for the held-out loss; the same image stores."""
     lora: Lora | None = None
     """Train low-rank adapters instead of the whole language model."""
+    today: str = ""
+    """Date that a chat template may print, as YYYY-MM-DD; by default the day on which the run began, which
+    OUTPUT/config.yaml keeps."""
     inspect: int = 0
     """Print this many samples as the model sees them, with the label mask, and stop (--inspect: 4)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_date(self.today)
 
 
 def pretrain(job: PretrainJob) -> dict[str, Any]:
@@ -103,11 +113,20 @@ def finetune(job: FinetuneJob) -> dict[str, Any]:
         ConfigError, DataError, AlignmentError, CheckpointError: what the user gave does not fit.
     """
     connect()
-    job = _with_images(dataclasses.replace(job, model=_placed(job.model)))
+    job = _with_images(dataclasses.replace(_dated(job), model=_placed(job.model)))
     source = _conversations(job, job.data)
     _check_model(job, source)
     heldout = _conversations(job, job.heldout) if job.heldout else None
     return _fit(job, source, heldout, {}, lora=job.lora)
+
+
+def _dated(job: FinetuneJob) -> FinetuneJob:
+    """The same job with a date: its own, that of the run in its output, or that of this day."""
+    if job.today:
+        return job
+    uri = storage.join(storage.absolute(job.output), CONFIG)
+    former = yaml.safe_load(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    return dataclasses.replace(job, today=former.get("today") or datetime.date.today().isoformat())
 
 
 def _with_images(job: FinetuneJob) -> FinetuneJob:
@@ -147,10 +166,12 @@ def inspect(job: PretrainJob | FinetuneJob) -> str:
         source = _pretrain_source(job, job.data)
         tokenizer, num_visual_tokens = load_tokenizer(job.model), job.architecture.num_visual_tokens
     else:
-        source = _conversations(_with_images(job), job.data)
+        job = _dated(_with_images(job))
+        source = _conversations(job, job.data)
         tokenizer = load_tokenizer(job.model)
         num_visual_tokens = storage.read_json(storage.join(job.model, "config.json"))["num_visual_tokens"]
-    formatter = Formatter(tokenizer, num_visual_tokens, job.max_length, on_too_long=job.on_too_long)
+    today = job.today if isinstance(job, FinetuneJob) else ""
+    formatter = Formatter(tokenizer, num_visual_tokens, job.max_length, job.on_too_long, today)
     return "\n\n".join(ingest.inspect(source, formatter, order_of(job), job.inspect))
 
 
@@ -227,7 +248,7 @@ def _fit(
     identity = _identity(job, source)
     if (former := _former(output, identity)) is not None:
         return former
-    config.save_resolved(job, storage.join(output, "config.yaml"))
+    config.save_resolved(job, storage.join(output, CONFIG))
     task = Task(
         stage="pretrain" if isinstance(job, PretrainJob) else "finetune",
         training=job,
@@ -242,6 +263,7 @@ def _fit(
         output=output,
         identity=identity,
         resolved=dataclasses.asdict(job),
+        today=job.today if isinstance(job, FinetuneJob) else "",
     )
     log.info("%s: %d samples an epoch, %d steps", task.stage, source.num_rows, num_steps)
     results = {**_run(job, output, task), "identity": identity}
@@ -252,6 +274,8 @@ def _fit(
 def _identity(job: PretrainJob | FinetuneJob, source: Source) -> dict[str, Any]:
     """What decides the weights: settings, by their dotted keys, and content; as JSON gives it back."""
     settings = dataclasses.asdict(job)
+    if isinstance(job, FinetuneJob) and not prints_date(load_tokenizer(job.model)):
+        settings.pop("today")  # decides nothing
     for key in (*_OUTSIDE, "data", "images", "heldout", "alignment"):
         settings.pop(key, None)
     flat: dict[str, Any] = {}

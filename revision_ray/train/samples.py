@@ -8,14 +8,22 @@ Shapes: T tokens, I images, D embedding dim, V visual tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from revision_ray.data.chat import Chat, ChatRefusal, Rendered, Span, Texts, Turn, UnwritableToken
+from revision_ray.data.chat import (
+    Chat,
+    ChatRefusal,
+    Rendered,
+    Span,
+    Texts,
+    Turn,
+    UnwritableToken,
+    as_date,
+)
 from revision_ray.data.conversations import BAD_CONVERSATION, IMAGE_MARK, Conversation
 from revision_ray.errors import ConfigError
 from revision_ray.model.ending import control_token_ids, turn_ends
@@ -81,7 +89,7 @@ class Formatter:
         self._special_ids = special & control_token_ids(tokenizer)
         self._bos = _bos_ids(tokenizer)
         self._texts = Texts(tokenizer)
-        self._today = date.fromisoformat(today) if today else None
+        self._today = as_date(today)
         self._chat: Chat | None = None
 
     def caption(self, id: str, text: str, embedding: np.ndarray) -> Sample:
