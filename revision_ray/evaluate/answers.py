@@ -242,7 +242,7 @@ def _without_macros(text: str) -> str:
 
 _EMPHASISED = re.compile(r"(?<!\w)(\*{1,3}|__?)\s*[(\[]?([A-Za-z])[)\]]?([.:,]?)\s*\1(?!\w)")
 _CODE = re.compile(r"(`+|\$+)\s*([(\[]?[A-Za-z][)\]]?)\s*\1")
-_LINE_MARK = re.compile(r"^[ \t]*(?:[-+•·▪◦](?=\s)|[>#|*]+|```\w*)[ \t]*", re.MULTILINE)
+_LINE_MARK = re.compile(r"^[ \t]*(?:(?:[-+•·▪◦]|\d{1,2}[.)])(?=\s)|[>#|*]+|```\w*)[ \t]*", re.MULTILINE)
 _UNDERLINE = re.compile(r"(?<!\w)_+|_+(?!\w)")
 
 
@@ -278,7 +278,7 @@ _SUBJECT = re.compile(
     re.IGNORECASE,
 )
 _LINK = re.compile(
-    rf"\s*(?:\)|\"|')?(?:\s*,\s*{_SURE}\s*,)?\s*(?P<verb>{_IS}\s*(?:{_SURE}\s*,?\s*)*[:=]?|[:=]|->|=>|→|-(?=\s)|\.(?=\s*\(?[A-Z]\b))"
+    rf"\s*(?:\)|\"|')?(?:\s*,\s*{_SURE}\s*,)?\s*(?P<verb>(?:(?<=r)'s|{_IS})\s*(?:{_SURE}\s*,?\s*)*[:=]?|[:=]|->|=>|→|-(?=\s)|\.(?=\s*\(?[A-Z]\b))"
     rf"(?P<filler>(?:\s*(?:{_SURE}|as\s+follows|the\s+following|given\s+by|indicated\s+by|represented\s+by|"
     rf"shown\s+in|found\s+in|labell?ed|marked|both|either|(?:the\s+)?(?:first|second|third|fourth|fifth|last)"
     rf"\s+{_NOUN}|the\s+one|(?:the\s+)?{_NOUN}\s+(?:labell?ed|marked|is)|not\s+{_NOUN}?\s*[A-J]\s*,?\s*but|"
@@ -299,13 +299,13 @@ _CHOSEN = re.compile(
     rf"can|am|are|have|had|do|to|shall|be|also|finally|ultimately|confidently|personally|rather|{_SURE}))*\s+"
     r"(?:choose|chose|chosen|choosing|select(?:ed|ing)?|pick(?:ed|ing)?|go(?:ing)?\s+(?:with|for)|went\s+with|"
     r"opt(?:ed|ing)?\s+for|answer(?:ed)?|say|vote\s+for|guess|conclude|settle(?:d)?\s+on|believe|think|feel|"
-    r"stick(?:ing)?\s+with|lean(?:ing)?\s+(?:towards?|to))|going\s+with|sticking\s+with)"
+    r"confident|sure|certain|positive|stick(?:ing)?\s+with|lean(?:ing)?\s+(?:towards?|to))|going\s+with|sticking\s+with)"
     rf"(?:\s+that)?(?:\s+(?:it|this)(?:'s|\s+{_IS}))?(?:\s+{_SURE})*\s*[:,]?\s*",
     re.IGNORECASE,
 )
 _CORRECTING = (
     r"(?:actually|wait|correction|sorry|oops|scratch\s+that|strike\s+that|i\s+mean|on\s+second\s+thought|"
-    r"no(?=\s*[,.:;!-])|hold\s+on)"
+    r"no(?=\s*[,.:;!-]|\s+wait)|hold\s+on)"
 )
 _LED = re.compile(
     rf"(?:^|(?<=[.!?:;,\n)-]))[ \t\"']*(?:(?:{_SURE}|{_CORRECTING}|in\s+conclusion|to\s+conclude|"
@@ -523,10 +523,11 @@ _FUNCTION = re.compile(
     re.IGNORECASE,
 )
 _JOIN = re.compile(
-    r"[^\S\n]*(?:[,;]?\s*\b(?P<or>and/or|or|oder|ou)\b|(?P<slash>/)|[,;]?\s*(?:\b(?:and|as\s+well\s+as|und|et)\b|"
-    r"[&+、和与及])|(?P<oder>或)|[,;])\s*(?:also\s+|both\s+)?",
+    r"[^\S\n]*\(?(?:[,;]?\s*\b(?P<or>and/or|or|oder|ou)\b|(?P<slash>/)|[,;]?\s*(?:\b(?:and|as\s+well\s+as|und|et)\b|"
+    r"[&+、和与及])|(?P<oder>或)|[,;])\s*(?:also\s+|both\s+|(?P<maybe>(?:maybe|perhaps|possibly|potentially|even)\s+))?",
     re.IGNORECASE,
 )
+_ALTERNATIVES = ("or", "slash", "oder", "maybe")
 _VERB = re.compile(
     r"[^\S\n]+(?:is|are|was|were|does|do|did|has|have|had|can|could|would|will|looks?|shows?|seems?|appears?|"
     r"depicts?|contains?|represents?|describes?|isn't|aren't|doesn't|don't|cannot|can't|might|may)\b",
@@ -608,7 +609,7 @@ def _listed_at(text: str, position: int, how: str, several: bool) -> _Named | No
         if not _is_letter(text, token, "list" if token["letter"].isupper() or token["open"] else how):
             break
         names.append(token["letter"].upper())
-        is_open = is_open or any(join[alternative] for alternative in ("or", "slash", "oder"))
+        is_open = is_open or any(join[alternative] for alternative in _ALTERNATIVES)
         end = token.end()
     if len(names) > 1 and _VERB.match(
         text, end
@@ -661,7 +662,7 @@ def _verdicts(text: str, several: bool) -> Iterator[_Declaration]:
         ):
             join_text = join[0].strip()
             names.append(more["letter"].upper())
-            is_open = is_open or any(join[alternative] for alternative in ("or", "slash", "oder"))
+            is_open = is_open or any(join[alternative] for alternative in _ALTERNATIVES)
             end = more.end()
         at_line_start = not _before(text, start).rpartition("\n")[2].strip(" \t\"'(")
         judged = _PREDICATE.match(text, end) or (at_line_start and _LABELLED_CORRECT.match(text, end)) or None
@@ -707,6 +708,7 @@ def _lone(line: str, several: bool) -> frozenset[str] | None:
     if match := _LONE.fullmatch(line):
         return frozenset(match[1].upper())
     bare = re.sub(r"[()\[\]{}\"'.]", "", line).strip(" ,;:!-")
+    bare = re.sub(rf"^(?:the\s+)?{_NOUN}\s+", "", bare, flags=re.IGNORECASE)
     if not several:
         # A list on the line leaves the answer open.
         return frozenset() if _LIST_LINE.fullmatch(bare) or re.fullmatch(r"[A-J] or [A-J]", bare) else None
@@ -821,7 +823,8 @@ def _bracketed(text: str) -> frozenset[str]:
             r"(?:this|it|that|but)\b[^.]*?\b(?:not|incorrect|wrong)\b|but\b", following, re.I
         ):
             continue
-        for match in (*_BRACKET.finditer(sentence), *_POINTED.finditer(sentence)):
+        found.update(match[1] for match in _POINTED.finditer(sentence))
+        for match in _BRACKET.finditer(sentence):
             if not _THING.search(_before(sentence, match.start())):
                 found.add(match[1])
     return frozenset(found)
@@ -836,7 +839,7 @@ def _letter_of_option(raw: str, options: Sequence[str]) -> str | None:
 # --- yes and no -------------------------------------------------------------------------------------------
 
 _LEADING_YES_NO = re.compile(
-    r"[\W_]*(?:(?:well|hmm|sure|okay|ok|oh|so)[\W_]+)?(yes|no)\b(?!'|-\w|\.\s*\d|\s+(?:idea|clue|comment|answer|way\s+"
+    r"[\W_]*(?:(?:well|hmm|sure|okay|ok|oh|so)[\W_]+)?(yes|no)\b(?!'|-\w|\s*\?|\.\s*\d|\s+(?:idea|clue|comment|answer|way\s+"
     r"(?:to|of)|information|doubt|question|problem|matter|longer|more|less)\b)",
     re.IGNORECASE,
 )
