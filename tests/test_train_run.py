@@ -1,5 +1,6 @@
 """Whole runs of both stages on a real cluster: what they write, what a kill costs, what is refused."""
 
+import datetime
 import json
 import os
 import shutil
@@ -21,13 +22,22 @@ from tiny_encoder import write_encoder
 from training_data import DIM, write_records, write_training_data
 from transformers import AutoTokenizer
 
+from revision_ray import config
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from revision_ray.train import export
 from revision_ray.train.export_job import export_checkpoint
 from revision_ray.train.models import Architecture, new_model
-from revision_ray.train.run import FinetuneJob, PretrainJob, describe, finetune, inspect, pretrain
+from revision_ray.train.run import (
+    FinetuneJob,
+    PretrainJob,
+    _dated,
+    describe,
+    finetune,
+    inspect,
+    pretrain,
+)
 from revision_ray.train.settings import Checkpoints, Logging, Lora, Optimisation, Workers, Zero
 
 ROWS = 240
@@ -44,6 +54,22 @@ def world(cluster, tmp_path_factory):
     records[5] = {"id": "text-only", "conversations": without_image}
     write_records(folder / "data.jsonl", records)
     return folder
+
+
+def test_a_run_that_goes_on_another_day_keeps_its_date(tmp_path, monkeypatch):
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2031, 1, 2)
+
+    job = FinetuneJob(data=["x"], model="m", output=str(tmp_path))
+    begun = _dated(job)
+    assert begun.today == datetime.date.today().isoformat()
+    config.save_resolved(begun, str(tmp_path / "config.yaml"))
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    assert _dated(job) == begun
+    assert _dated(replace(job, output=str(tmp_path / "other"))).today == "2031-01-02"
+    assert _dated(replace(job, today="2024-02-29")).today == "2024-02-29"
 
 
 def stage_one(world: Path, output: str, **changes) -> PretrainJob:
