@@ -98,18 +98,20 @@ STYLES: dict[str, tuple[str, list[str], str, list[str]]] = {
         "</s>",
         ["<|stop|>"],
     ),
-    "capitals": (
-        _TURNS + "<|{{ m.role }}|>{{ m.content | upper }}<|stop|>{% endfor %}",
-        ["<|user|>", "<|assistant|>", "<|stop|>"],
-        "</s>",
-        ["<|stop|>"],
-    ),
     "the_next_role_ends_a_turn": (  # GLM-4
         "[gMASK]<sop>" + _TURNS + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
         ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"],
         "<|endoftext|>",
         ["<|user|>"],
+    ),
+    "contents_in_parts": (  # SmolVLM
+        _TURNS + "{{ m.role | capitalize }}: {% for part in m.content %}{% if part.type == 'text' %}"
+        "{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant: {% endif %}",
+        ["<end_of_utterance>"],
+        "</s>",
+        ["<end_of_utterance>"],
     ),
     "text_ends_a_turn": (
         _TURNS + "### {{ {'user': 'Human', 'assistant': 'Assistant', 'system': 'Task'}[m.role] }}:"
@@ -119,8 +121,6 @@ STYLES: dict[str, tuple[str, list[str], str, list[str]]] = {
         [],
     ),
 }  # fmt: skip
-# What the formatter cannot find the turns of is not trained on.
-TRAINED = sorted(STYLES.keys() - {"thoughts_of_the_last_turn_alone", "capitals"})
 ONE_TURN, TWO_TURNS = ("Is it red?", "Yes!"), ("Is it red?", "Yes!", "Is it?", "No.")
 
 
@@ -132,7 +132,7 @@ def test_the_ends_of_a_template(style, build):
     assert sorted(tokenizer.convert_ids_to_tokens(turn_ends(tokenizer))) == ends
 
 
-@pytest.mark.parametrize("style", TRAINED)
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("turns", [ONE_TURN, TWO_TURNS])
 def test_targets_end_with_them_or_the_sample_says_that_they_do_not(style, turns):
     template, control, eos, _ = STYLES[style]

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from revision_ray.data.chat import Chat, ChatRefusal
+from revision_ray.errors import ConfigError
 
 _SYSTEM = {"role": "system", "content": "!"}
 _QUESTION = {"role": "user", "content": "?"}
-# Digits that stand in no template, and that a template which changes letters leaves alone.
-_ANSWERS = tuple({"role": "assistant", "content": content} for content in ("7031846295", "8462957031"))
+_ANSWER = {"role": "assistant", "content": "."}
 
 
 def turn_ends(tokenizer: Any) -> list[int]:
@@ -26,29 +27,28 @@ def turn_ends(tokenizer: Any) -> list[int]:
     """
     if tokenizer.chat_template is None:
         return []
+    try:
+        chat = Chat(tokenizer)
+    except ConfigError:  # Jinja cannot read it, which is an error where conversations are rendered
+        return []
     ends: list[int] = []
     for system in ([], [_SYSTEM]):  # some templates refuse the one, some the other
-        for answers in (_ANSWERS[:1], _ANSWERS):
-            turns = [*system, *(turn for answer in answers for turn in (_QUESTION, answer))]
-            ends += _ends_in(tokenizer, turns)
+        for count in (1, 2):
+            ends += _ends_in(chat, [*system, *([_QUESTION, _ANSWER] * count)])
     return list(dict.fromkeys(ends))
 
 
-def _ends_in(tokenizer: Any, turns: list[dict[str, str]]) -> Iterator[int]:
+def _ends_in(chat: Chat, messages: list[dict[str, str]]) -> Iterator[int]:
     """The end of each turn of the assistant, where it has one."""
-    control_ids = control_token_ids(tokenizer)
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        alone = _behind(tokenizer, turn["content"], turns[: number + 1])
-        continued = _behind(tokenizer, turn["content"], [*turns[: number + 1], _QUESTION])
-        written = _behind(tokenizer, turn["content"], turns)
-        # What is behind the turn whoever speaks next belongs to it.
-        own = len(
-            list(takewhile(lambda pair: pair[0] == pair[1], zip(alone, continued or alone, strict=False)))
-        )
-        candidates = [*written[:own][-1:], *written[own:][:1]]
-        yield from [token for token in candidates if token in control_ids][:1]
+    try:
+        rendered, turns = chat.turns(messages)
+    except (ChatRefusal, ConfigError):
+        return
+    control_ids = control_token_ids(chat.tokenizer)
+    for turn in turns:
+        own = _words(chat.tokenizer, rendered.text[turn.content_end : turn.end])
+        following = _words(chat.tokenizer, rendered.text[turn.end :])
+        yield from [token for token in (*own[-1:], *following[:1]) if token in control_ids][:1]
 
 
 def control_token_ids(tokenizer: Any) -> set[int]:
@@ -60,14 +60,9 @@ def control_token_ids(tokenizer: Any) -> set[int]:
     return {i for i in ids if tokenizer.convert_ids_to_tokens(i) not in unknown - {tokenizer.eos_token}}
 
 
-def _behind(tokenizer: Any, answer: str, conversation: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens that the template writes behind `answer`, without white space; none where it refuses."""
-    try:
-        text: str = tokenizer.apply_chat_template(list(conversation), tokenize=False)
-    except (TemplateError, TypeError):
-        return []
-    _, found, rest = text.rpartition(answer)
-    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
+def _words(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of `text` that are not white space."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return [token for token in ids if str(tokenizer.decode([token])).strip()]
 
 
