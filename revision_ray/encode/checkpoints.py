@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pickle
 import textwrap
@@ -127,6 +128,20 @@ def read_tensors(paths: Iterable[str], wanted: Callable[[str], bool]) -> dict[st
     return tensors
 
 
+def move_off_odd_addresses(model: torch.nn.Module) -> None:
+    """Copy weights that do not begin a cache line, as torch's own do, to memory of their own, one at a time.
+
+    Weights mapped from a safetensors file lie where it has them. On some processors (AMD's) the matrix
+    library then sums in another order: the same weights would give other bits than before they were saved.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _CACHE_LINE:
+            tensor.data = tensor.data.clone()
+
+
+_CACHE_LINE = 64
+
+
 def load_model(model_class: type[Model], folder: str, config: Any, dtype: torch.dtype) -> Model:
     """`model_class` with its weights from `folder`, in evaluation mode; other weights there are not read.
 
@@ -149,6 +164,7 @@ def load_model(model_class: type[Model], folder: str, config: Any, dtype: torch.
     except DAMAGED as error:
         raise damaged(folder, error) from error
     model, report = loaded
+    move_off_odd_addresses(model)
     for problem, names in (
         ("lacks", report["missing_keys"]),
         ("has another shape for", report["mismatched_keys"]),

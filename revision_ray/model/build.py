@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from revision_ray.encode.checkpoints import move_off_odd_addresses
 from revision_ray.errors import ConfigError
 from revision_ray.model.configuration import ReVisionConfig
 from revision_ray.model.modeling import ReVisionForConditionalGeneration
@@ -63,12 +65,14 @@ def build_model(
 
 def _load(name: str, **kwargs: Any) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError) as error:
+        loaded = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"language_model={name!r}: cannot be loaded as a causal language model ({error}); name a folder "
             "with config.json and weights, or a hub id that this machine can reach or has cached"
         ) from error
+    move_off_odd_addresses(loaded)
+    return loaded
 
 
 def _never_say(model: ReVisionForConditionalGeneration, image_token_id: int) -> None:

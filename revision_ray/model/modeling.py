@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from revision_ray.encode import checkpoints
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.model.configuration import ReVisionConfig
 from revision_ray.model.image_tower import ImageTower
@@ -63,6 +65,20 @@ class ReVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.projector = _projector(config, embeddings.embedding_dim)
         self.image_tower = None if config.image_tower is None else ImageTower(config.image_tower)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model as transformers does, with the bits of the saved one on every processor.
+
+        Raises:
+            ConfigError: a file of weights is damaged.
+        """
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        except SafetensorError as error:
+            raise checkpoints.damaged(str(args[0]), error) from error
+        checkpoints.move_off_odd_addresses(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         """The projector starts as torch starts linear layers, as the reference does; the rest is done."""
