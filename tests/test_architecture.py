@@ -358,8 +358,8 @@ def placeholder(type_name: str) -> str:
     return "[x]" if type_name.startswith("list") else "x"
 
 
-# Of these keys exactly one must be given, so neither is required by itself.
-ALTERNATIVES = {"jobs/embed.py": ["texts=x"]}
+# Of these keys one must be given (texts or images, model or compare), so none is required by itself.
+ALTERNATIVES = {"jobs/embed.py": ["texts=x"], "jobs/evaluate.py": ["model=x"]}
 
 
 @pytest.mark.parametrize("path", CONFIGS)

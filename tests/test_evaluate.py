@@ -23,7 +23,7 @@ from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode import open_clip
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
-from revision_ray.evaluate import answers, ask, picture, report, scores
+from revision_ray.evaluate import answers, ask, picture, prepare, report, scores
 from revision_ray.evaluate.answers import judge
 from revision_ray.evaluate.benchmarks import BENCHMARKS, benchmark
 from revision_ray.evaluate.questions import Item, content_key
@@ -31,6 +31,7 @@ from revision_ray.evaluate.responder import Responder
 from revision_ray.evaluate.rows import LeftOut, read_unit, units
 from revision_ray.evaluate.run import EvaluateJob, run
 from revision_ray.evaluate.scores import Answered, wilson
+from revision_ray.evaluate.tables import parquet_bytes
 from revision_ray.miniature import dataset, documents, language_model
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.language_model import ModelSize
@@ -450,6 +451,131 @@ def test_no_image_keeps_its_place_and_none_is_lost(num):
 def test_one_image_has_no_other():
     with pytest.raises(DataError, match="two different images"):
         ask.derangement(["a"], seed=0)
+
+
+# --- comparisons ------------------------------------------------------------------------------------------
+
+
+def finished_run(
+    folder: Path, said: dict[str, list[str]], per_image: int = 1, prompt: str = "Is it red?"
+) -> str:
+    """What a run leaves: questions with the true answer yes, and what the model said under each condition."""
+    num = len(next(iter(said.values())))
+    questions = [
+        Item(id=f"q{i}", prompt=f"{prompt} {i}", answers=("yes",), scoring="yes_no", groups={})
+        for i in range(num)
+    ]
+    keys = [f"image-{i // per_image}" for i in range(num)]
+    rows = {key: np.zeros(2, np.float32) for key in keys}
+    prepared = prepare.Prepared(questions=questions, keys=keys, embeddings=rows, left_out={})
+    prepare._write(str(folder), "pope", prepared)
+    prompts, positions = [question.prompt for question in questions], list(range(num))
+    for condition, texts in said.items():
+        part = ask.Part(benchmark="pope", condition=condition, prepared=prepared, positions=positions,
+                        prompts=prompts, shown=keys if condition == "image" else None)  # fmt: skip
+        table = ask._scored(part, dict(enumerate(texts)))
+        storage.write_bytes(ask.answers_path(str(folder), "pope", condition), parquet_bytes(table))
+    return str(folder)
+
+
+def compared(output: Path, *runs: str, **settings) -> tuple[dict, str]:
+    text = run(EvaluateJob(compare=list(runs), output=str(output), **settings))
+    return json.loads((output / "comparison.json").read_text()), text
+
+
+def test_two_runs_are_compared_by_pairs_of_answers(tmp_path):
+    # Both right 6, the first alone 8, the second alone 2, none 4.
+    first = finished_run(tmp_path / "a", {"image": ["Yes"] * 14 + ["No"] * 6, "blind": ["No"] * 20})
+    second = finished_run(tmp_path / "b", {"image": ["Yes"] * 6 + ["No"] * 8 + ["yes"] * 2 + ["?"] * 4})
+    found, text = compared(tmp_path / "out", first, second)
+    between, within = found["comparisons"]
+    assert (between["only_first_right"], between["only_second_right"]) == (8, 2)
+    assert between["accuracy"] == [0.7, 0.4]
+    assert between["difference"] == pytest.approx(0.3)
+    assert between["mcnemar_p"] == pytest.approx(2 * (1 + 10 + 45) / 2**10)  # both tails of 2 or fewer of 10
+    assert between["sign_flip_p"] == pytest.approx(between["mcnemar_p"])  # the same test where images differ
+    # +1 of 8, -1 of 2, 0 of 10: variance 0.5 - 0.09 of one question; resampled means lie on a grid of 0.05.
+    half = 1.96 * np.sqrt(0.41 / 20)
+    assert between["interval"] == pytest.approx([0.3 - half, 0.3 + half], abs=0.051)
+    assert (within["first"], within["second"], within["difference"]) == ("image", "blind", 0.7)
+    assert found["skipped"] == ["pope blind, which only run 1 holds"]
+    assert between["num_unparsed"] == [0, 4]
+    assert "0 and 4 answers could not be parsed" in text
+    assert "+30.0" in text
+    alone, _ = compared(tmp_path / "alone", first)
+    assert [each["difference"] for each in alone["comparisons"]] == [0.7]
+
+
+def test_more_questions_about_the_same_images_tell_nothing_more(tmp_path):
+    said = [["Yes"] * 14 + ["No"] * 6, ["Yes"] * 6 + ["No"] * 8 + ["Yes"] * 2 + ["No"] * 4]
+    figures = []
+    for times in (1, 4):
+        runs = [
+            finished_run(
+                tmp_path / f"{times}-{number}",
+                {"image": np.repeat(texts, times).tolist()},
+                times,
+            )
+            for number, texts in enumerate(said)
+        ]
+        figures.append(compared(tmp_path / f"out-{times}", *runs)[0]["comparisons"][0])
+    once, often = figures
+    assert (often["num"], often["num_images"]) == (80, 20)
+    assert often["interval"] == pytest.approx(once["interval"])
+    assert often["sign_flip_p"] == once["sign_flip_p"]
+    assert often["mcnemar_p"] < once["mcnemar_p"] / 100  # which is why it is not the one to trust
+
+
+def test_one_image_alone_has_no_interval(tmp_path):
+    run_uri = finished_run(tmp_path / "a", {"image": ["Yes"] * 3, "blind": ["No"] * 3}, per_image=3)
+    (only,) = compared(tmp_path / "out", run_uri)[0]["comparisons"]
+    assert only["interval"] is only["sign_flip_p"] is None
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    first = finished_run(tmp_path / "a", {"image": ["Yes"] * 3})
+    for name, other, said in (
+        ("more", finished_run(tmp_path / "more", {"image": ["Yes"] * 5}), "2 only in .*more.*q3"),
+        (
+            "words",
+            finished_run(tmp_path / "words", {"image": ["Yes"] * 3}, prompt="Is it?"),
+            "q0 .* prompt",
+        ),
+        (
+            "images",
+            finished_run(tmp_path / "images", {"image": ["Yes"] * 3}, per_image=3),
+            "q1 .* image",
+        ),
+    ):
+        with pytest.raises(DataError, match=said):
+            compared(tmp_path / f"{name}-out", first, other)
+    with pytest.raises(DataError, match="nothing to compare"):
+        compared(tmp_path / "out", first)
+    with pytest.raises(DataError, match="holds no answers"):
+        compared(tmp_path / "out", first, str(tmp_path))
+    with pytest.raises(DataError, match="asked for were mme"):
+        compared(tmp_path / "out", first, first, benchmarks=["mme"])
+    with pytest.raises(ConfigError, match="names 3 runs"):
+        compared(tmp_path / "out", first, first, first)
+    path = ask.answers_path(first, "pope", "image")
+    pq.write_table(pq.read_table(path).drop_columns(["image"]), path)
+    with pytest.raises(DataError, match=r"image\.parquet: does not say which image"):
+        compared(tmp_path / "out", first, str(tmp_path / "words"))
+    with pytest.raises(ConfigError, match="model: a value is required"):
+        EvaluateJob(benchmarks=["pope"], data={"pope": "x"}, output="o")
+
+
+def test_verdicts_of_other_rules_are_given_anew(tmp_path):
+    first = finished_run(tmp_path / "a", {"image": ["The answer is yes."] * 3, "blind": ["No"] * 3})
+    path = ask.answers_path(first, "pope", "image")
+    right = pq.read_table(path)
+    wrong = right.set_column(right.schema.get_field_index("correct"), "correct", pa.array([False] * 3))
+    pq.write_table(wrong.replace_schema_metadata(None), path)
+    assert compared(tmp_path / "out", first)[0]["comparisons"][0]["difference"] == 1.0
+    prepared = prepare.load_prepared(first, "pope")
+    for part in ask.conditions("pope", prepared, [], 0):
+        assert ask._stands(first, part)
+    assert pq.read_table(path).equals(right, check_metadata=True)
 
 
 # --- picture ----------------------------------------------------------------------------------------------

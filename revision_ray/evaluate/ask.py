@@ -18,9 +18,9 @@ import ray
 from revision_ray import storage
 from revision_ray.cluster import data_context, pipeline_rows, user_errors
 from revision_ray.errors import DataError
-from revision_ray.evaluate.answers import judge
+from revision_ray.evaluate.answers import RULES, judge
 from revision_ray.evaluate.prepare import Actors, Prepared
-from revision_ray.evaluate.tables import parquet_bytes
+from revision_ray.evaluate.tables import parquet_bytes, read_parquet
 from revision_ray.progress import progress
 
 Control = Literal["blind", "shuffled"]
@@ -110,8 +110,9 @@ class Answer:
 
 
 def answer_parts(output: str, parts: Sequence[Part], actors: Actors) -> None:
-    """The answers of every part stand below `output`; parts that did before are not asked again."""
-    left = [p for p in parts if not storage.exists(answers_path(output, p.benchmark, p.condition))]
+    """The answers of every part stand below `output`; parts that did before are not asked again, but judged
+    anew where their verdicts are of other rules."""
+    left = [part for part in parts if not _stands(output, part)]
     batches = [
         batch for number, part in enumerate(left) for batch in _batches(number, part, actors.batch_size)
     ]
@@ -133,6 +134,17 @@ def answer_parts(output: str, parts: Sequence[Part], actors: Actors) -> None:
                     path = answers_path(output, part.benchmark, part.condition)
                     storage.write_bytes(path, parquet_bytes(table))
                 shown.advance(len(answers), f"{part.benchmark} {part.condition}")
+
+
+def _stands(output: str, part: Part) -> bool:
+    path = answers_path(output, part.benchmark, part.condition)
+    if not storage.exists(path):
+        return False
+    table = read_parquet(path)
+    if part.scored and (table.schema.metadata or {}).get(_RULES) != str(RULES).encode():
+        said = dict(enumerate(table.column("raw").to_pylist()))
+        storage.write_bytes(path, parquet_bytes(_scored(part, said)))
+    return True
 
 
 def _batches(number: int, part: Part, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -182,9 +194,10 @@ def _scored(part: Part, said: dict[int, str]) -> pa.Table:
                 "shown": None if part.shown is None else part.shown[row],
             }
         )
-    return pa.Table.from_pylist(rows, schema=_ANSWERS)
+    return pa.Table.from_pylist(rows, schema=_ANSWERS.with_metadata({_RULES: str(RULES)}))
 
 
+_RULES = b"revision_ray.evaluate.rules"
 _ANSWERS = pa.schema(
     [(name, pa.bool_() if name == "correct" else pa.string())
      for name in ("id", "benchmark", "condition", "prompt", "answer", "predicted", "raw", "correct", "groups",

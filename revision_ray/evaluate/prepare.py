@@ -295,17 +295,24 @@ def load_prepared(output: str, name: str) -> Prepared:
     """The benchmark as `prepare` left it below `output`."""
     table = read_parquet(_path(output, name))
     images = read_parquet(storage.join(output, "images", f"{name}.parquet"))
-    rows = table.to_pylist()
-    questions = [
-        _item({**{key: row[key] for key in row if key != "image_key"}, "groups": json.loads(row["groups"])})
-        for row in rows
-    ]
     return Prepared(
-        questions=questions,
-        keys=[row["image_key"] for row in rows],
+        questions=_questions(table),
+        keys=table.column("image_key").to_pylist(),
         embeddings={row["key"]: np.frombuffer(row["embedding"], "<f4") for row in images.to_pylist()},
         left_out=json.loads((table.schema.metadata or {})[_META])["left_out"],
     )
+
+
+def load_questions(output: str, name: str) -> list[Item]:
+    """The questions of a benchmark alone, as `prepare` left them below `output`."""
+    return _questions(read_parquet(_path(output, name)))
+
+
+def _questions(table: pa.Table) -> list[Item]:
+    return [
+        _item({**{key: row[key] for key in row if key != "image_key"}, "groups": json.loads(row["groups"])})
+        for row in table.to_pylist()
+    ]
 
 
 def _item(document: dict[str, Any]) -> Item:

@@ -82,8 +82,9 @@ def table(found: Mapping[str, Any], conditions: Sequence[str]) -> str:
         out.append(f"{'average':<{width}}{'':>9}{means}")
     for name, figures in found["benchmarks"].items():
         out += [f"{name}: {_metrics(figures['metrics']['image'])}"] if figures["metrics"] else []
-        unparsed = figures["conditions"]["image"]["num_unparsed"]
-        out += [f"{name}: {unparsed} answers could not be parsed and count as wrong"] if unparsed else []
+        unparsed = [f"{figures['conditions'][each]['num_unparsed']} {each}" for each in conditions]
+        if any(figures["conditions"][each]["num_unparsed"] for each in conditions):
+            out.append(f"{name}: answers that could not be parsed and count as wrong: {', '.join(unparsed)}")
         for reason, count in figures["left_out"].items():
             out.append(f"{name}: {count} rows left out ({reason})")
     return "\n".join(out)

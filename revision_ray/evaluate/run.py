@@ -22,7 +22,7 @@ from revision_ray.data.chat import as_date
 from revision_ray.data.store import Store, open_stores
 from revision_ray.encode import checkpoints
 from revision_ray.errors import CheckpointError, ConfigError, DataError
-from revision_ray.evaluate import ask, picture, report
+from revision_ray.evaluate import ask, compare, picture, report
 from revision_ray.evaluate.ask import Control
 from revision_ray.evaluate.benchmarks import benchmark
 from revision_ray.evaluate.prepare import Actors, load_prepared, prepare, sample
@@ -42,11 +42,11 @@ class EvaluateJob:
     """Ask a model the questions of benchmarks, score its answers by rule, and report accuracy with a 95 %
     interval beside controls that do not show the image."""
 
-    model: str = MISSING
-    """Folder or URI of a saved model, or a hub id."""
-    benchmarks: list[str] = MISSING
+    model: str = ""
+    """Folder or URI of a saved model, or a hub id. Required but with `compare`."""
+    benchmarks: list[str] = field(default_factory=list)
     """Names: miniature, mme, mmstar, science_qa, real_world_qa, mmmu, mmmu_pro_standard, mmmu_pro_vision,
-    visulogic, logic_vista, crpe, pope, hallusion_bench."""
+    visulogic, logic_vista, crpe, pope, hallusion_bench. Required but with `compare`."""
     data: dict[str, str] = field(default_factory=dict)
     """Where each benchmark lies: a directory, a file or a wildcard path of its Parquet or JSONL files; for
     miniature the directory of a world."""
@@ -54,6 +54,10 @@ class EvaluateJob:
     """Directory of the answers and results. What is finished there is kept."""
     controls: list[Control] = field(default_factory=lambda: ["blind", "shuffled"])
     """blind: the same prompt without an image. shuffled: the image of another question."""
+    compare: list[str] = field(default_factory=list)
+    """Outputs of two earlier runs: ask nothing, but test whether their answers to the same questions differ
+    (McNemar's exact test, bootstrap interval over images), and those of each run's conditions. Of one run,
+    its conditions alone."""
     images: str | None = None
     """Image store to take embeddings from, by id; by default the model's own image tower makes them."""
     max_items: int | None = None
@@ -91,20 +95,25 @@ class EvaluateJob:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more")
+        for name in ("model", "benchmarks"):
+            if not self.compare and not getattr(self, name):
+                raise ConfigError(f"{name}: a value is required; give it as {name}=VALUE")
         for name in self.benchmarks:
             benchmark(name)
-            if name not in self.data:
+            if not self.compare and name not in self.data:
                 raise ConfigError(f"no place for the benchmark {name}; give data.{name}=DIRECTORY")
 
 
 def run(job: EvaluateJob) -> str:
-    """Evaluate as `job` says; the table of results.
+    """Evaluate as `job` says; the table of results. Or compare earlier runs; the table of differences.
 
     Raises:
         ConfigError: an unknown benchmark, or one without a place.
         DataError: a benchmark's files or images are missing or damaged, or the output is of another model.
         CheckpointError: the model cannot be loaded, or takes other embeddings.
     """
+    if job.compare:
+        return compare.compare(job.compare, job.benchmarks, job.output, job.seed)
     connect()
     output = storage.absolute(job.output)
     job = _dated(job, output)

@@ -1,13 +1,11 @@
 """Figures over scored answers: accuracy with its interval, and what single benchmarks report beside it."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_Z_95 = 1.959963984540054
-"""The 97.5 % quantile of the standard normal distribution."""
+from scipy.stats import binomtest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +19,15 @@ class Answered:
     groups: dict[str, str]
 
 
-def wilson(num_correct: int, num: int, z: float = _Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, by default at 95 %; (0, 1) where nothing was counted.
+def wilson(num_correct: int, num: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion at 95 %; (0, 1) where nothing was counted.
 
-    E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209. It holds for independent questions; several questions
-    about one image make it a little too narrow.
+    It holds for independent questions; several questions about one image make it a little too narrow.
     """
     if num == 0:
         return 0.0, 1.0
-    share = num_correct / num
-    centre = (share + z * z / (2 * num)) / (1 + z * z / num)
-    half = z * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num)) / (1 + z * z / num)
-    # Rounding must not push the ends out at 0 and at all correct, where they are exact.
-    low = 0.0 if num_correct == 0 else max(0.0, centre - half)
-    return low, 1.0 if num_correct == num else min(1.0, centre + half)
+    interval = binomtest(num_correct, num).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def accuracy(rows: Iterable[Answered]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import numpy as np
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.geometry.rows import finite_rows
 
+# Not scipy.stats.bootstrap: each resample has a seed of its own, so that tasks can share them out, rows are
+# vectors, and means are one matrix product, without a gathered copy of the rows for every resample.
 # Of the counts that say how often each resample holds each row.
 _COUNTS_BYTES = 64_000_000
 

@@ -6,6 +6,7 @@ Shapes: N pairs, D embedding dim, R and S dimensions of U and V.
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 
 from revision_ray.errors import DataError
 from revision_ray.geometry.cells import NEEDS_PAIRS, Cell, cell, mean_cell, possible
@@ -65,11 +66,17 @@ def _ratio(residual_ND: np.ndarray, difference_ND: np.ndarray, num: int, seed: i
     if not before_N.mean():
         return cell(None, n=len(before_N), note="every pair coincides")
     value = float(after_N.mean() / before_N.mean())
-    if not num:
+    if not num or len(before_N) < 2:  # one pair has no spread
         return cell(value, n=len(before_N))
-    drawn = np.random.default_rng(seed).integers(len(before_N), size=(num, len(before_N)))
-    low, high = np.quantile(after_N[drawn].mean(axis=1) / before_N[drawn].mean(axis=1), (0.025, 0.975))
-    return cell(value, n=len(before_N), bounds=(float(low), float(high)))
+    found = bootstrap(
+        (after_N, before_N),
+        lambda after, before, axis=-1: after.mean(axis=axis) / before.mean(axis=axis),
+        paired=True,
+        n_resamples=num,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return cell(value, n=len(before_N), bounds=(float(found.low), float(found.high)))
 
 
 def _in_frame(

@@ -8,6 +8,7 @@ from revision_ray.data import import_reference
 from revision_ray.data.conversations import expand, source_of
 from revision_ray.encode import embed
 from revision_ray.encode.encoder import EncoderConfig
+from revision_ray.errors import ConfigError
 from revision_ray.evaluate import run as evaluate
 from revision_ray.miniature import conversations, render
 from revision_ray.pipeline.chain import Kind
@@ -66,6 +67,8 @@ def _finetune_reads(job: FinetuneJob) -> dict[str, list[str]]:
 
 
 def _evaluate_reads(job: evaluate.EvaluateJob) -> dict[str, list[str]]:
+    if job.compare:
+        raise ConfigError("compare is no stage of a chain; run jobs/evaluate.py with it after the chain")
     return {
         "data": [job.data[name] for name in job.benchmarks],
         "images": _uris(job.images),
