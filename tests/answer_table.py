@@ -665,6 +665,12 @@ TEN_LETTERS = [
 ]
 
 SETS = [
+    ("The correct options are A, B and D.", "ABD"),
+    ("The right choices are B and C", "BC"),
+    ("Correct options: A, C", "AC"),
+    ("The correct statements are A and C.", "AC"),
+    ("Options: A, B, C, D", None),
+    ("The correct options are not A and B.", None),
     ("A, B", "AB"),
     ("B,A", "AB"),
     ("B; A", "AB"),

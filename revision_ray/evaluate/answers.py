@@ -271,8 +271,8 @@ _QUALITY = (
     r"(?:most\s+)?(?:likely|appropriate|suitable|accurate|plausible|reasonable|probable|fitting|logical))"
 )
 _SUBJECT = re.compile(
-    rf"(?<![{_WORD}'-])(?P<quality>(?:{_QUALITY}\s+)*)(?P<noun>answers?|ans|option|choice|one|pick|selection|"
-    rf"guess|letter|solution|conclusion|verdict|response|prediction|correct|statement|figure|image|picture|shape|piece|"
+    rf"(?<![{_WORD}'-])(?P<quality>(?:{_QUALITY}\s+)*)(?P<noun>answers?|ans|options?|choices?|one|pick|selections?|"
+    rf"guess|letters?|solutions?|conclusion|verdict|response|prediction|correct|statements?|figures?|image|picture|shape|piece|"
     rf"diagram|graph|pattern|alternative|match|item|element|tile|sequence)(?:\s+(?:choice|option|letter))?"
     rf"(?=[\s.:=,(\"'\[{_IN}]|->|$)",
     re.IGNORECASE,
@@ -401,7 +401,9 @@ def _cues(text: str) -> Iterator[tuple[int, int, bool, str]]:
         if _OTHERS.search(before):
             continue
         is_label = _COLON.match(text, subject.end()) is not None
-        if not noun.startswith("ans") and not quality and not (at_line_start and is_label):
+        # "Options: A, B, C" restates them, "correct options: A, C" declares.
+        is_declaring_label = at_line_start and is_label and not noun.endswith("s")
+        if not noun.startswith("ans") and not quality and not is_declaring_label:
             continue
         if noun == "correct" and not is_label:
             continue
