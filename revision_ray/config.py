@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -19,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from revision_ray import fence, logs, storage, yaml_values
-from revision_ray.errors import ConfigError, RevisionError
+from revision_ray.errors import ConfigError, RevisionError, user_error
 
 __all__ = [
     "MISSING",
@@ -295,8 +296,14 @@ def run_job(
         stage = os.path.splitext(os.path.basename(sys.argv[0]))[0]
         with _alone(loaded), logs.working_for(stage, getattr(loaded, "output", "")):
             result = job(loaded)
-    except RevisionError as error:
-        sys.stderr.write(logs.without_secrets(f"{type(error).__name__}: {error}\n"))
+    except Exception as error:
+        known = user_error(error)
+        if known is None:
+            raise
+        if logs.shows_traces():
+            _without_secrets(type(error), error, error.__traceback__)
+        said = re.sub(r"\s*\n\s*", " ", f"{type(known).__name__}: {known}".rstrip())
+        sys.stderr.write(logs.without_secrets(f"{said}\n"))
         sys.exit(2)
     sys.stdout.write(logs.without_secrets(result.rstrip("\n") + "\n"))
 

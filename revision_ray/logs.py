@@ -18,6 +18,7 @@ from typing import TextIO
 from revision_ray.storage import absolute, name_of, sha256
 
 FORMAT_VARIABLE = "REVISION_RAY_LOG"
+TRACES_VARIABLE = "REVISION_RAY_TRACES"
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
@@ -90,6 +91,11 @@ def set_up(level: int = logging.INFO, text: str = TEXT, stream: TextIO | None = 
     as_json = os.environ.get(FORMAT_VARIABLE, "text") == "json"
     handler.setFormatter(JsonLines() if as_json else TextLines(text, datefmt="%H:%M:%S"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def shows_traces() -> bool:
+    """Whether traces of errors that a user can mend are wanted on the console (REVISION_RAY_TRACES=1)."""
+    return os.environ.get(TRACES_VARIABLE, "0") not in ("", "0")
 
 
 def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:

@@ -22,7 +22,7 @@ from revision_ray.cluster import connect
 from revision_ray.doctor import probe
 from revision_ray.doctor.findings import CLUSTER, Finding
 from revision_ray.doctor.judge import Node, not_checked
-from revision_ray.errors import DataError
+from revision_ray.errors import ClusterError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,10 @@ def reach() -> Finding:
     try:
         _knock(address)
         connect()
-    except AuthenticationError as error:
-        return _unreached(address, _first_line(error), _TOKEN_REMEDY)
-    except (ConnectionError, OSError, RuntimeError, ValueError, RayError) as error:
+    except (ClusterError, ConnectionError, OSError, RuntimeError, ValueError, RayError) as found:
+        error = (found.__cause__ if isinstance(found, ClusterError) else None) or found
+        if isinstance(error, AuthenticationError):
+            return _unreached(address, _first_line(error), _TOKEN_REMEDY)
         remedy = (
             "run it on the cluster (ray job submit ... -- python jobs/doctor.py ...), or set RAY_ADDRESS to "
             "HOST:6379 of a head that runs; look at security groups and at `ray status` there"
@@ -77,7 +78,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -18,7 +18,7 @@ import ray
 import torch
 
 from revision_ray import metrics, storage
-from revision_ray.cluster import connect, data_context, pipeline_rows, user_errors
+from revision_ray.cluster import connect, data_context, pipeline_rows, refusing_late, user_errors
 from revision_ray.data import images, shards, sources
 from revision_ray.data.schema import ImageRow, Rejected, Split, TextRow
 from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Footer, Layout, Modality
@@ -237,6 +237,7 @@ def _unit_table(
     )
 
 
+@refusing_late
 class Encode:
     """One tower in one actor; units of prepared rows become units of float32 embeddings."""
 

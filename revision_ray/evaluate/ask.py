@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 
 from revision_ray import storage
-from revision_ray.cluster import data_context, pipeline_rows, user_errors
+from revision_ray.cluster import data_context, pipeline_rows, refusing_late, user_errors
 from revision_ray.errors import DataError
 from revision_ray.evaluate.answers import RULES, judge
 from revision_ray.evaluate.prepare import Actors, Prepared
@@ -93,6 +93,7 @@ def answers_path(output: str, name: str, condition: str) -> str:
     return storage.join(output, "answers", name, f"{condition}.parquet")
 
 
+@refusing_late
 class Answer:
     """Batches of prompts to what the model says."""
 

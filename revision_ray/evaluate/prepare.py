@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from revision_ray import storage
-from revision_ray.cluster import data_context, pipeline_rows, user_errors
+from revision_ray.cluster import data_context, pipeline_rows, refusing_late, user_errors
 from revision_ray.data.images import UndecodableImage
 from revision_ray.data.store import Store, read_group, read_group_ids
 from revision_ray.encode import checkpoints
@@ -123,6 +123,7 @@ def _read(unit: Unit) -> dict[str, Any]:
     }
 
 
+@refusing_late
 class Encode:
     """Images of a unit to the embeddings of the model's own image tower."""
 

@@ -3,11 +3,9 @@
 import dataclasses
 
 import ray
-from ray.exceptions import RayTaskError
 
 from revision_ray import config, storage
-from revision_ray.cluster import connect
-from revision_ray.errors import DataError
+from revision_ray.cluster import connect, user_errors
 from revision_ray.miniature import dataset
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.progress import progress
@@ -38,12 +36,8 @@ def render(settings: DatasetConfig) -> bool:
         while running:
             done, _ = ray.wait(list(running))
             for task in done:
-                try:
+                with user_errors():
                     entries += ray.get(task)
-                except RayTaskError as error:
-                    if isinstance(error.cause, DataError):
-                        raise error.cause from error
-                    raise
                 shown.advance(running.pop(task).num_rows)
     dataset.write_manifest(settings, entries)
     return True

@@ -1,5 +1,6 @@
 """The application: its parts as Serve deployments, run until it is stopped, or built for `serve deploy`."""
 
+import glob
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer
 
 from revision_ray import cluster, config, storage
 from revision_ray.align.alignment import load_alignment
+from revision_ray.encode import checkpoints
 from revision_ray.errors import AlignmentError, ConfigError, DataError
 from revision_ray.model import ReVisionConfig
 from revision_ray.model.ending import unknown_ends
@@ -186,6 +188,8 @@ def checked(job: ServeJob) -> ServeJob:
         raise ConfigError(
             f"model={job.model}: is damaged or not complete ({error}); save it again"
         ) from error
+    # Serve's replicas would say it with their traces.
+    checkpoints.tensor_names(sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))))
     Prompter(tokenizer, facts.image_token_id, facts.num_visual_tokens)  # has a chat template
     if warning := unknown_ends(folder):
         log.warning("model=%s: %s", job.model, warning)

@@ -6,6 +6,7 @@ name and a reference. Import nothing heavy here.
 """
 
 import importlib
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from typing import Any
 import ray
 from ray.train import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from revision_ray import logs
+from revision_ray.errors import RevisionError, user_error
 
 
 def scaling(num_workers: int, gpus_per_worker: int | None, cpus_per_worker: float) -> ScalingConfig:
@@ -34,6 +37,7 @@ def fitted(trainer: DataParallelTrainer) -> dict[str, Any]:
 
     Raises:
         KeyboardInterrupt: the run was interrupted.
+        RevisionError: what the user gave made a worker fail.
         TrainingFailedError: a worker failed more often than the trainer allows.
     """
     former = signal.getsignal(signal.SIGINT)
@@ -41,6 +45,10 @@ def fitted(trainer: DataParallelTrainer) -> dict[str, Any]:
         figures = trainer.fit().return_value
     except SystemExit as ended:
         raise KeyboardInterrupt from ended
+    except TrainingFailedError as error:
+        if (cause := user_error(error)) is None:
+            raise
+        raise cause from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, former)
@@ -65,4 +73,10 @@ def loop(function: Callable[[Any], dict[str, Any]], task: Any) -> dict[str, Any]
 def _call(config: dict[str, Any]) -> dict[str, Any]:
     logs.work_as(config["run"])
     function = getattr(importlib.import_module(config["module"]), config["function"])
-    return function(ray.get(config["task"][0]))
+    try:
+        return function(ray.get(config["task"][0]))
+    except RevisionError:
+        if not logs.shows_traces():
+            # Ray Train would write its trace; the driver says it in a line, the controller's log file has it.
+            logging.getLogger("ray.train.v2._internal.util").addFilter(lambda record: False)
+        raise

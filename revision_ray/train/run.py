@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from revision_ray import config, storage
 from revision_ray.align.alignment import load_alignment
@@ -24,7 +23,7 @@ from revision_ray.data.conversations import source_of
 from revision_ray.encode import embed
 from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig, located
-from revision_ray.errors import AlignmentError, ConfigError, DataError, RevisionError
+from revision_ray.errors import AlignmentError, ConfigError, DataError
 from revision_ray.train import checkpoint, export, ingest
 from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.ingest import Source
@@ -316,19 +315,4 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
             worker_runtime_env={"env_vars": environment},
         ),
     )
-    try:
-        return fitted(trainer)
-    except TrainingFailedError as error:
-        raise _cause(error) from None
-
-
-def _cause(error: TrainingFailedError) -> Exception:
-    """The error of ours that made a worker fail, or Ray's."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
-    for failure in failures:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, RevisionError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
+    return fitted(trainer)
