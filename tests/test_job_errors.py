@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +96,6 @@ def test_a_constructor_refuses_late_and_fails_at_once():
         late(1)
     with pytest.raises(KeyError):
         Loading(KeyError)
-    assert pickle.loads(pickle.dumps(Loading)) is Loading
 
 
 def run(job: str, *argv: str) -> subprocess.CompletedProcess[str]:

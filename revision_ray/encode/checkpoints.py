@@ -193,7 +193,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def damaged(path: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{path}: cannot be loaded as an encoder checkpoint ({type(error).__name__}: {_shortened(error)}); "
+        f"{path}: cannot be loaded as a checkpoint ({type(error).__name__}: {_shortened(error)}); "
         "download or save it again, as safetensors where possible (pickles are read only if they hold "
         "tensors alone)"
     )
