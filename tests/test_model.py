@@ -686,6 +686,9 @@ assert MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__ == "ReVisionF
         "import importlib.util\nassert importlib.util.find_spec('transformers')\n" + REGISTERED
         + "assert not any(type(finder).__module__ == 'revision_ray' for finder in sys.meta_path)\n",
         "import transformers\nimport revision_ray\n" + REGISTERED,
+        # Modules that import transformers, and that our model imports.
+        "import revision_ray.data.chat\n" + REGISTERED,
+        "import revision_ray.encode.checkpoints\n" + REGISTERED,
         pytest.param("import revision_ray.encode.transformers\n" + REGISTERED, marks=pytest.mark.slow),
         pytest.param("import revision_ray.model.modeling\n" + REGISTERED, marks=pytest.mark.slow),
     ],

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from revision_ray.encode.checkpoints import move_off_odd_addresses
+from revision_ray.encode import checkpoints
 from revision_ray.errors import ConfigError
 from revision_ray.model.configuration import ReVisionConfig
 from revision_ray.model.modeling import ReVisionForConditionalGeneration
@@ -71,7 +71,7 @@ def _load(name: str, **kwargs: Any) -> Any:
             f"language_model={name!r}: cannot be loaded as a causal language model ({error}); name a folder "
             "with config.json and weights, or a hub id that this machine can reach or has cached"
         ) from error
-    move_off_odd_addresses(loaded)
+    checkpoints.move_off_odd_addresses(loaded)
     return loaded
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from revision_ray.data.chat import Chat, ChatRefusal
+from revision_ray.data import chat as chats  # not its names: it may be importing this package (transformers)
 from revision_ray.errors import ConfigError
 
 _SYSTEM = {"role": "system", "content": "!"}
@@ -28,7 +28,7 @@ def turn_ends(tokenizer: Any) -> list[int]:
     if tokenizer.chat_template is None:
         return []
     try:
-        chat = Chat(tokenizer)
+        chat = chats.Chat(tokenizer)
     except ConfigError:  # Jinja cannot read it, which is an error where conversations are rendered
         return []
     ends: list[int] = []
@@ -38,11 +38,11 @@ def turn_ends(tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(ends))
 
 
-def _ends_in(chat: Chat, messages: list[dict[str, str]]) -> Iterator[int]:
+def _ends_in(chat: "chats.Chat", messages: list[dict[str, str]]) -> Iterator[int]:
     """The end of each turn of the assistant, where it has one."""
     try:
         rendered, turns = chat.turns(messages)
-    except (ChatRefusal, ConfigError):
+    except (chats.ChatRefusal, ConfigError):
         return
     control_ids = control_token_ids(chat.tokenizer)
     for turn in turns:
