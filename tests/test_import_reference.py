@@ -72,6 +72,14 @@ def test_other_forms_of_a_vector_are_read(tmp_path):
             np.testing.assert_array_equal(row.embedding, row_D)
 
 
+def test_a_null_caption_is_none_and_a_null_id_is_an_error(tmp_path):
+    content = [{"id": 0, "embed": [1.0], "caption": None}, {"id": None, "embed": [1.0], "caption": "a"}]
+    (row,) = read_reference(str(write(tmp_path / "a.pkl", content[:1])), "caption")
+    assert (row.id, row.content) == ("0", "")
+    with pytest.raises(DataError, match=r"b\.pkl: record 1 has the id None"):
+        list(read_reference(str(write(tmp_path / "b.pkl", content)), "caption"))
+
+
 @pytest.mark.parametrize(
     "embed", [None, "text", {"a": 1}, [[1.0], [1.0, 2.0]], np.eye(3), np.array([True]), 3.0], ids=str
 )

@@ -21,10 +21,11 @@ from revision_ray.data import shards
 from revision_ray.data.conversations import ConversationSource
 from revision_ray.data.rejected import read_rejected
 from revision_ray.data.shards import EncoderIdentity, Manifest
-from revision_ray.data.store import open_stores
+from revision_ray.data.store import RowGroup, open_stores
 from revision_ray.errors import AlignmentError, ConfigError, DataError
 from revision_ray.train import ingest
 from revision_ray.train.batches import padding_share
+from revision_ray.train.image_index import AMBIGUOUS, MISSING, WAYS, build_index, key_hashes
 from revision_ray.train.ingest import Order, Share, Step, conversation_source, inspect, steps, text_source
 from revision_ray.train.joined import join
 from revision_ray.train.joined_store import open_joined, read_joined
@@ -409,6 +410,68 @@ def joined_rows(store) -> dict[str, np.ndarray]:
     return found
 
 
+def image_index(folder: Path, rows: list[tuple[str, str]]):
+    """The index of a store of these (id, URI)."""
+    ids, uris = [row_id for row_id, _ in rows], [uri for _, uri in rows]
+    folder.mkdir()
+    write_part(folder / "part-0.parquet", IMAGE_ND[: len(rows)], ids, "image", texts=uris)
+    group = RowGroup(uri=str(folder / "part-0.parquet"), shard_hash="", index=0, num_rows=len(rows))
+    return build_index([key_hashes(group)])
+
+
+FOLDER = [
+    ("a/3", "/data/a/3.jpg"),
+    ("b/3", "/data/b/3.PNG"),
+    ("7", "/data/a/7.jpeg"),
+    ("u.8", "s3://k/u.8.webp"),
+]
+RECORDS = [
+    ("x1", "/recs/img/1.png"),
+    ("x2", "/recs/img/1.png"),
+    ("x3", "/else/9.png"),
+    ("free", "t.parquet:row 3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "image", "place", "way"),
+    [
+        (FOLDER, "a/3.jpg", 0, "path"), (FOLDER, "a/3", 0, "id"), (FOLDER, "./a/3.jpg", 0, "path"),
+        (FOLDER, "a\\3.jpg", 0, "path"), (FOLDER, "a/x/../3.jpg", 0, "path"), (FOLDER, "a/3.JPEG", 0, "path"),
+        (FOLDER, "b/3.png", 1, "path"), (FOLDER, "/data/b/3.PNG", 1, "uri"), (FOLDER, "7.jpg", 2, "path"),
+        (FOLDER, "u.8.webp", 3, "path"), (FOLDER, "s3://k/u.8.webp", 3, "uri"),
+        # Another file of the same name: another ending, another folder.
+        (FOLDER, "a/3.png", MISSING, "file name"), (FOLDER, "c/3.jpg", MISSING, "file name"),
+        (FOLDER, "gqa/7.jpg", MISSING, "file name"), (FOLDER, "3.jpg", MISSING, "file name"),
+        (FOLDER, "zzz.jpg", MISSING, ""),
+        # Rows of records: their id is not made of the path, and may share the file.
+        (RECORDS, "img/1.png", 0, "uri"), (RECORDS, "x2", 1, "id"), (RECORDS, "../else/9.png", 2, "uri"),
+        (RECORDS, "9.png", MISSING, ""), (RECORDS, "free.jpg", 3, "path"), (RECORDS, "free", 3, "id"),
+        ([("d", ""), ("d", "")], "d", AMBIGUOUS, "id"), ([("d", ""), ("d", "")], "d.jpg", AMBIGUOUS, "path"),
+    ],
+)  # fmt: skip
+def test_an_image_is_the_file_that_the_record_names_or_missing(rows, image, place, way, tmp_path):
+    index = image_index(tmp_path / "store", rows)
+    found = index.find([image], "/recs")
+    assert found.places.tolist() == [place]
+    if place != MISSING:
+        assert WAYS[found.ways[0]] == way
+    assert (found.rivals[0, 0] >= 0) == (place == AMBIGUOUS or (place == MISSING and bool(way)))
+    by_name = index.find([image], "/recs", by_name=True)
+    if place == MISSING and way:
+        several = found.rivals[0, 1] != MISSING
+        assert by_name.places.tolist() == [AMBIGUOUS if several else found.rivals[0, 0]]
+    else:
+        assert by_name.places.tolist() == [place]
+
+
+def test_the_folder_of_a_record_decides_before_ids(tmp_path):
+    """Two folders were embedded one by one, and hold files of the same names."""
+    index = image_index(tmp_path / "store", [("1", "/data/coco/1.jpg"), ("1-2", "/data/gqa/1.jpg")])
+    assert index.find(["1.jpg"], "/data/gqa").places.tolist() == [1]
+    assert index.find(["1.jpg"], "/data/coco").places.tolist() == [0]
+
+
 def test_images_are_found_by_id_ending_uri_or_name(cluster, pictures, tmp_path):
     records = [
         asked("by-id", "a/3"),
@@ -435,9 +498,36 @@ def test_a_root_makes_uris_and_a_bare_name_needs_to_be_the_only_one(cluster, pic
     np.testing.assert_allclose(found["x"], unit(IMAGE_ND)[[15]], atol=1e-7)
     with pytest.raises(DataError, match="several rows of the image store go by that name"):
         join(ConversationSource(uri=uri), open_stores([pictures], "image"), str(tmp_path / "other"))
-    named = ConversationSource(uri=write_jsonl(tmp_path / "d.jsonl", [asked("x", "some/where/image7.png")]))
-    found = joined_rows(join(named, open_stores([images], "image"), str(tmp_path / "cache")))
-    np.testing.assert_allclose(found["x"], unit(IMAGE_ND)[[7]], atol=1e-7)
+
+
+def test_file_names_match_only_where_a_setting_says_so_and_tell_images_apart(
+    cluster, pictures, images, tmp_path
+):
+    def joined(records: list[dict], match_images="file_name", stores=images):
+        uri = write_jsonl(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl", records)
+        source = ConversationSource(uri=uri, match_images=match_images)
+        return conversation_source([source], [stores], str(tmp_path / "cache"))
+
+    elsewhere = [asked("x", "some/where/image7.png"), asked("y", "image8.jpg")]
+    with pytest.raises(DataError, match=r"where/image7\.png.*'image7' has the same file name.*match_images"):
+        joined(elsewhere, "exact")
+    source = joined(elsewhere)
+    assert source.num_rows == 2
+    (found,) = source.embeddings(0, np.array([0]))
+    np.testing.assert_allclose(found, unit(IMAGE_ND)[[7]], atol=1e-7)
+    # Two rows of the store, two paths of records, also in two parts of a mixture.
+    with pytest.raises(DataError, match="several rows of the image store go by that name: 'a/7' and 'b/7'"):
+        joined([asked("x", "c/7.jpg")], stores=pictures)
+    for others in (["some/other/image7.png"], ["image7.jpg"]):
+        with pytest.raises(DataError, match=r"some/where/image7\.png.*image7.*same file name"):
+            joined([*elsewhere, *(asked("z", other) for other in others)])
+    parts = [
+        ConversationSource(uri=write_jsonl(tmp_path / f"{name}.jsonl", [asked("x", f"{name}/image7.jpg")]),
+                           match_images="file_name")
+        for name in ("coco", "gqa")
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"coco/image7\.jpg.*gqa/image7\.jpg"):
+        conversation_source(parts, [images], str(tmp_path / "cache"))
 
 
 def test_what_has_no_embedding_is_listed_and_too_many_fail(cluster, pictures, tmp_path):

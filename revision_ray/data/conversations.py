@@ -7,44 +7,32 @@ from typing import Any, Final, Literal
 
 from revision_ray import storage
 from revision_ray.config import MISSING
-from revision_ray.data.json_stream import elements
-from revision_ray.data.line_ranges import MAX_LINE_BYTES, lines
-from revision_ray.data.parquet_rows import rows
-from revision_ray.data.records import DerivedIds, RowError, fields_of, known_id, unicode, utf8
+from revision_ray.data.records import TEXT_IDS, DerivedIds, RowError, fields_of, image_names, known_id
 from revision_ray.data.schema import Rejected, Split
 from revision_ray.data.sources import text_splits
-from revision_ray.data.text_rows import read_texts
+from revision_ray.data.text_rows import read_records
+from revision_ray.data.turns import (
+    CONVERSATION_FIELDS,
+    IMAGE_MARK,
+    Message,
+    Role,
+    check_supported,
+    message_of,
+    system_of,
+    turns_of,
+)
 from revision_ray.errors import ConfigError, DataError
 
-Role = Literal["system", "user", "assistant"]
-IMAGE_MARK = "<image>"
+__all__ = ["BAD_CONVERSATION", "IMAGE_MARK", "UNREADABLE", "Conversation", "ConversationSource",
+           "MatchImages", "Message", "expand", "parse_record", "read_conversations", "record_splits",
+           "source_of"]  # fmt: skip
+
 # Causes under which records that hold no conversation are counted; a reason is "cause: what was found".
 UNREADABLE: Final = "unreadable_record"
 BAD_CONVERSATION: Final = "bad_conversation"
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-_IDS = ("id", "key", "question_id")
-_COLUMNS = (*_IDS, "image", "images", "image_id", "text", "caption", "conversations")
-_BATCH_ROWS = 1024
+MatchImages = Literal["exact", "file_name"]
 _BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """One turn. In a user's, each `<image>` stands for one image.
-
-    `is_target` is False for an assistant's turn that is read but not trained on.
-    """
-
-    role: Role
-    content: str
-    is_target: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +76,10 @@ class ConversationSource:
     """A JSON list, JSON Lines or Parquet of records, a directory or wildcard path of them, or a meta JSON of
     InternVL: {name: {root, annotation, repeat_time}}."""
     image_root: str = ""
-    """Directory that the records' image paths are relative to; may be empty where images are known by id."""
+    """Directory that the records' image paths are relative to; that of their file if not given."""
+    match_images: MatchImages = "exact"
+    """exact: an image of a record is found by its URI, its id, or the path that the id was made of.
+    file_name: else by its file name alone, whatever the folder; two paths of one file name are an error."""
     repeat: float = 1.0
     """How often an epoch sees each record; 0.3 takes three tenths of them, drawn anew each epoch."""
     weight: float | None = None
@@ -102,12 +93,16 @@ class ConversationSource:
             raise ConfigError(f"weight={self.weight}; expected a number from 0 on")
 
 
-def source_of(entry: str) -> ConversationSource:
+def source_of(entry: str, image_root: str = "", match_images: MatchImages = "exact") -> ConversationSource:
     """The part of a mixture that URI or URI*REPEAT names: how often an epoch sees each record."""
     uri, star, repeat = entry.rpartition("*")
-    if star and repeat.replace(".", "", 1).isdigit():
-        return ConversationSource(uri=storage.absolute(uri), repeat=float(repeat))
-    return ConversationSource(uri=storage.absolute(entry))
+    is_repeated = bool(star) and repeat.replace(".", "", 1).isdigit()
+    return ConversationSource(
+        uri=storage.absolute(uri if is_repeated else entry),
+        image_root=storage.absolute(image_root) if image_root else "",
+        repeat=float(repeat) if is_repeated else 1.0,
+        match_images=match_images,
+    )
 
 
 def expand(source: ConversationSource) -> list[ConversationSource]:
@@ -167,62 +162,44 @@ def read_conversations(split: Split) -> Iterator[Conversation | Rejected]:
         DataError: the file itself is missing, damaged or cut off; the records before were given.
     """
     derived = DerivedIds()
-    for where, raw, record in read_records(split):
-        if isinstance(record, RowError):
-            yield Rejected(id=derived(raw), uri=where, reason=f"{UNREADABLE}: {record}")
-            continue
+    for found in read_records(split, CONVERSATION_FIELDS):
         try:
-            found = parse_record(record, derived)
+            yield parse_record(found.fields(), derived)
         except RowError as error:
-            found = Rejected(
-                id=_id_or(record, derived, raw), uri=where, reason=f"{BAD_CONVERSATION}: {error}"
-            )
-        yield found
-
-
-def _id_or(record: object, derived: DerivedIds, raw: bytes) -> str:
-    try:
-        return known_id(fields_of(record), _IDS) or derived(raw)
-    except RowError:
-        return derived(raw)
+            cause = BAD_CONVERSATION if found.bad is None else UNREADABLE
+            yield found.rejected(f"{cause}: {error}", derived)
 
 
 def parse_record(record: object, derived: DerivedIds | None = None) -> Conversation:
     """The conversation of a LLaVA, Bunny or InternVL record: {id, image, conversations: [{from, value}]}.
 
-    `image` is a path, a list of them, or absent. A record without id gets one from its content (`derived`,
-    where ids are to be unique among several records).
+    `image` is a path, a list of them, or absent. `data.records` says which other fields count. A record
+    without id gets one from its content (`derived`, where ids are to be unique among several records).
 
     Raises:
-        DataError: no conversation, an unknown role, roles that do not alternate, an empty turn, or a number
-            of `<image>` marks that is not the number of images.
+        DataError: no conversation, an unknown role, roles that do not alternate, an empty turn, a number of
+            `<image>` marks that is not the number of images, or a field that is not supported.
     """
     fields = fields_of(record)
-    turns = fields.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        found = "an empty list" if turns == [] else f"fields {sorted(map(str, fields))[:20]}"
-        raise RowError(f"no conversation: found {found}, expected a list 'conversations' of turns")
-    messages = tuple(_message(turn, number) for number, turn in enumerate(turns))
+    turns = turns_of(fields)
+    check_supported(fields)
+    messages = [message_of(turn, number) for number, turn in enumerate(turns)]
+    system = system_of(fields)
+    if system is not None:
+        if messages[0].role != "system":
+            messages.insert(0, Message(role="system", content=system))
+        elif messages[0].content != system:
+            raise RowError("the record's system prompt and its system turn differ; keep one of them")
     _check_roles([message.role for message in messages])
-    images = images_of(fields)
-    _check_marks(messages, len(images))
-    content = json.dumps([list(images), turns], sort_keys=True, default=str).encode()
+    _check_marks(messages)
+    images = _images(fields, messages)
+    content = [list(images), turns, *([] if system is None else [system])]
     return Conversation(
-        id=known_id(fields, _IDS) or (derived or DerivedIds())(content), messages=messages, images=images
+        id=known_id(fields, TEXT_IDS)
+        or (derived or DerivedIds())(json.dumps(content, sort_keys=True, default=str).encode()),
+        messages=tuple(replace(message, images=()) for message in messages),
+        images=images,
     )
-
-
-def _message(turn: object, number: int) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(f"turn {number} is {turn!r:.60}, expected an object with 'from' and 'value'")
-    speaker, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if speaker not in _ROLES:
-        raise RowError(f"turn {number} has the unknown role {speaker!r}, expected one of {list(_ROLES)}")
-    if not isinstance(content, str):
-        raise RowError(f"turn {number} ({speaker}) holds {type(content).__name__}, expected a string")
-    if not content or content.isspace():
-        raise RowError(f"turn {number} ({speaker}) is empty")
-    return Message(role=_ROLES[speaker], content=unicode(content, f"turn {number}"))
 
 
 def _check_roles(roles: list[Role]) -> None:
@@ -235,91 +212,26 @@ def _check_roles(roles: list[Role]) -> None:
         )
 
 
-def _check_marks(messages: tuple[Message, ...], num_images: int) -> None:
-    marks = 0
+def _check_marks(messages: list[Message]) -> None:
     for number, message in enumerate(messages):
-        found = message.content.count(IMAGE_MARK)
-        if found and message.role != "user":
+        if message.images and message.role != "user":
             raise RowError(f"turn {number} ({message.role}) holds {IMAGE_MARK}, which only a user's turn may")
-        marks += found
-    if marks != num_images:
-        raise RowError(f"{marks} {IMAGE_MARK} in the turns and {num_images} images in the record")
 
 
-def images_of(fields: dict[str, Any]) -> tuple[str, ...]:
-    """The paths or ids of the record's images, none of which may be empty.
-
-    Raises:
-        DataError: `image` is something else.
-    """
-    found = fields.get("image")
-    if found is None or found == "" or found == []:
-        found = fields.get("images")
-    if found is None or found == "" or found == []:
-        return ()
-    listed = found if isinstance(found, list) else [found]
-    paths: list[str] = []
-    for image in listed:
-        path = image.get("path") if isinstance(image, dict) else image
-        if not isinstance(path, str) or not path:
-            raise RowError(f"field 'image' holds {path!r:.60}, expected a path or a list of paths")
-        paths.append(unicode(path, "field 'image'"))
-    return tuple(paths)
-
-
-def read_records(split: Split) -> Iterator[tuple[str, bytes, object]]:
-    """(where, bytes that identify it, record) of every record of a JSON, JSON Lines, Parquet or tar split.
-
-    A record that cannot be read is a RowError in its place.
-
-    Raises:
-        DataError: the file itself is missing, damaged or cut off; the records before were given.
-    """
-    if split.kind == "text_json":
-        yield from _of_json(split)
-    elif split.kind == "text_jsonl":
-        yield from _of_lines(split)
-    elif split.kind == "text_parquet":
-        for number, record in rows(split.uri, split.start, split.stop, _COLUMNS, _BATCH_ROWS):
-            where = f"{split.uri}:row {number}"
-            yield where, where.encode(), record
-    else:
-        for row in read_texts(split):  # a caption beside an image of the same key
-            if isinstance(row, Rejected):
-                yield row.uri, row.id.encode(), RowError(row.reason)
-            else:
-                yield f"{split.uri}:{row.id}", row.id.encode(), {"id": row.id, "text": row.text}
-
-
-def _of_json(split: Split) -> Iterator[tuple[str, bytes, object]]:
-    for element in elements(split.uri, "texts"):
-        if element.offset >= split.stop:
-            return
-        if element.offset >= split.start:
-            where = f"{split.uri}:byte {element.offset}"
-            yield where, element.raw, _checked(element.raw, element.value, element.offset)
-
-
-def _of_lines(split: Split) -> Iterator[tuple[str, bytes, object]]:
-    for offset, line in lines(split.uri, split.start, split.stop):
-        raw = line.removeprefix(_BOM) if offset == 0 else line
-        if not raw.strip():
-            continue
-        where = f"{split.uri}:byte {offset}"
-        if len(raw) > MAX_LINE_BYTES:
-            yield where, raw, RowError(f"a line of more than {MAX_LINE_BYTES} bytes")
-            continue
-        try:
-            yield where, raw, json.loads(utf8(raw, offset))
-        except RowError as error:
-            yield where, raw, error
-        except (ValueError, RecursionError) as error:
-            yield where, raw, RowError(f"malformed JSON: {error}")
-
-
-def _checked(raw: bytes, value: object, offset: int) -> object:
-    try:
-        utf8(raw, offset)
-    except RowError as error:
-        return error
-    return value
+def _images(fields: dict[str, Any], messages: list[Message]) -> tuple[str, ...]:
+    """The names of the images of all marks in `messages`, in their order."""
+    listed = image_names(fields)
+    marks = [mark for message in messages for mark in message.images]
+    named = [mark for mark in marks if isinstance(mark, str)]
+    if not named:
+        if len(marks) != len(listed):
+            raise RowError(f"{len(marks)} {IMAGE_MARK} in the turns and {len(listed)} images in the record")
+        order = [next_one if mark is None else int(mark) for next_one, mark in enumerate(marks)]
+        if sorted(order) != list(range(len(listed))):
+            raise RowError(f"the turns show the images {order}, the record has {len(listed)}")
+        return tuple(listed[place] for place in order)
+    if len(named) < len(marks):
+        raise RowError(f"{len(named)} of {len(marks)} images are named in the turns; name all, or none")
+    if listed and list(listed) != named:
+        raise RowError("the images of the record and those of its turns differ; keep one of them")
+    return tuple(named)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as pat
 
 from revision_ray import storage
-from revision_ray.data.records import IMAGE_FIELDS, LOCATION_FIELDS, TEXT_FIELDS
+from revision_ray.data.records import IMAGE_FIELDS, LOCATION_FIELDS, TEXT_FIELDS, TURN_FIELDS
 from revision_ray.errors import DataError, shorten
 
 # Remote column chunks are fetched in pieces of this size; local files are memory-mapped.
@@ -78,9 +78,10 @@ def text_columns(schema: pa.Schema) -> list[str]:
 
 
 def _holds_texts(name: str, kind: pa.DataType) -> bool:
-    if name == "conversations":
-        return pat.is_list(kind) or pat.is_large_list(kind)
-    return _is_text(kind) or _is_bytes(kind)
+    listed = pat.is_list(kind) or pat.is_large_list(kind)
+    if name in TURN_FIELDS:
+        return listed
+    return _is_text(kind) or _is_bytes(kind) or (listed and _is_text(kind.value_type))
 
 
 def _is_text(kind: pa.DataType) -> bool:

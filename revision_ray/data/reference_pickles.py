@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from revision_ray import storage
+from revision_ray.data.records import is_filled
 from revision_ray.errors import DataError
 
 # The key under which the reference keeps what was embedded, by modality.
@@ -124,8 +125,15 @@ def read_reference(uri: str, content_key: ContentKey) -> Iterator[ReferenceRow]:
                 f"{uri}: record {number} has {found}, expected id, embed and {content_key}; texts have a "
                 "caption and images an image_path: is the modality right?"
             )
+        if not is_filled(record["id"]):
+            raise DataError(
+                f"{uri}: record {number} has the id {record['id']!r:.60}, expected a name or number"
+            )
+        content = record[content_key]
         yield ReferenceRow(
-            id=str(record["id"]), embedding=_vector(record["embed"]), content=str(record[content_key])
+            id=str(record["id"]),
+            embedding=_vector(record["embed"]),
+            content=str(content) if is_filled(content) else "",
         )
 
 

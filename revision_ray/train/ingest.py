@@ -20,7 +20,7 @@ from revision_ray.data.conversations import ConversationSource, expand
 from revision_ray.data.store import open_stores
 from revision_ray.errors import ConfigError
 from revision_ray.train.joined import join
-from revision_ray.train.joined_store import Kind
+from revision_ray.train.joined_store import Kind, check_file_names
 from revision_ray.train.plan import Order, Plan, repeats_of_weights
 from revision_ray.train.prepare import Setup, Share, Step, decode, prepare, read_embeddings, read_texts
 from revision_ray.train.samples import Formatter, Unusable, visible
@@ -66,7 +66,8 @@ def conversation_source(
 
     Raises:
         ConfigError: only some of the parts have a weight.
-        DataError: records or image stores cannot be read, or too many records cannot be used.
+        DataError: records or image stores cannot be read, too many records cannot be used, or different
+            images share the file name by which they are matched.
     """
     store = open_stores(images, "image") if images else None
     expanded = [entry for part in parts for entry in expand(part)]
@@ -74,6 +75,9 @@ def conversation_source(
     joined = [
         join(entry, store, cache, kind=kind, max_rejected_fraction=max_rejected_fraction) for entry in used
     ]
+    check_file_names(
+        [found.uri for entry, found in zip(used, joined, strict=True) if entry.match_images == "file_name"]
+    )
     weights = [entry.weight for entry in used if entry.weight is not None]
     repeats = [entry.repeat for entry in used]
     if weights:

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,28 +21,39 @@ import ray
 
 from revision_ray import metrics, storage
 from revision_ray.cluster import connect, data_context, user_errors
+from revision_ray.data import shards
 from revision_ray.data.conversations import (
     BAD_CONVERSATION,
     UNREADABLE,
     Conversation,
     ConversationSource,
-    images_of,
     read_conversations,
-    read_records,
     record_splits,
 )
 from revision_ray.data.finish import claim
-from revision_ray.data.records import DerivedIds, RowError, fields_of, known_id, text_of
+from revision_ray.data.records import TEXT_IDS, DerivedIds, RowError, known_id
 from revision_ray.data.schema import Rejected, Split
 from revision_ray.data.shards import MANIFEST, EncoderIdentity
 from revision_ray.data.store import RowGroup, Store, read_group
+from revision_ray.data.text_rows import read_records
+from revision_ray.data.turns import CONVERSATION_FIELDS, caption_images, text_of
 from revision_ray.progress import progress
-from revision_ray.train.image_index import AMBIGUOUS, WAYS, ImageIndex, build_index, key_hashes
+from revision_ray.train.image_index import (
+    BY_NAME,
+    MISSING,
+    WAYS,
+    ImageIndex,
+    Matches,
+    build_index,
+    key_hashes,
+    normal_path,
+)
 from revision_ray.train.joined_store import (
     FORMAT_VERSION,
     JoinedRow,
     JoinedStore,
     Kind,
+    check_file_names,
     finish_joined,
     open_joined,
     read_footers,
@@ -66,6 +77,7 @@ class _Work:
     output: str
     kind: Kind
     image_root: str
+    by_name: bool
     groups: tuple[RowGroup, ...]
     embedding_dim: int
     index: Any
@@ -82,11 +94,12 @@ def join(
     """The records of `source`, beside the embeddings of their images, stand in a joined store below `cache`.
 
     One that stands there already is returned; one that was interrupted goes on. Without `images` only records
-    without an image are taken. A caption names its image in `image`, `image_id` or `id`.
+    without an image are taken. What names an image: see `data.records`; how it is found: `ImageIndex`.
 
     Raises:
         DataError: the source or the image store cannot be read, no rows, or more rejected records than the
-            fraction allows; then the list of them is written and no manifest.
+            fraction allows; then the list of them is written and no manifest. Or images are matched by file
+            name, and two different paths have the same one.
     """
     splits = record_splits(source, _BYTES_PER_SPLIT)
     settings = _settings(splits, source, images, kind)
@@ -105,6 +118,8 @@ def join(
             max_rejected_fraction=max_rejected_fraction,
         )
     joined = open_joined(output)
+    if source.match_images == "file_name":
+        check_file_names([output])
     if not stands:
         metrics.record(samples=joined.num_rows, rejected=sum(joined.rejected.values()))
     return joined
@@ -119,6 +134,7 @@ def _settings(
         "kind": kind,
         "records": [[split.key, split.identity] for split in splits],
         "image_root": source.image_root,
+        "match_images": source.match_images,
         "images": storage.sha256(*(shard_hash.encode() for shard_hash in shard_hashes)),
         "rows_per_shard": _ROWS_PER_SHARD,
         "joined_format_version": FORMAT_VERSION,
@@ -138,6 +154,7 @@ def _write_all(
             output=output,
             kind=kind,
             image_root=source.image_root,
+            by_name=source.match_images == "file_name",
             groups=images.row_groups if images else (),
             embedding_dim=images.embedding_dim if images else 0,
             index=ray.put(index),
@@ -153,8 +170,7 @@ def _write_all(
         log.info("images were found by %s", ", ".join(f"{way}: {count}" for way, count in ways.items()))
     if ways["file name"]:
         log.warning(
-            "%d images were found by their file name alone; check that no two images share one",
-            ways["file name"],
+            "match_images=file_name: %d images were found by their file name alone", ways["file name"]
         )
 
 
@@ -223,21 +239,20 @@ def _conversations(split: Split) -> Iterator[JoinedRow | Rejected]:
 
 def _captions(split: Split) -> Iterator[JoinedRow | Rejected]:
     derived = DerivedIds()
-    for where, raw, record in read_records(split):
+    for found in read_records(split, CONVERSATION_FIELDS):
         try:
-            if isinstance(record, RowError):
-                raise record
-            fields = fields_of(record)
-            named = images_of(fields) or (known_id(fields, ("image_id", "id", "key")),)
-            image = named[0]
-            if image is None or len(named) > 1:
-                raise RowError(f"names {len(named) - (image is None)} images in 'image', 'image_id' or 'id'")
-            identity = known_id(fields, ("id", "key")) or image
+            fields = found.fields()
             text = text_of(fields)
-            yield JoinedRow(id=identity, where=where, text=text, num_characters=len(text), images=(image,))
+            named = caption_images(fields)
+            if len(named) != 1:
+                raise RowError(
+                    f"a caption names one image; found {len(named)} in 'image', 'image_id' or 'id'"
+                )
+            identity = known_id(fields, TEXT_IDS) or named[0]
+            yield JoinedRow(id=identity, where=found.where, text=text, num_characters=len(text), images=named)
         except RowError as error:
-            cause = UNREADABLE if isinstance(record, RowError) else BAD_CONVERSATION
-            yield Rejected(id=derived(raw), uri=where, reason=f"{cause}: {error}")
+            cause = BAD_CONVERSATION if found.bad is None else UNREADABLE
+            yield found.rejected(f"{cause}: {error}", derived)
 
 
 _CONTENTS = {"conversations": _conversations, "captions": _captions}
@@ -256,9 +271,9 @@ def _write_shard(
 ) -> None:
     """The rows whose images all have an embedding stand in shard `number` of the split, the others listed."""
     names = [image for row in rows for image in row.images]
-    places, found_by = index.find(names, work.image_root)
-    embedding_ND, problems = _embeddings(places, work)
-    ways.update(WAYS[way] for way in found_by[places >= 0].tolist())
+    matches = index.find(names, work.image_root or storage.parent_of(split.uri), by_name=work.by_name)
+    embedding_ND, problems = _embeddings(matches, work)
+    ways.update(WAYS[way] for way in matches.ways[matches.places >= 0].tolist())
     kept: list[JoinedRow] = []
     first = 0
     for row in rows:
@@ -268,21 +283,27 @@ def _write_shard(
         if bad is None:
             kept.append(replace(row, embeddings=embedding_ND[mine.start : mine.stop].tobytes()))
         else:
-            reason = f"missing_embedding: image {names[bad]!r}: {problems[bad]}"
+            reason = f"missing_embedding: image {names[bad]!r:.120}: {problems[bad]}"
             rejected.append(Rejected(id=row.id, uri=row.where, reason=reason))
     uri = storage.join(work.output, f"part-{split.key}-{number:05d}.parquet")
-    write_joined(uri, kept, rejected, split.key, last=last)
+    image_paths = {}
+    if work.by_name:
+        for name, way, place in zip(names, matches.ways.tolist(), matches.places.tolist(), strict=True):
+            if place >= 0:
+                path = normal_path(name)
+                image_paths[path] = image_paths.get(path, False) or way == BY_NAME
+    write_joined(uri, kept, rejected, split.key, last=last, image_paths=image_paths)
 
 
-def _embeddings(places: np.ndarray, work: _Work) -> tuple[np.ndarray, dict[int, str]]:
+def _embeddings(matches: Matches, work: _Work) -> tuple[np.ndarray, dict[int, str]]:
     """float32 (N, D) unit rows at these places of the image store, and why a position has none."""
+    places = matches.places
     embedding_ND = np.zeros((len(places), work.embedding_dim), np.float32)
-    problems = {
-        int(at): "several rows of the image store go by that name"
-        if places[at] == AMBIGUOUS
-        else "the image store has no such row"
-        for at in np.flatnonzero(places < 0)
-    }
+    missing = np.flatnonzero(places < 0)
+    missing = missing[
+        np.argsort(matches.rivals[missing, 0], kind="stable")
+    ]  # by row group, to read each once
+    problems = {int(at): _problem(matches.rivals[at], work) for at in missing}
     known = np.flatnonzero(places >= 0)
     known = known[np.argsort(places[known], kind="stable")]
     groups = places[known] >> 32
@@ -296,3 +317,26 @@ def _embeddings(places: np.ndarray, work: _Work) -> tuple[np.ndarray, dict[int, 
         embedding_ND[chosen[good]] = rows_ND[good] / norm_N[good, None]
         problems |= dict.fromkeys(chosen[~good].tolist(), "its embedding has no direction")
     return embedding_ND, problems
+
+
+def _problem(rivals: np.ndarray, work: _Work) -> str:
+    """Why an image has no embedding, and what to do. `rivals` are places of rows that it may have meant."""
+    known = [place for place in rivals.tolist() if place != MISSING]
+    names = [_ids_of(work.groups[place >> 32])[place & 0xFFFFFFFF] for place in known]
+    named = " and ".join(f"{name!r:.90}" for name in names)
+    if not known:
+        return "the image store has no such row"
+    if len(known) > 1:
+        return (
+            f"several rows of the image store go by that name: {named}; set image_root to the folder that "
+            "the records' paths are relative to, or name images by their ids"
+        )
+    return (
+        f"the image store has no such row; {named} has the same file name: set image_root to the folder that "
+        "the records' paths are relative to, or match_images=file_name where file names tell images apart"
+    )
+
+
+@lru_cache(maxsize=8)
+def _ids_of(group: RowGroup) -> list[str]:
+    return [str(row_id) for row_id in shards.read_columns(group.uri, ["id"], group.index)["id"].to_pylist()]

@@ -10,9 +10,9 @@ Shapes: N rows, D embedding dim.
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -23,11 +23,12 @@ from revision_ray.data.rejected import REJECTED, write_rejected
 from revision_ray.data.schema import Rejected
 from revision_ray.data.shards import MANIFEST, EncoderIdentity
 from revision_ray.errors import DataError
+from revision_ray.train.image_index import file_name
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["conversations", "captions"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: records' system prompts, losses and images as data.records says
 FOOTER_KEY = b"revision_ray_joined"
 ROWS_PER_ROW_GROUP = 2048
 _FOOTERS_AT_ONCE = 16
@@ -76,10 +77,18 @@ class JoinedFooter:
     content_hash: str
     rejected: tuple[Rejected, ...]
     row_group_rows: tuple[int, ...] = ()
+    image_paths: dict[str, bool] = field(default_factory=dict)
+    """With match_images=file_name: paths of images that were found, and whether by their file name."""
 
 
 def write_joined(
-    uri: str, rows: Sequence[JoinedRow], rejected: Sequence[Rejected], split: str, *, last: bool
+    uri: str,
+    rows: Sequence[JoinedRow],
+    rejected: Sequence[Rejected],
+    split: str,
+    *,
+    last: bool,
+    image_paths: Mapping[str, bool],
 ) -> None:
     """The rows stand at `uri` as one shard, which appears whole or not at all."""
     columns = {
@@ -94,6 +103,7 @@ def write_joined(
         "last": last,
         "content_hash": storage.sha256(*(b.to_pybytes() for c in columns.values() for b in c.buffers() if b)),
         "rejected": [asdict(row) for row in rejected],
+        "image_paths": dict(image_paths),
     }
     table = pa.table(columns).replace_schema_metadata({FOOTER_KEY: json.dumps(footer).encode()})
     sink = pa.BufferOutputStream()
@@ -179,6 +189,28 @@ def finish_joined(
         "shards": shards,
     }
     storage.write_json(storage.join(output, MANIFEST), manifest)
+
+
+def check_file_names(uris: Sequence[str]) -> None:
+    """Check that images of the joined stores at `uris` that were found by file name are told apart by it.
+
+    Raises:
+        DataError: two different paths have the same file name; the message has both.
+    """
+    paths = [
+        item for uri in uris for footer in read_footers(uri).values() for item in footer.image_paths.items()
+    ]
+    by_name = {}
+    # Those found by their file name first: among the others an equal file name does no harm.
+    for path, is_by_name in sorted(paths, key=lambda item: not item[1]):
+        other = (
+            by_name.setdefault(file_name(path), path) if is_by_name else by_name.get(file_name(path), path)
+        )
+        if other != path:
+            raise DataError(
+                f"match_images=file_name: the records' images {other!r:.200} and {path!r:.200} have the same "
+                "file name and would get the same embedding; set image_root, or name images by their ids"
+            )
 
 
 def open_joined(uri: str) -> JoinedStore:

@@ -10,9 +10,11 @@ from PIL import Image, ImageOps
 from revision_ray import storage
 from revision_ray.data.image_rows import IMAGE_EXTENSIONS, images_in
 from revision_ray.data.images import decode_image, is_image
+from revision_ray.data.records import RowError
 from revision_ray.data.sources import tar_shards
 from revision_ray.data.tar_stream import samples
-from revision_ray.data.text_rows import TEXT_ENDINGS
+from revision_ray.data.text_rows import TEXT_ENDINGS, record_of_sample
+from revision_ray.data.turns import captions_of
 from revision_ray.errors import DataError
 
 _MAX_BYTES = 2**28
@@ -31,7 +33,7 @@ class Pair:
 def read_pairs(uris: Sequence[str]) -> list[Pair]:
     """All pairs of the tar shards at `uris` (directories or files), in the order of shards and members.
 
-    A sample holds KEY.jpg (or another image) and KEY.txt, or KEY.json with `captions`, a list of several.
+    A sample holds KEY.jpg (or another image) and KEY.txt, or KEY.json with a caption or a list of them.
     Images stay encoded in memory: about 3 kB each at 64 pixels.
 
     Raises:
@@ -43,18 +45,19 @@ def read_pairs(uris: Sequence[str]) -> list[Pair]:
 def _pairs(shard: str) -> Iterator[Pair]:
     wanted = {*IMAGE_EXTENSIONS, *TEXT_ENDINGS, "json"}
     for sample in samples(shard, wanted, _MAX_BYTES, by_content=is_image):
-        found = {member.extension: member.content for member in sample.members if member.content is not None}
         image = next((member.content for member in images_in(sample)), None)
-        try:
-            said = json.loads(found["json"]).get("captions", []) if "json" in found else []
-            captions = said or ([found["txt"].decode()] if "txt" in found else [])
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{shard}: sample {sample.key!r}: its caption cannot be read: {error}") from error
-        if image is None or not captions:
-            missing = (
-                "image (" + ", ".join(IMAGE_EXTENSIONS) + ")" if image is None else "caption in .txt or .json"
+        if image is None:
+            raise DataError(
+                f"{shard}: sample {sample.key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}); remove it or "
+                "complete it"
             )
-            raise DataError(f"{shard}: sample {sample.key!r} has no {missing}; remove it or complete it")
+        try:
+            captions = captions_of(record_of_sample(shard, sample).fields())
+        except RowError as error:
+            raise DataError(
+                f"{shard}: sample {sample.key!r} has no caption in .txt or .json: {error}; remove it or "
+                "complete it"
+            ) from error
         yield Pair(key=sample.key, image=image, captions=captions)
 
 

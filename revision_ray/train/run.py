@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 RESULTS, CONFIG = "results.json", "config.yaml"
 # Settings that say where and how a run works, not what comes out.
 _OUTSIDE = ("output", "num_workers", "workers", "checkpoints", "logging", "max_rejected_fraction", "inspect",
-            "image_files", "encoder")  # fmt: skip
+            "image_files", "encoder", "image_root", "match_images")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ def _conversations(job: FinetuneJob, data: Sequence[str]) -> Source:
 
 
 def _joined(job: PretrainJob | FinetuneJob, data: Sequence[str], kind: Kind) -> Source:
-    parts = [source_of(entry) for entry in data]
+    parts = [source_of(entry, job.image_root, job.match_images) for entry in data]
     cache = storage.join(storage.absolute(job.output), "joined")
     return ingest.conversation_source(
         parts, job.images, cache, kind=kind, max_rejected_fraction=job.max_rejected_fraction

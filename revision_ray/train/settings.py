@@ -140,6 +140,11 @@ class Training:
     """Cut longer samples off, or leave them out; both are counted."""
     max_rejected_fraction: float = 0.01
     """Fail when a larger share of the samples could not be used."""
+    image_root: str = ""
+    """Folder that image paths of records are relative to; that of the records' file if not given."""
+    match_images: Literal["exact", "file_name"] = "exact"
+    """How images of records are found in the image stores. exact: by URI, id, or the path that an id was made
+    of. file_name: else by file name alone, whatever the folder; two paths of one file name are an error."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     attention: str | None = None
