@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError
 
 from revision_ray import config, storage
 from revision_ray.align.alignment import load_alignment
@@ -24,6 +25,7 @@ from revision_ray.encode import embed
 from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig, located
 from revision_ray.errors import AlignmentError, ConfigError, DataError
+from revision_ray.retry import is_passing, patiently
 from revision_ray.train import checkpoint, export, ingest
 from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.ingest import Source
@@ -303,16 +305,24 @@ def _run(job: Training, output: str, task: Task) -> dict[str, Any]:
     environment = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
     if not placement.use_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
-    trainer = TorchTrainer(
-        **loop(train, task),
-        scaling_config=placement,
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=output,
-            failure_config=FailureConfig(max_failures=job.workers.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoints.keep),
-            worker_runtime_env={"env_vars": environment},
-        ),
+    run_config = RunConfig(
+        name="checkpoints",
+        storage_path=output,
+        failure_config=FailureConfig(max_failures=job.workers.max_failures),
+        logging_config=LoggingConfig(log_level="WARNING"),
+        checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoints.keep),
+        worker_runtime_env={"env_vars": environment},
     )
-    return fitted(trainer)
+
+    def attempt() -> dict[str, Any]:
+        try:
+            return fitted(TorchTrainer(**loop(train, task), scaling_config=placement, run_config=run_config))
+        except ControllerError as error:
+            cause = error.controller_failure
+            if isinstance(cause, OSError) and is_passing(cause):
+                raise cause from error
+            raise
+
+    # Ray Train's controller notes its checkpoints there, tries for seconds, and ends the run where it cannot:
+    # a new run goes on from the last checkpoint.
+    return patiently(output, attempt)
