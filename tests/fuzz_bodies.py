@@ -184,6 +184,16 @@ def chat_bodies(model: str, fingerprint: str) -> st.SearchStrategy[dict[str, Any
             "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
             "tools": st.sampled_from([[], None, [{"type": "function"}]]),
             "user": st.just("me"),
+            "top_k": st.sampled_from([-1, 0, 1, 5, 10**9]),
+            "min_p": st.sampled_from([0, 0.1, 1]),
+            "repetition_penalty": st.sampled_from([0.01, 1, 1.3, 100]),
+            "presence_penalty": st.sampled_from([-2, 0, 0.5]),
+            "frequency_penalty": st.sampled_from([0, 2, -0.5]),
+            "min_tokens": st.sampled_from([0, 1, 3]),
+            "stop_token_ids": st.sampled_from([[], [4], [5, 6, 7], [10**6]]),
+            "ignore_eos": st.booleans(),
+            "guided_json": st.sampled_from([None, {}]),
+            "best_of": st.sampled_from([1, None, 2]),
         },
     )
 
@@ -198,6 +208,8 @@ def embeddings_bodies(model: str) -> st.SearchStrategy[dict[str, Any]]:
             "encoding_format": st.sampled_from(["float", "base64", None]),
             "dimensions": st.sampled_from([None, EMBEDDING_DIM, 1]),
             "align": st.booleans(),
+            "truncate_prompt_tokens": st.sampled_from([None, -1, 3]),
+            "user": st.just("me"),
         },
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
@@ -33,9 +34,12 @@ from transformers import (
     SiglipModel,
 )
 
+from revision_ray.data import sources
+from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode import transformers as transformers_backend
 from revision_ray.encode.encoder import EncoderConfig, backend
 from revision_ray.encode.open_clip_tokens import ClipTokens, FileTokens, LibraryTokens
+from revision_ray.encode.pipeline import Plan, Prepare
 from revision_ray.errors import ConfigError
 
 # Unit rows in float32 through two or three layers, summed in another order in another batch: a few roundings
@@ -456,7 +460,13 @@ def test_preparers_need_no_weights(case: Case, copied: EncoderConfig) -> None:
 
 def test_a_text_is_marked_when_the_context_cuts_it(case: Case) -> None:
     prepare = backend(case.config).text_preparer(case.config)
-    fits, cut, long = prepare(["cat " * case.context, "cat " * (case.context + 1), "dog cat " * 5000])
+    fits, cut, long, short = prepare(
+        ["cat " * case.context, "cat " * (case.context + 1), "dog cat " * 5000, "cat"]
+    )
+    assert fits.num_tokens == fits.limit == cut.limit == long.limit
+    assert (cut.num_tokens, long.num_tokens) == (fits.limit + 1, fits.limit - case.context + 10_000)
+    assert {fits.num_taken, cut.num_taken, long.num_taken} == {fits.limit}
+    assert short.num_tokens == short.num_taken == fits.limit - case.context + 1, "padding is not counted"
     assert (fits.truncated, cut.truncated, long.truncated) == (False, True, True)
     assert len(fits.ids) == len(cut.ids) == len(long.ids)
     # The end token stays last: the row is pooled there, or over it.
@@ -613,6 +623,17 @@ def test_a_tokenizer_that_the_configuration_names(tmp_path: Path) -> None:
     np.testing.assert_allclose(_texts_of(config), texts, atol=ROUNDING, rtol=0)
     fits, cut = backend(config).text_preparer(config)(["cat " * 11, "cat " * 12])
     assert (fits.truncated, cut.truncated) == (False, True)
+    assert (fits.num_tokens, cut.num_tokens, cut.num_taken) == (12, 13, 12)
+    # It pads by itself, and the job's metrics count no padding.
+    (tmp_path / "texts.txt").write_text("cat\n" + "cat " * 30 + "\ncat dog\n")
+    (split,) = sources.text_splits([str(tmp_path / "texts.txt")])
+    plan = Plan(
+        modality="text", done={}, encoder=config, identity=EncoderIdentity(name="named", fingerprint="f"),
+        output="", dtype="float16", layout="binary", rows_per_shard=8, batch_size=8, max_image_pixels=1,
+    )  # fmt: skip
+    (unit,) = Prepare(plan)(pa.table({"split": [json.dumps(dataclasses.asdict(split))]}))
+    assert unit.column("shape").to_pylist() == [[12, 12, 12]]
+    assert unit.column("num_tokens").to_pylist() == [2 + 12 + 3]
 
 
 # ----------------------------------------------------------------------------------------- remote code

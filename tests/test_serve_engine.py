@@ -15,14 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_language_model import tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.model import ReVisionProcessor, add_image_token, build_model
 from revision_ray.model.image_tower import ImageTower
 from revision_ray.serve.engine import Engine, Piece, Prompt, QueueFull, Sampling, make_engine
 from revision_ray.serve.language_model import LanguageModel
-from revision_ray.serve.sampling import Draw, choose
+from revision_ray.serve.sampling import Adjustments, Draw, choose
 from revision_ray.serve.settings import EngineConfig
 from revision_ray.serve.text_stream import TextStream, TokenNames
 
@@ -359,6 +369,142 @@ def test_log_probabilities_are_the_models(kind):
     assert all(piece.token is None for piece in without)
 
 
+# --------------------------------------------------------------------------------- what a request may ask for
+
+# What a request asks for, and the same for `generate`. Drawn among few tokens: seeds do not matter.
+WISHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "repetition": ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+    "less": ({"repetition_penalty": 0.8}, {"repetition_penalty": 0.8}),
+    "one": ({"top_k": 1, "temperature": 1.5, "seed": 3}, {}),
+    "likeliest": ({"min_p": 1.0, "temperature": 1.5, "seed": 3}, {}),
+}
+
+
+@torch.no_grad()
+def generated_as(model: Any, prompt: Prompt, max_tokens: int = 16, **settings: Any) -> list[int]:
+    """What `generated` gives with settings of `generate`."""
+    before = model.generation_config
+    model.generation_config = type(before)(**{**before.to_dict(), **settings})
+    try:
+        return generated(model, prompt, max_tokens)
+    finally:
+        model.generation_config = before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_with_wishes_of_their_own_in_one_batch_get_what_generate_gives_each(kind):
+    model = model_of()
+    ends = generated(model, PROMPTS[0])[2:5]
+    wishes = {
+        **WISHES,
+        "minimum": (
+            {"min_tokens": 9, "stop_token_ids": tuple(ends)},
+            {"min_new_tokens": 9, "eos_token_id": ends},
+        ),
+        "ends": ({"stop_token_ids": tuple(ends)}, {"eos_token_id": ends}),
+        "none": ({}, {}),
+    }
+    expected = {}
+    for name, (_, settings_) in wishes.items():
+        ids = generated_as(model, PROMPTS[0], **settings_)
+        ended = ids[-1] in settings_.get("eos_token_id", ())
+        expected[name] = text_of(ids[:-1] if ended else ids)
+    assert len(set(expected.values())) == 5, "four of the wishes change the greedy answer"
+
+    async def run(names: Sequence[str]) -> dict[str, str]:
+        async with engine_of(kind, model, num_slots=len(names)) as engine:
+            samplings = [
+                Sampling(**{"max_tokens": 16, "temperature": 0, **wishes[name][0]}) for name in names
+            ]
+            answers = await asyncio.gather(*(answer_of(engine, PROMPTS[0], each) for each in samplings))
+        return dict(zip(names, answers, strict=True))
+
+    assert asyncio.run(run(list(wishes))) == expected
+    assert asyncio.run(run(["minimum"])) == {"minimum": expected["minimum"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_end_tokens_of_the_model_can_be_ignored_and_its_penalty_replaced(kind):
+    plain = model_of()
+    ids = generated(plain, PROMPTS[0])
+    model = model_of(end=[ids[3]], repetition_penalty=1.5)
+
+    async def run(**wishes: Any) -> list[Piece]:
+        async with engine_of(kind, model) as engine:
+            company = asyncio.create_task(answer_of(engine, PROMPTS[1], greedy()))
+            pieces = await pieces_of(engine, PROMPTS[0], greedy(**wishes))
+            await company
+            return pieces
+
+    pieces = asyncio.run(run(ignore_eos=True, repetition_penalty=1.0))
+    assert "".join(piece.text for piece in pieces) == text_of(ids)
+    assert (pieces[-1].finish_reason, pieces[-1].num_tokens) == ("length", 16)
+    pieces = asyncio.run(run(repetition_penalty=1.0))
+    assert (pieces[-1].finish_reason, pieces[-1].num_tokens) == ("stop", 3)
+    with pytest.raises(DataError, match="min_tokens is 17"):
+        asyncio.run(run(min_tokens=17))
+
+
+def test_adjusted_scores_are_those_of_transformers_processors():
+    scores_BV: Any = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
+    prompt, answer, ends = [2, 5, 7, VOCAB + 3], [9, 5, 9], [3, 11]
+    sampling = Sampling(max_tokens=9, repetition_penalty=1.4, min_tokens=4)
+    adjust = Adjustments(sampling, prompt, ends, model_penalty=2.0)
+    for number, token in enumerate(answer):
+        adjust(scores_BV[0], number)
+        adjust.add(token)
+    ids_BT: Any = torch.tensor([[*prompt[:3], *answer]])
+    expected_BV = RepetitionPenaltyLogitsProcessor(1.4)(ids_BT, scores_BV.clone())
+    minimum = MinNewTokensLengthLogitsProcessor(3, 4, ends)
+    assert torch.equal(adjust(scores_BV[0], 3), minimum(ids_BT, expected_BV)[0])
+    assert torch.equal(adjust(scores_BV[0], 4), expected_BV[0])
+    counted = Adjustments(
+        Sampling(max_tokens=9, presence_penalty=0.5, frequency_penalty=0.25), prompt, ends, model_penalty=1.0
+    )
+    for number, token in enumerate(answer):
+        counted(scores_BV[0], number)
+        counted.add(token)
+    change_V = counted(scores_BV[0], 3) - scores_BV[0]
+    expected_V = torch.zeros(VOCAB).index_add(0, torch.tensor([5, 9]), torch.tensor([-0.75, -1.0]))
+    torch.testing.assert_close(change_V, expected_V, atol=1e-6, rtol=0)  # a difference of float32 near 1
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"top_k": 3},
+        {"top_k": 5, "top_p": 0.6},
+        {"min_p": 0.3},
+        {"top_k": 6, "top_p": 0.9, "min_p": 0.2, "temperature": 0.7},
+        {"top_k": 10**6, "min_p": 1e-9},
+    ],
+)
+def test_tokens_are_drawn_from_those_that_transformers_leaves(wish):
+    """With their probabilities, in a batch beside rows that ask for nothing or something else."""
+    logits_V = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5, 1.0, 0.7, -3.0])
+    num = 3000
+    sampling = Sampling(**{"max_tokens": 1, "temperature": 1.0, **wish})
+    others = [Sampling(max_tokens=1), Sampling(max_tokens=1, temperature=0), Sampling(max_tokens=1, top_k=1)]
+    draws = [Draw(each, torch.device("cpu")) for each in [sampling] * num + others]
+    tokens_B = choose(logits_V.expand(len(draws), -1).clone(), draws, torch.Generator().manual_seed(0))
+    assert tokens_B[-2:].tolist() == [1, 1]
+    no_ids: Any = None  # which none of them reads
+    scores_BV: Any = TemperatureLogitsWarper(sampling.temperature)(no_ids, logits_V[None].clone())
+    warpers: list[tuple[Any, Any]] = [
+        (TopKLogitsWarper, sampling.top_k),
+        (TopPLogitsWarper, sampling.top_p),
+        (MinPLogitsWarper, sampling.min_p),
+    ]
+    for warper, value in warpers:
+        if value:
+            scores_BV = warper(value)(no_ids, scores_BV)
+    expected_V = scores_BV[0].softmax(-1)
+    counted_V = torch.bincount(tokens_B[:num], minlength=8) / num
+    # Five standard deviations of a proportion of 3000.
+    assert (counted_V - expected_V).abs().max() < 5 * (0.25 / num) ** 0.5
+    assert not counted_V[expected_V == 0].any()
+
+
 # ------------------------------------------------------------------------------------------------------ text
 
 
@@ -448,6 +594,14 @@ def test_stop_strings_across_tokens(text, stop):
         pushed += len(character.encode())
         # Never too early, and never more held back than a stop string may need.
         assert len("".join(given[:pushed])) > number + 1 - longest
+
+
+def test_a_stop_string_of_the_first_tokens_is_text_where_a_minimum_is_asked_for():
+    ids = BYTE_LEVEL("abcabcab")["input_ids"]
+    stream = TextStream(BYTE_LEVEL, ["bc"])
+    given = [stream.push(token, may_stop=number > 4) for number, token in enumerate(ids, 1)]
+    assert "".join(given) == "abca"
+    assert stream.stopped
 
 
 def test_names_of_tokens():

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
@@ -12,14 +13,17 @@ from tiny_model import tiny_model
 from transformers import AutoProcessor, AutoTokenizer
 
 from revision_ray import config
+from revision_ray.encode.encoder import EncoderConfig, backend
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.serve.api_error import ApiError
 from revision_ray.serve.conversation import Prompter, conversation_of
+from revision_ray.serve.deployments import TextEncoderReplica
 from revision_ray.serve.engine import Piece, QueueFull
 from revision_ray.serve.guard import key_digests
 from revision_ray.serve.ingress import Ingress, asgi_app
 from revision_ray.serve.model_facts import facts_of
-from revision_ray.serve.protocol import ChatCompletion, ChatRequest
+from revision_ray.serve.protocol import ChatCompletion, ChatRequest, Embeddings
+from revision_ray.serve.proxy import UntilHealthy
 from revision_ray.serve.settings import Limits, ServeJob, is_loopback
 
 KEY = "a-key-of-the-tests"
@@ -56,6 +60,21 @@ class Scripted:
     def remote(self, *arguments: Any) -> Any:
         self.prompts.append(arguments)
         return Pieces(self, self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0])
+
+
+class Late(Scripted):
+    """A handle whose replica is there once `there` is set."""
+
+    def __init__(self, *scripts: list[Any]) -> None:
+        super().__init__(*scripts)
+        self.there = asyncio.Event()
+
+    @property
+    def check_health(self) -> Any:
+        class Call:
+            remote = self.there.wait
+
+        return Call
 
 
 class Pieces:
@@ -116,6 +135,7 @@ async def sent(
     body: Any = None,
     headers: dict[str, str] | None = None,
     chunks: list[bytes | float] | None = None,
+    query: bytes = b"",
 ) -> Reply:
     """The answer of the application to one request; `chunks` may hold pauses in seconds."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
@@ -128,7 +148,7 @@ async def sent(
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query,
         "root_path": "",
         "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
         "client": ("127.0.0.1", 1),
@@ -273,7 +293,18 @@ def test_an_answer_is_of_the_documented_shape(app_of):
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"functions": [{}]}, 400, "functions"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, 422, "frequency_penalty"),
+        ({"top_k": -2}, 422, "top_k"),
+        ({"top_k": True}, 422, "top_k"),
+        ({"min_p": 1.1}, 422, "min_p"),
+        ({"repetition_penalty": 0}, 422, "repetition_penalty"),
+        ({"min_tokens": 8, "max_tokens": 7}, 400, "min_tokens"),
+        ({"min_tokens": 10**300}, 400, "min_tokens"),
+        ({"min_tokens": 250, "max_tokens": 250}, 400, "min_tokens"),
+        ({"stop_token_ids": [1, 10**6]}, 400, "stop_token_ids[1]"),
+        ({"stop_token_ids": [-1]}, 422, "stop_token_ids[0]"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens"),
+        ({"messages": [ASK["messages"][0], {"role": "assistant", "content": "a"}]}, 400, "messages[1].role"),
         ({"messages": [{"role": "user", "content": "dog " * 300}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "messages"),
     ],
@@ -292,7 +323,35 @@ def test_a_wrong_field_is_named(app_of, changes, status, param):
             "response_format": {"type": "text"},
             "presence_penalty": 0,
             "user": "me",
-            "x": {"y": 1},
+            "metadata": {"run": "1"},
+            "store": False,
+            "service_tier": "auto",
+            "n": 1,
+            "best_of": 1,
+            "tool_choice": "none",
+            "echo": False,
+            "guided_json": None,
+            "logit_bias": {},
+            "add_generation_prompt": True,
+            "continue_final_message": False,
+            "length_penalty": 1.0,
+            "stream_options": None,
+        },
+        {"top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "min_tokens": 0, "stop_token_ids": []},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {
+                    "role": "assistant",
+                    "content": "b",
+                    "refusal": None,
+                    "tool_calls": None,
+                    "annotations": [],
+                    "audio": None,
+                    "function_call": None,
+                },
+                {"role": "user", "content": "c"},
+            ]
         },
         {"seed": -1, "temperature": 0, "top_p": 1, "max_tokens": 10**300, "stop": None, "n": None},
         {"messages": [{"role": "developer", "content": "a"}, {"role": "user", "content": "\x00 \u200b 🙂"}]},
@@ -300,6 +359,124 @@ def test_a_wrong_field_is_named(app_of, changes, status, param):
 )
 def test_what_is_harmless_is_taken(app_of, changes):
     assert ask(app_of(), **changes).status == 200
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "guided_choice": ["yes", "no"], "guided_json": {"type": "object"}, "guided_regex": "a*",
+    "guided_grammar": "root", "structured_outputs": {"choice": ["yes"]}, "continue_final_message": True,
+    "add_generation_prompt": False, "max_new_tokens": 4, "best_of": 2, "echo": True, "suffix": "x",
+    "logit_bias": {"5": 1}, "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}],
+    "function_call": {"name": "f"}, "response_format": {"type": "json_object"}, "modalities": ["audio"],
+    "prediction": {"type": "content"}, "reasoning_effort": "high", "service_tier": "flex", "store": True,
+    "chat_template": "{{ 1 }}", "chat_template_kwargs": {"enable_thinking": False}, "documents": [{}],
+    "skip_special_tokens": False, "spaces_between_special_tokens": False, "include_stop_str_in_output": True,
+    "length_penalty": 0.5, "use_beam_search": True, "bad_words": ["a"], "logits_processors": ["a"],
+    "prompt_logprobs": 1, "truncate_prompt_tokens": 5, "priority": 3, "store ": None, "text": "x", "~one": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_field_that_would_have_no_effect_is_refused_by_name(app_of, name):
+    model = Scripted(WHOLE)
+    reply = ask(app_of(model), **{name: UNSUPPORTED[name]})
+    assert (reply.status, reply.error["param"]) == (400, name)
+    assert name in reply.error["message"]
+    assert reply.error["code"] in ("unsupported_parameter", "unknown_parameter")
+    assert not model.prompts
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"x" * 5000: {"y": 1}}, "x" * 100),
+        ({"messages": [{"role": "user", "content": "a", "name": "me"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "messages[0].weight"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]},
+            "messages[0].content[0].cache_control",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}],
+                    }
+                ]
+            },
+            "messages[0].content[0].image_url.detail",
+        ),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+        ({"stream": True, "stream_options": {"every": 2}}, "stream_options.every"),
+    ],
+)
+def test_a_nested_field_is_refused_by_its_place(app_of, changes, param):
+    reply = ask(app_of(), **changes)
+    assert (reply.status, reply.error["param"]) == (400, param)
+    assert len(reply.error["message"]) < 300
+
+
+def test_the_schema_says_what_is_taken(app_of):
+    schemas = asyncio.run(sent(app_of(), "GET", "/openapi.json")).json["components"]["schemas"]
+    chat = schemas["ChatRequest"]
+    requests = ("ChatRequest", "EmbeddingsRequest", "Message", "StreamOptions", "ImageUrl", "TextPart")
+    assert all(schemas[name]["additionalProperties"] is False for name in requests)
+    assert set(UNSUPPORTED) - set(chat["properties"]) == {"store ", "text", "~one"}
+    assert chat["properties"]["best_of"]["enum"] == [None, 1]
+    assert chat["properties"]["tools"]["enum"] == [None, []]
+
+
+def test_what_draws_an_answer_reaches_the_engine(app_of):
+    model = Scripted(WHOLE)
+    wishes = {
+        "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": 0.5,
+        "frequency_penalty": -0.5, "min_tokens": 2, "stop_token_ids": [4, 5], "ignore_eos": True,
+    }  # fmt: skip
+    assert ask(app_of(model), **wishes).status == 200
+    (_, sampling), *_ = model.prompts
+    assert {name: getattr(sampling, name) for name in wishes} == wishes | {"stop_token_ids": (4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"n": NaN}', "NaN"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "digits"),
+        (b"[" * 100_000, "nested"),
+        (rb'{"model": "\ud83d"}', "surrogate"),
+        (b"\xff{}", "UTF-8"),
+        (b'{"n": 1,\n }', "line 2"),
+        (b'{"n": 1, "n": 2}', "twice"),
+    ],
+)
+def test_a_body_is_refused_for_its_own_reason(app_of, body, said):
+    reply = asyncio.run(sent(app_of(), body=body))
+    assert reply.status == 400
+    assert said in reply.error["message"]
+
+
+def test_an_empty_prompt_and_a_typed_placeholder_have_sentences_of_their_own(tmp_path):
+    """With a template that writes the content alone, and one that takes what it shows for an image."""
+    folder = tiny_model(tmp_path, tower=False, template="plain")
+    job = ServeJob(model=str(folder))
+
+    def reply_to(content: Any) -> Reply:
+        app = asgi_app(Ingress(job, facts_of(job), (), Scripted(WHOLE)))
+        return ask(app, messages=[{"role": "user", "content": content}])
+
+    assert (reply_to("").status, reply_to("").error["code"]) == (400, "empty_prompt")
+    image = {"embedding": [1.0] * 16, "encoder_fingerprint": ""}
+    parts = [{"type": "image_embedding", "image_embedding": image}, {"type": "text", "text": "a <image> ?"}]
+    assert reply_to(parts).status == 200, "it is text"
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ message['content'] }}", "dog <image> <image>"))
+    assert reply_to(parts).error["code"] == "image_token_in_text"
+    assert "shows 2 of the 1" in reply_to(parts[:1]).error["message"]
+    template.write_text("{{ raise_exception('a reason of its own') }}")
+    assert "a reason of its own" in reply_to("dog").error["message"]
 
 
 @pytest.mark.parametrize(
@@ -367,6 +544,103 @@ def test_models_health_page_and_schema_are_there(app_of):
     assert documented["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("ChatRequest")
 
 
+@pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/v1/models/other", "/openapi.json"])
+def test_head_is_get_without_the_body(app_of, path):
+    whole, head = (asyncio.run(sent(app_of(), method, path)) for method in ("GET", "HEAD"))
+    assert (head.status, head.headers, head.body) == (whole.status, whole.headers, b"")
+
+
+def test_parameters_in_an_address_are_refused_where_they_would_ask_for_something(app_of):
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
+        reply = asyncio.run(sent(app_of(), method, path, body=ASK, query=b"limit=3"))
+        assert (reply.status, reply.error["param"]) == (400, "limit")
+    assert asyncio.run(sent(app_of(), "GET", "/health", query=b"now=1")).status == 200
+
+
+ORIGIN = "https://app.example.org"
+PREFLIGHT = {
+    "Origin": ORIGIN,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+def test_pages_of_other_origins_may_call_only_where_the_settings_name_them(folder):
+    def app(*origins: str) -> Any:
+        job = ServeJob(model=folder, cors_origins=list(origins))
+        return asgi_app(Ingress(job, facts_of(job), key_digests(KEY), Scripted(WHOLE)))
+
+    def asked(app: Any, method: str, headers: dict[str, str]) -> Reply:
+        return asyncio.run(sent(app, method, body=ASK, headers=headers))
+
+    with_key = {"Authorization": f"Bearer {KEY}", "Origin": ORIGIN}
+    assert asked(app(), "POST", with_key).status == 200
+    assert "access-control-allow-origin" not in asked(app(), "POST", with_key).headers
+    assert asked(app(), "OPTIONS", PREFLIGHT).status == 401
+    for origins, allowed in (((ORIGIN, "http://localhost:3000"), ORIGIN), (("*",), "*")):
+        preflight = asked(app(*origins), "OPTIONS", PREFLIGHT)
+        assert (preflight.status, preflight.headers["access-control-allow-origin"]) == (200, allowed)
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        for headers, status in ((with_key, 200), ({"Origin": ORIGIN}, 401)):
+            reply = asked(app(*origins), "POST", headers)
+            assert (reply.status, reply.headers["access-control-allow-origin"]) == (status, allowed)
+            assert "access-control-allow-credentials" not in reply.headers
+    other = asked(app("http://localhost:3000"), "POST", with_key)
+    assert "access-control-allow-origin" not in other.headers
+    for wrong in ("app.example.org", "https://app.example.org/", "https://APP.example.org", ""):
+        with pytest.raises(ConfigError, match="cors_origins"):
+            ServeJob(model=folder, cors_origins=[wrong])
+
+
+def test_until_the_parts_are_there_the_answer_is_503(app_of, folder):
+    job = ServeJob(model=folder)
+    model = Late(WHOLE)
+    ingress = Ingress(job, facts_of(job), (), model)
+    app = asgi_app(ingress)
+
+    async def main() -> None:
+        ingress.start()
+        for method, path in (("GET", "/health"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
+            reply = await sent(app, method, path, body=ASK)
+            assert (reply.status, reply.error["code"]) == (503, "starting")
+            assert int(reply.headers["retry-after"]) > 0
+        model.there.set()
+        for method, path in (("GET", "/health"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
+            assert (await sent(app, method, path, body=ASK)).status == 200
+
+    asyncio.run(main())
+
+
+def test_the_proxy_says_503_until_health_is_answered():
+    """Before it knows the application Ray Serve's proxy answers 404, and then it lets requests wait."""
+    calls: list[str] = []
+    state = {"status": 404, "wait": 0.0}
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        calls.append(scope["path"])
+        await receive()
+        await asyncio.sleep(state["wait"])
+        await send({"type": "http.response.start", "status": state["status"], "headers": []})
+        await send({"type": "http.response.body", "body": b"inner"})
+
+    async def main() -> None:
+        app = UntilHealthy(inner)
+        assert (await sent(app, "GET", "/health")).error["code"] == "starting"
+        state["status"] = 503
+        replies = await asyncio.gather(*(sent(app, body=ASK) for _ in range(3)))
+        assert [(reply.status, "retry-after" in reply.headers) for reply in replies] == [(503, True)] * 3
+        assert set(calls) == {"/health"}
+        assert (await sent(app, "GET", "/-/healthz")).body == b"inner"
+        state["wait"] = 60.0
+        assert (await sent(app, "GET", "/v1/models")).status == 503
+        state.update(status=200, wait=0.0)
+        assert (await sent(app, body=ASK)).body == b"inner"
+        state["status"] = 404
+        assert (await sent(app, "GET", "/v1/models/other")).status == 404
+
+    asyncio.run(main())
+
+
 def test_a_body_is_counted_while_it_is_read(app_of):
     app = app_of(max_body_bytes=1000, body_timeout_s=0.5)
     read: list[bytes | float] = [b"x" * 400] * 100
@@ -388,6 +662,87 @@ def test_a_bug_of_ours_is_a_500_that_tells_nothing(app_of):
     assert reply.error["type"] == "server_error"
     assert "secret" not in reply.body.decode()
     assert "Traceback" not in reply.body.decode()
+
+
+# --- embeddings ---------------------------------------------------------------------------------------------
+
+
+class Direct:
+    """A handle of the text encoder, which works in this process."""
+
+    def __init__(self, encoder: TextEncoderReplica) -> None:
+        self._encoder = encoder
+
+    @property
+    def encode(self) -> Any:
+        return remote(self._encoder.encode)
+
+    @property
+    def describe(self) -> Any:
+        async def describe() -> Any:
+            return self._encoder.describe()
+
+        return remote(describe)
+
+
+def remote(function: Any) -> Any:
+    class Call:
+        pass
+
+    Call.remote = staticmethod(function)  # type: ignore[attr-defined]
+    return Call
+
+
+def test_long_texts_are_refused_or_cut_as_asked_and_said(tmp_path):
+    folder = str(tiny_model(tmp_path))
+    encoder = EncoderConfig(kind="open_clip", model=str(tmp_path / "encoder"))
+    long, longer = (" ".join(["word1 word2"] * number) for number in (40, 50))
+    word, whole, more = backend(encoder).text_preparer(encoder)(["word1", long, longer])
+    assert whole.truncated
+    replica: Any = TextEncoderReplica(encoder)
+
+    async def alone(ids_T: np.ndarray) -> np.ndarray:
+        return replica._tower.encode([ids_T])[0]
+
+    replica._embed = alone  # batches are Serve's
+
+    def embed(given: Any, limits: Limits = Limits(), **fields: Any) -> Reply:  # noqa: B008
+        job = ServeJob(model=folder, limits=limits)
+        texts = Direct(replica)
+        app = asgi_app(Ingress(job, facts_of(job), (), Scripted(WHOLE), text_encoder=texts))
+        body = {"model": "model", "input": given, **fields}
+        return asyncio.run(sent(app, path="/v1/embeddings", body=body))
+
+    for given, param, tokens in (
+        (long, "input", whole),
+        (["word1", {"type": "text", "text": long}, longer], "input[1]", whole),
+        (["word1", "word2", longer], "input[2]", more),
+    ):
+        reply = embed(given)
+        assert (reply.status, reply.error["param"]) == (400, param)
+        assert reply.error["code"] == "context_length_exceeded"
+        assert f"{tokens.num_tokens} tokens" in reply.error["message"]
+        assert f"takes {tokens.limit}" in reply.error["message"]
+    given = ["word1", long, "word1"]
+    for reply in (embed(given, truncate_prompt_tokens=-1), embed(given, Limits(truncate_texts=True))):
+        answer = Embeddings.model_validate(reply.json, strict=True, extra="forbid")
+        assert [row.truncated for row in answer.data] == [False, True, False]
+        assert answer.num_truncated == 1
+        assert answer.usage.prompt_tokens == 2 * word.num_tokens + whole.limit
+    short = embed("word1", user="me")
+    assert (short.status, short.json["num_truncated"], short.json["data"][0]["truncated"]) == (200, 0, False)
+    wrong: list[tuple[dict[str, Any], int, str]] = [
+        ({"truncate_prompt_tokens": 5}, 422, "truncate_prompt_tokens"),
+        ({"given": [1, 2, 3]}, 422, "input"),
+        ({"given": [[1, 2], [3]]}, 422, "input"),
+        ({"dimensions": 3}, 400, "dimensions"),
+        ({"encoding_format": "int8"}, 422, "encoding_format"),
+        ({"input_type": "query"}, 400, "input_type"),
+        ({"given": "word1 " * 300_000}, 400, "input"),
+    ]
+    for fields, status, param in wrong:
+        reply = embed(**({"given": "word1"} | fields))
+        assert (reply.status, reply.error["param"]) == (status, param)
 
 
 # --- keys ---------------------------------------------------------------------------------------------------

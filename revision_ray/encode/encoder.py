@@ -61,10 +61,23 @@ class ImagePreparer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """One text as the tower takes it: ids without padding, and whether the context cut it off."""
+    """One text as the tower takes it, and what it was before the tower's limit cut it."""
 
-    ids: np.ndarray  # int32 (T,)
-    truncated: bool
+    ids: np.ndarray
+    """int32 (T,), without padding unless the tower's own tokenizer pads."""
+    num_tokens: int
+    """Of the whole text: with special tokens, without padding."""
+    limit: int
+    """Tokens that the tower takes."""
+
+    @property
+    def truncated(self) -> bool:
+        return self.num_tokens > self.limit
+
+    @property
+    def num_taken(self) -> int:
+        """Tokens that the tower takes of this text, without padding."""
+        return min(self.num_tokens, self.limit)
 
 
 class PlainTexts:
@@ -94,7 +107,8 @@ class PlainTexts:
         body = self._texts.encode(text)
         room = context - len(self._before) - len(self._behind)
         ids = [*self._before, *body[:room], *self._behind]
-        return Tokens(ids=np.asarray(ids, dtype=np.int32), truncated=len(body) > room)
+        num_tokens = len(self._before) + len(body) + len(self._behind)
+        return Tokens(ids=np.asarray(ids, dtype=np.int32), num_tokens=num_tokens, limit=context)
 
 
 class TextPreparer(Protocol):

@@ -121,10 +121,13 @@ class _Texts:
             ids = whole
             if self._plain.names_control(text):
                 ids = [*self._plain.encode(text.rstrip()), self._end_id]
-            truncated = len(ids) > room
-            body_T = [*ids[: room - 1], self._end_id] if truncated else ids
+            body_T = [*ids[: room - 1], self._end_id] if len(ids) > room else ids
             rows.append(
-                Tokens(ids=np.asarray([*self._header_T, *body_T], dtype=np.int32), truncated=truncated)
+                Tokens(
+                    ids=np.asarray([*self._header_T, *body_T], dtype=np.int32),
+                    num_tokens=len(self._header_T) + len(ids),
+                    limit=_CONTEXT,
+                )
             )
         return rows
 

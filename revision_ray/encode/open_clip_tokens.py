@@ -24,14 +24,24 @@ class FileTokens:
         tokenizer.enable_truncation(context)
         self._tokenizer, self._context = tokenizer, context
         self._plain = PlainTexts(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+        self._num_special = tokenizer.num_special_tokens_to_add(False)
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
-        return [
-            self._plain(text, self._context)
-            if self._plain.names_control(text)
-            else Tokens(ids=np.asarray(encoding.ids, dtype=np.int32), truncated=bool(encoding.overflowing))
-            for text, encoding in zip(texts, self._tokenizer.encode_batch(list(texts)), strict=True)
-        ]
+        rows = []
+        for text, encoding in zip(texts, self._tokenizer.encode_batch(list(texts)), strict=True):
+            if self._plain.names_control(text):
+                rows.append(self._plain(text, self._context))
+                continue
+            # What was cut off lies in parts, each with special tokens of its own.
+            cut_off = sum(len(part.ids) - self._num_special for part in encoding.overflowing)
+            rows.append(
+                Tokens(
+                    ids=np.asarray(encoding.ids, dtype=np.int32),
+                    num_tokens=len(encoding.ids) + cut_off,
+                    limit=self._context,
+                )
+            )
+        return rows
 
 
 class ClipTokens:
@@ -61,11 +71,11 @@ class ClipTokens:
         rows = []
         for encoding in self._words.encode_batch([self._original.clean_fn(text) for text in texts]):
             words_T = encoding.ids
-            kept_T = words_T[: self._context - 2]
             rows.append(
                 Tokens(
-                    ids=np.asarray([start, *kept_T, end], dtype=np.int32),
-                    truncated=len(kept_T) < len(words_T),
+                    ids=np.asarray([start, *words_T[: self._context - 2], end], dtype=np.int32),
+                    num_tokens=len(words_T) + 2,
+                    limit=self._context,
                 )
             )
         return rows
@@ -90,13 +100,13 @@ class LibraryTokens:
         clips = getattr(self._tokenizer, "tokenizer_mode", "") == "clips"
         rows = []
         for text, row_T, ids in zip(cleaned, ids_NT, whole, strict=True):
-            if clips or not self._plain.names_control(text):
-                rows.append(Tokens(ids=row_T, truncated=len(ids) > self._context - clips))
-                continue
-            plain = self._plain(text, self._context)
-            row_T[:] = self._tokenizer.tokenizer.pad_token_id
-            row_T[: len(plain.ids)] = plain.ids
-            rows.append(Tokens(ids=row_T, truncated=plain.truncated))
+            num_tokens = len(ids) + clips
+            if not clips and self._plain.names_control(text):
+                plain = self._plain(text, self._context)
+                row_T[:] = self._tokenizer.tokenizer.pad_token_id
+                row_T[: len(plain.ids)] = plain.ids
+                num_tokens = plain.num_tokens
+            rows.append(Tokens(ids=row_T, num_tokens=num_tokens, limit=self._context))
         return rows
 
 

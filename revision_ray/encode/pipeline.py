@@ -20,7 +20,7 @@ import torch
 from revision_ray import metrics, storage
 from revision_ray.cluster import connect, data_context, pipeline_rows, refusing_late, user_errors
 from revision_ray.data import images, shards, sources
-from revision_ray.data.schema import ImageRow, Rejected, Split, TextRow
+from revision_ray.data.schema import ImageRow, Rejected, Split
 from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Footer, Layout, Modality
 from revision_ray.encode.encoder import EncoderConfig, ImagePreparer, TextPreparer, backend
 from revision_ray.progress import progress
@@ -166,13 +166,18 @@ class Prepare:
         if footer.modality == "image":
             kept, payload, shape, undecodable = self._pixels(kept)
             rejected += undecodable
+            num_tokens = 0
             extra = {"uri": [row.uri for row in kept]}
         else:
-            payload, shape, truncated = self._tokens(kept)
+            tokens = _text_preparer(self.plan.encoder)([row.text for row in kept])
+            payload = np.concatenate([np.empty(0, np.int32), *(each.ids for each in tokens)])
+            shape = [len(each.ids) for each in tokens]
+            num_tokens = sum(each.num_taken for each in tokens)
+            truncated = [each.truncated for each in tokens]
             footer = replace(footer, num_truncated=sum(truncated))
             extra = {"text": [row.text for row in kept], "truncated": truncated}
         footer = replace(footer, num_rows=len(kept), rejected=tuple(rejected))
-        return _unit_table(footer, [row.id for row in kept], extra, payload, shape)
+        return _unit_table(footer, [row.id for row in kept], extra, payload, shape, num_tokens)
 
     def _pixels(self, rows: list[ImageRow]) -> tuple[list[ImageRow], np.ndarray, list[int], list[Rejected]]:
         preparer = _image_preparer(self.plan.encoder)
@@ -187,15 +192,6 @@ class Prepare:
             kept.append(row)
         stacked_NCHW = np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
         return kept, stacked_NCHW, list(stacked_NCHW.shape), rejected
-
-    def _tokens(self, rows: list[TextRow]) -> tuple[np.ndarray, list[int], list[bool]]:
-        tokens = _text_preparer(self.plan.encoder)([row.text for row in rows])
-        flat = np.concatenate([token.ids for token in tokens]) if tokens else np.empty(0)
-        return (
-            flat.astype(np.int32),
-            [len(token.ids) for token in tokens],
-            [token.truncated for token in tokens],
-        )
 
 
 def _grouped(rows: Iterable[Any], size: int) -> Iterator[tuple[int, bool, list[Any]]]:
@@ -220,8 +216,14 @@ def _text_preparer(config: EncoderConfig) -> TextPreparer:
 
 
 def _unit_table(
-    footer: Footer, ids: list[str], extra: dict[str, list[Any]], payload: np.ndarray, shape: list[int]
+    footer: Footer,
+    ids: list[str],
+    extra: dict[str, list[Any]],
+    payload: np.ndarray,
+    shape: list[int],
+    num_tokens: int,
 ) -> pa.Table:
+    """One unit; `num_tokens` are those that the tower takes of its texts, without padding."""
     content = np.ascontiguousarray(payload)
     offsets = np.array([0, content.nbytes], np.int64)
     binary = pa.LargeBinaryArray.from_buffers(
@@ -233,6 +235,7 @@ def _unit_table(
             "rows": pa.array([json.dumps({"id": ids, **extra})], pa.large_string()),
             "shape": pa.array([shape], pa.list_(pa.int64())),
             "payload": binary,
+            "num_tokens": pa.array([num_tokens], pa.int64()),
         }
     )
 
@@ -251,25 +254,23 @@ class Encode:
         self.tower: Any = module.image_tower(encoder) if modality == "image" else module.text_tower(encoder)
 
     def __call__(self, units: pa.Table) -> pa.Table:
-        encoded, num_tokens = [], []
+        encoded = []
         for unit in units.to_batches(max_chunksize=1):
             payload = unit.column("payload")[0].as_buffer()
             shape = unit.column("shape")[0].as_py()
             if self.modality == "image":
                 pixels_NCHW = np.frombuffer(payload, np.uint8).reshape(shape)
                 embedding_ND = encode_images(self.tower, pixels_NCHW, self.batch_size)
-                num_tokens.append(0)
             else:
                 tokens = np.split(np.frombuffer(payload, np.int32), np.cumsum(shape)[:-1]) if shape else []
                 embedding_ND = encode_texts(self.tower, tokens, self.batch_size)
-                num_tokens.append(sum(shape))
             encoded.append(embedding_ND.astype(np.float32, copy=False).tobytes())
         columns = {
             "embedding": pa.array(encoded, pa.large_binary()),
             "embedding_dim": pa.array([self.tower.embedding_dim] * len(encoded)),
-            "num_tokens": pa.array(num_tokens, pa.int64()),
         }
-        return pa.table({**{name: units.column(name) for name in ("footer", "rows")}, **columns})
+        passed_on = {name: units.column(name) for name in ("footer", "rows", "num_tokens")}
+        return pa.table({**passed_on, **columns})
 
 
 def encode_images(tower: Any, pixels_NCHW: np.ndarray, batch_size: int) -> np.ndarray:

@@ -163,11 +163,12 @@ class _Texts:
             if self._plain.names_control(text):
                 rows.append(self._plain(text, self._context))
                 continue
-            truncated = len(whole) > self._context
-            ids = whole
-            if truncated:  # by the tokenizer itself: which special tokens stay is its knowledge
+            ids, num_tokens = whole, len(whole)
+            if num_tokens > self._context:
+                # By the tokenizer itself: which special tokens stay is its knowledge.
                 ids = self._tokenizer(text, truncation=True, max_length=self._context)["input_ids"]
-            rows.append(Tokens(ids=np.asarray(ids, dtype=np.int32), truncated=truncated))
+            ids = np.asarray(ids, dtype=np.int32)
+            rows.append(Tokens(ids=ids, num_tokens=num_tokens, limit=self._context))
         return rows
 
 

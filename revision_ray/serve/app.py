@@ -26,6 +26,7 @@ from revision_ray.encode import checkpoints
 from revision_ray.errors import AlignmentError, ConfigError, DataError
 from revision_ray.model import ReVisionConfig
 from revision_ray.model.ending import unknown_ends
+from revision_ray.serve import proxy
 from revision_ray.serve.calls import RETRY_AFTER_S
 from revision_ray.serve.conversation import Prompter
 from revision_ray.serve.deployments import ImageEncoderReplica, LanguageModelReplica, TextEncoderReplica
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 # On a terminal; a cluster's Serve file says what it wants logged.
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+_PROXY_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _MONITOR = Part(num_cpus=0.05, max_ongoing=100, max_queued=1000)
 # Serve tries a replica that cannot load its model so often, then the deployment has failed.
 _ATTEMPTS_TO_START = 3
@@ -54,16 +56,17 @@ def run(job: ServeJob) -> str:
     job = checked(job)
     if os.environ.get("RAY_ADDRESS", "local") == "local":
         _check_port(job.host, job.port)
+        os.environ.setdefault(_PROXY_SETTING, proxy.IMPORT_PATH)  # read by the proxy, which inherits it
     cluster.connect()
     log.info("starting the replicas of %s; each loads its part of the model", job.model_id)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stopped = threading.Event()
     shared = _serve_runs(job)
     try:
+        built = application(job, digests)
         if not shared:
             http = {"host": job.host, "port": job.port}
             serve.start(proxy_location=job.location, http_options=http, logging_config=QUIET)
-        built = application(job, digests)
         handle = serve.run(built, name=job.application, route_prefix="/", logging_config=QUIET)
         host = f"[{job.host}]" if ":" in job.host else job.host
         page = "/" if job.page else "none"

@@ -79,7 +79,7 @@ def overloaded(message: str, status: int = 503) -> ApiError:
 
 
 def unavailable(part: str) -> ApiError:
-    message = f"the {part} is not available; it is being restarted: try again in a moment"
+    message = f"the {part} is not available at the moment; try again"
     return ApiError(503, message, code="unavailable", retry_after_s=RETRY_AFTER_S)
 
 
@@ -87,6 +87,18 @@ def rejected(cause: str) -> None:
     """A refusal is counted."""
     with contextlib.suppress(Exception):  # metrics fail no request
         instruments().rejected.inc(tags={"cause": cause})
+
+
+async def ready(handle: Any) -> None:
+    """Wait until a replica behind `handle` is there."""
+    while True:
+        try:
+            await handle.check_health.remote()
+            return
+        except Exception as error:
+            if isinstance(cause_of(error), BackPressureError):  # there, and busy
+                return
+        await asyncio.sleep(1)
 
 
 async def patiently(

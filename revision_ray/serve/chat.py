@@ -13,6 +13,7 @@ from revision_ray.serve.chat_stream import ChatStream, logprobs
 from revision_ray.serve.conversation import Prompter, conversation_of
 from revision_ray.serve.engine import Prompt, Sampling
 from revision_ray.serve.metrics import instruments
+from revision_ray.serve.model_facts import ModelFacts
 from revision_ray.serve.protocol import ChatRequest
 from revision_ray.serve.served_images import ServedImages
 from revision_ray.serve.settings import Limits
@@ -24,13 +25,14 @@ class Chat:
     def __init__(
         self,
         model: str,
-        context_length: int,
+        facts: ModelFacts,
         prompter: Prompter,
         calls: LanguageModelCalls,
         images: ServedImages,
         limits: Limits,
     ) -> None:
-        self._model, self._context_length = model, context_length
+        self._model, self._vocab_size = model, facts.vocab_size
+        self._context_length = facts.context_length
         self._prompter, self._calls, self._images, self._limits = prompter, calls, images, limits
         # A tokenizer is not for several threads at once; and a long text must not hold up the event loop.
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
@@ -47,29 +49,72 @@ class Chat:
             raise ApiError(
                 400,
                 f"messages: {conversation.num_characters} characters, at most "
-                f"{self._limits.max_text_characters}; shorten the conversation",
+                f"{self._limits.max_text_characters}; send shorter texts, or fewer of them",
                 param="messages",
                 code="context_length_exceeded",
             )
         loop = asyncio.get_running_loop()
         # Before images are fetched and encoded: a prompt that does not fit costs little.
         input_ids = await loop.run_in_executor(self._tokenizing, self._prompter.input_ids, conversation)
-        if len(input_ids) >= self._context_length:
-            raise ApiError(
-                400,
-                f"messages: {len(input_ids)} tokens, images included, and the model's context holds "
-                f"{self._context_length}, the answer included; shorten the conversation",
-                param="messages",
-                code="context_length_exceeded",
-            )
+        self._check_length(request, len(input_ids), len(conversation.images))
         rows_ID = await self._images.embeddings(conversation.images)
         with contextlib.suppress(Exception):  # metrics fail no request
             instruments().prompt_tokens.inc(len(input_ids))
             instruments().visual_tokens.inc(len(rows_ID) * self._prompter.num_visual_tokens)
         return Prompt(input_ids=input_ids, image_embeds=rows_ID)
 
+    def _check_length(self, request: ChatRequest, num_tokens: int, num_images: int) -> None:
+        if not num_tokens:
+            message = "messages: their text is empty, and so is the prompt; send a text or an image"
+            raise ApiError(400, message, param="messages", code="empty_prompt")
+        room = self._context_length - num_tokens
+        if room < 1:
+            visual = num_images * self._prompter.num_visual_tokens
+            of_images = f", {visual} of them for {num_images} images" if visual else ""
+            raise ApiError(
+                400,
+                f"messages: {num_tokens} tokens{of_images}, and the model's context holds "
+                f"{self._context_length}, the answer included; send less",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if (request.min_tokens or 0) > room:
+            raise ApiError(
+                400,
+                f"min_tokens: the messages leave {room} of the {self._context_length} tokens of the model's "
+                "context for the answer; ask for no more",
+                param="min_tokens",
+                code="context_length_exceeded",
+            )
+
     def _check(self, request: ChatRequest) -> None:
         limits = self._limits
+        if request.messages[-1].role == "assistant":
+            last = f"messages[{len(request.messages) - 1}]"
+            raise ApiError(
+                400,
+                f"{last}: the last message is the assistant's, and this server continues none; end with the "
+                "user's, whose answer begins anew",
+                param=f"{last}.role",
+                code="unsupported_value",
+            )
+        both = (request.max_completion_tokens, request.max_tokens)
+        if None not in both and both[0] != both[1]:
+            raise ApiError(
+                400, "max_tokens: is the older name of max_completion_tokens; send one", param="max_tokens"
+            )
+        if (request.min_tokens or 0) > self._max_tokens(request):
+            raise ApiError(
+                400,
+                f"min_tokens: the answer has {self._max_tokens(request)} tokens at most "
+                "(max_completion_tokens); lower the one or raise the other",
+                param="min_tokens",
+            )
+        for position, token in enumerate(request.stop_token_ids or ()):
+            if token >= self._vocab_size:
+                param = f"stop_token_ids[{position}]"
+                message = f"{param}: the model's vocabulary has {self._vocab_size} tokens, from 0 on"
+                raise ApiError(400, message, param=param)
         if len(request.messages) > limits.max_messages:
             raise ApiError(400, f"messages: at most {limits.max_messages}", param="messages")
         if (request.n or 1) > limits.max_choices:
@@ -79,14 +124,26 @@ class Chat:
         if request.stream_options is not None and not request.stream:
             raise ApiError(400, "stream_options: for streams alone; set stream", param="stream_options")
 
+    def _max_tokens(self, request: ChatRequest) -> int:
+        """Of an answer, which ends with finish_reason "length" there, or where the context ends before."""
+        limit = request.max_completion_tokens or request.max_tokens or self._limits.max_tokens_default
+        return min(limit, self._context_length)
+
     def samplings(self, request: ChatRequest) -> list[Sampling]:
         """One for each choice. Of a seed, each choice has one of its own."""
-        limit = request.max_completion_tokens or request.max_tokens or self._limits.max_tokens_default
         return [
             Sampling(
-                max_tokens=min(limit, self._context_length),
+                max_tokens=self._max_tokens(request),
                 temperature=1.0 if request.temperature is None else request.temperature,
                 top_p=1.0 if request.top_p is None else request.top_p,
+                top_k=request.top_k if (request.top_k or 0) > 0 else None,
+                min_p=request.min_p or 0.0,
+                repetition_penalty=request.repetition_penalty,
+                presence_penalty=request.presence_penalty or 0.0,
+                frequency_penalty=request.frequency_penalty or 0.0,
+                min_tokens=request.min_tokens or 0,
+                stop_token_ids=tuple(request.stop_token_ids or ()),
+                ignore_eos=bool(request.ignore_eos),
                 stop=request.stops,
                 seed=None if request.seed is None else (request.seed + choice) % 2**63,
                 top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,

@@ -50,12 +50,10 @@ class ContinuousEngine(QueuedEngine):
         self._embed = model.get_input_embeddings()
         self._cache = SlotCache(config.num_slots, self.context_length)
         generation = model.generation_config
-        # These two are part of what the model is (the placeholder is never an answer), so greedy answers are
-        # those of model.generate. Drawing is up to the request.
+        # A part of what the model is (the placeholder is never an answer). Drawing is up to the request.
         self._suppressed = torch.tensor(
             generation.suppress_tokens or [], dtype=torch.long, device=self._device
         )
-        self._penalty = generation.repetition_penalty or 1.0
         if ignored := [name for name in _NOT_APPLIED if getattr(generation, name, None)]:
             _LOG.warning("generation settings that engine.kind=continuous does not apply: %s", ignored)
         self._try()
@@ -143,27 +141,12 @@ class ContinuousEngine(QueuedEngine):
 
     def _advance(self, first_slot: int, requests: Sequence[Request], logits_BV: torch.Tensor) -> None:
         logits_BV = logits_BV.float()
-        scores_BV = logits_BV if self._penalty == 1 else self._penalised(requests, logits_BV)
+        scores_BV = logits_BV
         if len(self._suppressed):
             scores_BV = scores_BV.index_fill(1, self._suppressed, -torch.inf)
         for row, token in enumerate(self._choose(requests, scores_BV, logits_BV)):
-            seen_V = requests[row].seen_V
             if token < 0:
                 self._cache.zero(first_slot + row)
-            elif seen_V is not None:
-                seen_V[token] = True
-
-    def _penalised(self, requests: Sequence[Request], logits_BV: torch.Tensor) -> torch.Tensor:
-        """Tokens of the prompt and of the answer are less likely (arXiv 1909.05858 sec. 4.1)."""
-        num_tokens = logits_BV.shape[1]
-        for request in requests:
-            if request.seen_V is None:
-                ids = torch.tensor(request.prompt.input_ids, device=self._device)
-                request.seen_V = torch.zeros(num_tokens, dtype=torch.bool, device=self._device)
-                request.seen_V[ids[ids < num_tokens]] = True  # the placeholder may lie above
-        seen_BV = torch.stack([request.seen_V for request in requests if request.seen_V is not None])
-        less_BV = torch.where(logits_BV < 0, logits_BV * self._penalty, logits_BV / self._penalty)
-        return less_BV.where(seen_BV, logits_BV)
 
     def _release(self) -> None:
         """Requests that ended have left, and those that run stand in the first slots again."""

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from revision_ray.data.chat import Chat, ChatRefusal, UnwritableToken
+from revision_ray.model.processing import IMAGE_TOKEN
 from revision_ray.serve.api_error import ApiError
 from revision_ray.serve.protocol import ImageEmbeddingPart, ImageUrlPart, Message, TextPart
+
+# Characters of a reason of others (a template, the tokenizer) that a message repeats.
+_MAX_REASON = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,25 +94,43 @@ class Prompter:
         except UnwritableToken as error:
             raise ApiError(
                 400,
-                "a message holds the name of a control token that this tokenizer cannot write as text; take "
-                "it out",
+                f"the messages cannot be written as tokens: {str(error)[:_MAX_REASON]}",
                 param="messages",
             ) from error
         except ChatRefusal as error:
             raise ApiError(
                 400,
-                "the model's chat template does not take these messages; most take a system message or none, "
-                "then user and assistant in turn, the user last",
+                f"the model's chat template does not take these messages: {str(error)[:_MAX_REASON]}",
                 param="messages",
             ) from error
-        if ids.count(self._image_token_id) != len(conversation.images):
-            raise ApiError(
-                400,
-                "the model's chat template does not show every image of these messages; put the images into "
-                "the last message",
-                param="messages",
-            )
+        num_shown, num_images = ids.count(self._image_token_id), len(conversation.images)
+        if num_shown != num_images:
+            raise self._not_shown(conversation, num_shown)
         expanded: list[int] = []
         for token in ids:
             expanded += [token] * (self.num_visual_tokens if token == self._image_token_id else 1)
         return tuple(expanded)
+
+    def _not_shown(self, conversation: Conversation, num_shown: int) -> ApiError:
+        num_images = len(conversation.images)
+        texts = [
+            part.get("text", "") for message in conversation.messages for part in _parts(message["content"])
+        ]
+        if any(IMAGE_TOKEN in text for text in texts):
+            return ApiError(
+                400,
+                f"a text of the messages holds {IMAGE_TOKEN}, which the model's chat template takes for an "
+                "image; write it otherwise, and send images as parts of their own",
+                param="messages",
+                code="image_token_in_text",
+            )
+        return ApiError(
+            400,
+            f"the model's chat template shows {num_shown} of the {num_images} images of these messages; send "
+            "images where it shows them",
+            param="messages",
+        )
+
+
+def _parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -39,8 +39,8 @@ class ImageEncoderReplica(ImageEncoder):
 
 
 class TextEncoderReplica(TextEncoder):
-    async def encode(self, texts: Sequence[str], align: bool) -> Any:
+    async def encode(self, texts: Sequence[str], align: bool, truncate: bool) -> Any:
         try:
-            return await super().encode(texts, align)
+            return await super().encode(texts, align, truncate)
         except _REFUSALS as refusal:
             return refusal

@@ -14,6 +14,7 @@ from revision_ray.serve.conversation import Shown
 from revision_ray.serve.protocol import EmbeddingsRequest, ImageUrlPart
 from revision_ray.serve.served_images import ServedImages
 from revision_ray.serve.settings import Limits
+from revision_ray.serve.text_encoder import EncodedTexts, TextTooLong
 
 
 class EmbeddingInputs:
@@ -45,18 +46,26 @@ class EmbeddingInputs:
                 f"dimensions: embeddings have {space['embedding_dim']}, and are not cut; leave it out",
                 param="dimensions",
             )
-        texts_ND, num_tokens = await self._encode(texts, bool(request.align)) if texts else ([], 0)
-        rows_of_texts, rows_of_images = iter(texts_ND), iter(await self._images.embeddings(shown))
-        rows = [next(rows_of_texts if isinstance(item, str) else rows_of_images) for item in items]
+        encoded = await self._encode(request, items) if texts else None
+        of_texts = iter(zip(encoded.rows_ND, encoded.truncated, strict=True) if encoded else ())
+        of_images = ((row_D, False) for row_D in await self._images.embeddings(shown))
+        rows = [next(of_texts if isinstance(item, str) else of_images) for item in items]
+        num_tokens = encoded.num_tokens if encoded else 0
         return {
             "object": "list",
             "data": [
-                {"object": "embedding", "index": index, "embedding": _written(row_D, request.encoding_format)}
-                for index, row_D in enumerate(rows)
+                {
+                    "object": "embedding",
+                    "index": index,
+                    "embedding": _written(row_D, request.encoding_format),
+                    "truncated": truncated,
+                }
+                for index, (row_D, truncated) in enumerate(rows)
             ],
             "model": self._model,
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
             "encoder_fingerprint": space["fingerprint"] or "",
+            "num_truncated": sum(truncated for _, truncated in rows),
         }
 
     def _check(self, request: EmbeddingsRequest, items: list[str | ImageUrlPart]) -> None:
@@ -66,8 +75,10 @@ class EmbeddingInputs:
         if sum(len(item) for item in items if isinstance(item, str)) > limits.max_text_characters:
             raise ApiError(
                 400,
-                f"input: more than {limits.max_text_characters} characters; send fewer texts",
+                f"input: more than {limits.max_text_characters} characters; send shorter texts, or fewer in "
+                "one request",
                 param="input",
+                code="context_length_exceeded",
             )
         if request.align and not self._has_fit:
             raise ApiError(400, "align: this server has no fit; leave it out", param="align")
@@ -98,8 +109,30 @@ class EmbeddingInputs:
             )
         return of_texts
 
-    async def _encode(self, texts: list[str], align: bool) -> tuple[np.ndarray, int]:
-        return await self._patiently(lambda: self._texts.encode.remote(texts, align))
+    async def _encode(self, request: EmbeddingsRequest, items: list[str | ImageUrlPart]) -> EncodedTexts:
+        """The texts among `items`.
+
+        Raises:
+            ApiError: one is longer than the encoder takes, and nobody has said that it may be cut.
+        """
+        places = [place for place, item in enumerate(items) if isinstance(item, str)]
+        texts = [items[place] for place in places]
+        truncate = self._limits.truncate_texts or request.truncate_prompt_tokens is not None
+
+        async def attempt() -> Any:
+            answer = await self._texts.encode.remote(texts, bool(request.align), truncate)
+            if not isinstance(answer, TextTooLong):
+                return answer
+            param = "input" if isinstance(request.input, str) else f"input[{places[answer.index]}]"
+            raise ApiError(
+                400,
+                f"{param}: the text has {answer.num_tokens} tokens, and the encoder takes {answer.limit}; "
+                "shorten it, or set truncate_prompt_tokens to -1 to have its end cut off",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+        return await self._patiently(attempt)
 
     async def _patiently(self, attempt: Any) -> Any:
         return await patiently(

@@ -14,7 +14,11 @@ from revision_ray.serve.settings import EngineConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn. A checkpoint's own sampling defaults never override it."""
+    """How an answer is drawn. A checkpoint's own sampling defaults never override it.
+
+    Tokens are penalised and forbidden first, then come temperature, top_k, top_p and min_p, in the order that
+    transformers' `generate` has.
+    """
 
     max_tokens: int
     """At most so many tokens; fewer where the context ends before."""
@@ -22,6 +26,23 @@ class Sampling:
     """0 is greedy."""
     top_p: float = 1.0
     """The most likely tokens that together have this probability are drawn from."""
+    top_k: int | None = None
+    """So many of the most likely tokens are drawn from, and those that are as likely as the last."""
+    min_p: float = 0.0
+    """Tokens are drawn from that have at least this share of the likeliest one's probability."""
+    repetition_penalty: float | None = None
+    """Tokens of the prompt and of the answer are less likely above 1 (arXiv 1909.05858 sec. 4.1). None is the
+    checkpoint's own, which is a part of the model."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the answer has already."""
+    frequency_penalty: float = 0.0
+    """The same, for each time that the answer has it."""
+    min_tokens: int = 0
+    """Nothing ends the answer before it has so many tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer beside the model's own; they are no part of it."""
+    ignore_eos: bool = False
+    """The model's own end tokens are tokens like any other."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these."""
     seed: int | None = None

@@ -56,6 +56,9 @@ class GroupedEngine(QueuedEngine):
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                # What differs between the rows is done here: penalties, and which tokens end an answer.
+                repetition_penalty=1.0,
+                eos_token_id=None,
                 pad_token_id=self._pad,
                 logits_processor=[_Choose(self, group, own)],
                 stopping_criteria=[_Ended(group)],

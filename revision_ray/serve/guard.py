@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from revision_ray.serve.api_error import ApiError, internal
@@ -49,6 +48,9 @@ class Guard:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = "499"  # the client left before an answer
+        head = scope["method"] == "HEAD"
+        if head:  # as GET, without the body
+            scope = {**scope, "method": "GET"}
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -58,17 +60,19 @@ class Guard:
                 headers.setdefault("X-Content-Type-Options", "nosniff")
                 headers.setdefault("Cache-Control", "no-store")
                 headers.setdefault("Referrer-Policy", "no-referrer")
+            elif head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             await self._admitted(scope, receive, noted)
         except ApiError as error:
-            await respond(error)(scope, receive, noted)
+            await error.response()(scope, receive, noted)
         except Exception as error:
             if status != "499":  # half of an answer is out: it cannot become another
                 internal(error)
             else:
-                await respond(internal(error))(scope, receive, noted)
+                await internal(error).response()(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             with contextlib.suppress(Exception):  # metrics fail no request
@@ -104,9 +108,12 @@ class Guard:
         if scheme.lower() == "bearer" and any(equal):
             return given
         rejected("key")
+        reason = "the API key is not known here" if authorization else "the request has no API key"
+        if authorization and scheme.lower() != "bearer":
+            reason = "the Authorization header has another scheme than Bearer"
         raise ApiError(
             401,
-            "no API key that is known here; send one as Authorization: Bearer KEY",
+            f"{reason}; send one as Authorization: Bearer KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -129,7 +136,3 @@ class Gate:
 
     def __exit__(self, *raised: Any) -> None:
         self.num_inside -= 1
-
-
-def respond(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status_code, headers=error.headers)

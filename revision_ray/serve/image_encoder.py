@@ -20,12 +20,14 @@ from revision_ray.encode.checkpoints import read_tensors, weight_files
 from revision_ray.errors import ConfigError, DataError
 from revision_ray.model import ReVisionConfig
 from revision_ray.model.image_tower import ImageTower
-from revision_ray.serve.images import FORMATS, digest
+from revision_ray.serve.images import digest
 from revision_ray.serve.metrics import instruments
 from revision_ray.serve.reporting import DriftReporter
 from revision_ray.serve.settings import ImageSettings
 
 _PREFIX = "image_tower."
+# Characters of a decoder's reason that a message repeats.
+_MAX_REASON = 200
 
 
 def load_image_tower(model: str) -> ImageTower:
@@ -116,15 +118,12 @@ class ImageEncoder:
         try:
             image = decode_image(content, max_pixels=self._settings.max_pixels)
         except UndecodableImage as error:
-            # The reason may quote bytes of the image; the client has the image, and knows both of these.
-            raise UndecodableImage(
-                f"the image is damaged, or has more than {self._settings.max_pixels} pixels; send a sound "
-                f"and smaller {FORMATS}"
-            ) from error
+            reason = str(error).partition(" that begin with ")[0]  # no answer quotes an image's bytes
+            raise UndecodableImage(f"the image is refused: {reason[:_MAX_REASON]}") from error
         try:
             return self._processor([image], return_tensors="pt")["pixel_values"][0]
-        except ValueError as error:  # of the library's processors, for images of extreme proportions
-            raise DataError("the image has proportions that the encoder cannot take") from error
+        except ValueError as error:  # of the library's processors, as for images of extreme proportions
+            raise DataError(f"the encoder does not take the image: {str(error)[:_MAX_REASON]}") from error
 
     @serve.batch
     async def _embed(self, pixels: list[torch.Tensor]) -> list[np.ndarray]:

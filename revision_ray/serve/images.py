@@ -47,6 +47,8 @@ def checked(content: bytes, *, max_bytes: int, param: str) -> bytes:
     """
     if len(content) > max_bytes:
         raise too_large(max_bytes, param)
+    if not content:
+        raise ApiError(400, f"{param}: the image has 0 bytes", param=param, code="invalid_image")
     if not is_image(content[:HEAD_BYTES]):
         raise ApiError(
             400,
@@ -99,9 +101,9 @@ def embedding_row(part: ImageEmbedding, *, dim: int, fingerprint: str | None, pa
         raise ApiError(400, f"{param}: has {len(row_D)} numbers, the model takes {dim}", param=param)
     # Scaled first: the square of a large float64 would overflow.
     largest = float(np.abs(row_D).max())
-    if not np.isfinite(largest) or largest < _SHORTEST_NORM:
-        raise ApiError(
-            400, f"{param}: holds NaN or infinity, or is zero, and so has no direction", param=param
-        )
+    if not np.isfinite(largest):
+        raise ApiError(400, f"{param}: holds a number that is not finite (NaN or infinity)", param=param)
+    if largest < _SHORTEST_NORM:
+        raise ApiError(400, f"{param}: is zero, and so has no direction", param=param)
     row_D = row_D / largest
     return (row_D / np.linalg.norm(row_D)).astype(np.float32)

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRouter
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
@@ -17,13 +18,13 @@ from transformers import AutoTokenizer
 
 from revision_ray import storage
 from revision_ray.serve import metrics
-from revision_ray.serve.api_error import ApiError, invalid
-from revision_ray.serve.calls import LanguageModelCalls, cause_of, unavailable
+from revision_ray.serve.api_error import MAX_NAME, ApiError, invalid, starting
+from revision_ray.serve.calls import LanguageModelCalls, cause_of, ready, together, unavailable
 from revision_ray.serve.chat import Chat
 from revision_ray.serve.chat_stream import EventStream
 from revision_ray.serve.conversation import Prompter
 from revision_ray.serve.embeddings import EmbeddingInputs
-from revision_ray.serve.guard import Gate, Guard, respond
+from revision_ray.serve.guard import Gate, Guard
 from revision_ray.serve.model_facts import ModelFacts
 from revision_ray.serve.page import page
 from revision_ray.serve.protocol import (
@@ -44,6 +45,7 @@ from revision_ray.serve.strict_json import strict_route
 
 _HEALTH_TIMEOUT_S = 3.0
 _DRIFT_TIMEOUT_S = 10.0
+_START_TIMEOUT_S = 1.0
 
 
 class Ingress:
@@ -63,6 +65,8 @@ class Ingress:
         self.job, self.digests, self.gate = job, tuple(digests), Gate()
         self.model = facts.listed(job.model_id)
         self._monitor = monitor
+        self._parts = [part for part in (language_model, image_encoder, text_encoder) if part is not None]
+        self._starting: asyncio.Task[Any] | None = None
         self.fetcher = Fetcher(job.remote_images, job.images.max_bytes)
         reporter = DriftReporter(monitor)
         images = ServedImages(facts, image_encoder, self.fetcher, reporter, job.images, job.limits)
@@ -72,12 +76,27 @@ class Ingress:
             facts.num_visual_tokens,
         )
         self.calls = LanguageModelCalls(language_model, job.limits, job.engine.token_timeout_s)
-        self.chat = Chat(job.model_id, facts.context_length, prompter, self.calls, images, job.limits)
+        self.chat = Chat(job.model_id, facts, prompter, self.calls, images, job.limits)
         has_fit = bool(job.alignment)
         self.embeddings = EmbeddingInputs(job.model_id, text_encoder, images, has_fit, job.limits)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return asgi_app(self)
+
+    def start(self) -> None:
+        """Begin to ask the parts whether they are there. In the event loop."""
+        self._starting = asyncio.create_task(together([ready(part) for part in self._parts]))
+
+    async def check_started(self) -> None:
+        """
+        Raises:
+            ApiError: 503, a part of the application is not there yet.
+        """
+        if self._starting is None or self._starting.done():
+            return
+        await asyncio.wait([self._starting], timeout=_START_TIMEOUT_S)  # no longer, where all are there
+        if not self._starting.done():
+            raise starting()
 
     async def drain(self) -> int:
         """No further request is taken; how many are still under way."""
@@ -129,6 +148,7 @@ def asgi_app(ingress: Ingress) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        ingress.start()
         yield
         await ingress.fetcher.close()
 
@@ -143,18 +163,32 @@ def asgi_app(ingress: Ingress) -> ASGIApp:
     )
     # The guard asks for the key; this says so in the schema.
     key = [Depends(HTTPBearer(auto_error=False))] if ingress.digests else []
+    api = [*key, Depends(_no_query), Depends(ingress.check_started)]
     route_class = strict_route(limits.max_body_bytes, limits.body_timeout_s)
-    app.include_router(_posts(ingress, route_class), dependencies=key)
-    app.include_router(_gets(ingress), dependencies=key)
+    app.include_router(_posts(ingress, route_class), dependencies=api)
+    app.include_router(_gets(ingress), dependencies=api)
+    app.include_router(_metrics(), dependencies=key)
     app.include_router(_open(ingress))
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _unforeseen)
-    return Guard(
+    guarded = Guard(
         app,
         digests=ingress.digests,
         max_ongoing_per_key=limits.max_ongoing_per_key,
         gate=ingress.gate,
+    )
+    if not ingress.job.cors_origins:
+        return guarded
+    # Around the guard: a browser's question in advance (preflight) carries no key, and refusals are read too.
+    # Keys travel in a header of their own, never as credentials that a browser adds by itself.
+    return CORSMiddleware(
+        guarded,
+        allow_origins=ingress.job.cors_origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        allow_credentials=False,
+        expose_headers=("Retry-After",),
     )
 
 
@@ -187,7 +221,7 @@ def _posts(ingress: Ingress, route_class: Any) -> APIRouter:
 
 def _gets(ingress: Ingress) -> APIRouter:
     router = APIRouter()
-    guarded = _errors(401, 429, 503)
+    guarded = _errors(400, 401, 429, 503)
 
     @router.get("/v1/models", responses=guarded)
     async def models() -> Models:
@@ -205,7 +239,13 @@ def _gets(ingress: Ingress) -> APIRouter:
         """How far the images served are from those of the fit."""
         return await ingress.drift()
 
-    @router.get("/metrics", response_class=PlainTextResponse, responses=guarded)
+    return router
+
+
+def _metrics() -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics", response_class=PlainTextResponse, responses=_errors(401, 429, 503))
     async def exposition() -> Response:
         """Counters and timings in Prometheus' text format."""
         return PlainTextResponse(
@@ -215,13 +255,22 @@ def _gets(ingress: Ingress) -> APIRouter:
     return router
 
 
+def _no_query(request: Request) -> None:
+    """Nothing under /v1 takes parameters in the address: what they ask for would have no effect."""
+    if request.query_params:
+        name = next(iter(request.query_params))[:MAX_NAME]
+        message = f"{name}: this route takes no parameters in its address; leave it out"
+        raise ApiError(400, message, param=name, code="unknown_parameter")
+
+
 def _open(ingress: Ingress) -> APIRouter:
     """What needs no key: guard.OPEN_PATHS."""
     router = APIRouter()
 
     @router.get("/health", responses=_errors(503))
     async def health() -> Health:
-        """200 once the language model answers."""
+        """200 once every part is ready, and while the language model answers."""
+        await ingress.check_started()
         if not await ingress.calls.alive(_HEALTH_TIMEOUT_S):
             raise unavailable("language model")
         return Health(status="ok")
@@ -240,20 +289,20 @@ def _open(ingress: Ingress) -> APIRouter:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
-        return respond(error)
+        return error.response()
     said = {
         404: "there is no such route; /openapi.json lists them",
         405: "this route has another method; /openapi.json lists them",
     }
     message = said.get(error.status_code, "the request cannot be answered")
-    return respond(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+    return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return respond(invalid(error))
+    return invalid(error).response()
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
     # The guard, to which the error goes on, notes what it was.
-    return respond(ApiError(500, "the server failed; nothing in the request needs to change"))
+    return ApiError(500, "the server failed; nothing in the request needs to change").response()

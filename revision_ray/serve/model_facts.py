@@ -18,6 +18,7 @@ class ModelFacts:
     num_visual_tokens: int
     """For each image."""
     image_token_id: int
+    vocab_size: int
     fingerprint: str | None
     """Of the image encoder; None where the model knows none, and takes any."""
     image_input: bool
@@ -53,6 +54,7 @@ def facts_of(job: ServeJob) -> ModelFacts:
         embedding_dim=config.embedding_dim,
         num_visual_tokens=config.num_visual_tokens,
         image_token_id=config.image_token_id,
+        vocab_size=config.get_text_config().vocab_size,
         fingerprint=(config.alignment or {}).get("image_fingerprint") or tower.get("fingerprint"),
         image_input=config.image_tower is not None,
     )

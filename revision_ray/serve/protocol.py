@@ -1,18 +1,26 @@
 """What clients send and get: requests and responses of the OpenAI API, and the parts that are our own.
 
-Requests are strict (no number in a string, no NaN). Fields that are not named here are ignored, but for those
-that would change the answer: they are refused.
+Requests are strict (no number in a string, no NaN). Every field acts, cannot change the answer, or is refused
+by name: fields that are not named here, and values of known fields (`Only`) that this server does not do.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
-from revision_ray.serve.api_error import MANY, ONE, ApiError
+from revision_ray.serve.api_error import MANY, ONE, Only
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+
+_Off = Annotated[Any, Only()]
+_OffOrFalse = Annotated[Any, Only(False)]
+_OffOrTrue = Annotated[Any, Only(True)]
+_OffOrEmpty = Annotated[Any, Only([])]
+_OffOrNothing = Annotated[Any, Only({})]
 
 
 def _one_or_many(value: Any) -> str:
@@ -30,6 +38,7 @@ class TextPart(_Strict):
 
 class ImageUrl(_Strict):
     url: str = Field(description="data:image/...;base64,... or, where the server allows it, https://...")
+    detail: Annotated[Any, Only("auto")] = None
 
 
 class ImageUrlPart(_Strict):
@@ -63,30 +72,25 @@ class Message(_Strict):
         Annotated[str, Tag(ONE)] | Annotated[list[Part], Field(min_length=1), Tag(MANY)],
         Discriminator(_one_or_many),
     ]
+    # As answers have them, which clients send back as they are.
+    refusal: _Off = None
+    tool_calls: _OffOrEmpty = None
+    annotations: _OffOrEmpty = None
+    function_call: _Off = None
+    audio: _Off = None
+    reasoning_content: _Off = None
+    tool_call_id: _Off = None
+    name: _Off = None
 
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    include_obfuscation: _OffOrFalse = None
+    continuous_usage_stats: _OffOrFalse = None
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-# Field -> values that mean "off" and so are what this server does anyway.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "functions": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-}
+_Label = Annotated[str, Field(max_length=512)]
 
 
 class ChatRequest(_Strict):
@@ -106,15 +110,70 @@ class ChatRequest(_Strict):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, body: Any) -> Any:
-        for name, harmless in _UNSUPPORTED.items() if isinstance(body, dict) else ():
-            if name in body and body[name] not in harmless:
-                message = f"{name} is not supported by this server; leave it out"
-                raise ApiError(400, message, param=name, code="unsupported_parameter")
-        return body
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    # As vLLM has them.
+    top_k: int | None = Field(None, ge=-1, description="Of the likeliest tokens; -1 and 0 are all.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="By default the model's own, which its folder holds."
+    )
+    min_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=128)
+    ignore_eos: bool | None = None
+    # Cannot change an answer.
+    user: _Label | None = None
+    safety_identifier: _Label | None = None
+    prompt_cache_key: _Label | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Annotated[Any, Only("auto", "default")] = None
+    store: _OffOrFalse = None
+    # Not here; the values that ask for nothing are taken.
+    tools: _OffOrEmpty = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, Only(True, False)] = None
+    functions: _OffOrEmpty = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
+    response_format: Annotated[Any, Only({"type": "text"})] = None
+    modalities: Annotated[Any, Only(["text"])] = None
+    audio: _Off = None
+    prediction: _Off = None
+    web_search_options: _Off = None
+    reasoning_effort: Annotated[Any, Only("none")] = None
+    verbosity: Annotated[Any, Only("medium")] = None
+    logit_bias: _OffOrNothing = None
+    best_of: Annotated[Any, Only(1, advice="ask for n answers")] = None
+    use_beam_search: _OffOrFalse = None
+    length_penalty: Annotated[Any, Only(1)] = None
+    early_stopping: _OffOrFalse = None
+    echo: _OffOrFalse = None
+    suffix: _Off = None
+    max_new_tokens: Annotated[Any, Only(advice="use max_completion_tokens")] = None
+    add_generation_prompt: _OffOrTrue = None
+    continue_final_message: Annotated[
+        Any, Only(False, advice="leave it out, and end the messages with the user's")
+    ] = None
+    add_special_tokens: _OffOrFalse = None
+    chat_template: _Off = None
+    chat_template_kwargs: _OffOrNothing = None
+    documents: _OffOrEmpty = None
+    mm_processor_kwargs: _OffOrNothing = None
+    structured_outputs: _Off = None
+    guided_json: _Off = None
+    guided_regex: _Off = None
+    guided_choice: _Off = None
+    guided_grammar: _Off = None
+    bad_words: _OffOrEmpty = None
+    allowed_token_ids: _Off = None
+    logits_processors: _OffOrEmpty = None
+    prompt_logprobs: _Off = None
+    truncate_prompt_tokens: _Off = None
+    skip_special_tokens: _OffOrTrue = None
+    spaces_between_special_tokens: _OffOrTrue = None
+    include_stop_str_in_output: _OffOrFalse = None
+    return_token_ids: _OffOrFalse = None
+    return_tokens_as_token_ids: _OffOrFalse = None
+    priority: Annotated[Any, Only(0)] = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -176,6 +235,19 @@ class ChatCompletion(BaseModel):
 # --- embeddings ---------------------------------------------------------------------------------------------
 
 _Input = Annotated[str, Field(min_length=1)]
+
+
+def _no_token_ids(value: Any) -> Any:
+    """Texts alone: ids are those of whatever tokenizer the client has."""
+    first = value[0] if isinstance(value, list) and value else None
+    first = first[0] if isinstance(first, list) and first else first
+    if isinstance(first, int):
+        raise PydanticCustomError(
+            "token_ids", "token ids are of a tokenizer that may not be this server's; send texts"
+        )
+    return value
+
+
 _InputPart = Annotated[TextPart | ImageUrlPart, Field(discriminator="type")]
 
 
@@ -193,10 +265,15 @@ class EmbeddingsRequest(_Strict):
     input: Annotated[
         Annotated[_Input, Tag(ONE)] | Annotated[list[_InputItem], Field(min_length=1), Tag(MANY)],
         Discriminator(_one_or_many),
+        BeforeValidator(_no_token_ids),
     ] = Field(description="Texts, or parts as in chat: {type: text, ...} and {type: image_url, ...}.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     align: bool | None = Field(None, description="Map text embeddings by the fit, to where images are.")
+    truncate_prompt_tokens: Literal[-1] | None = Field(
+        None, description="-1 cuts longer texts to what the encoder takes; which ones, the answer says."
+    )
+    user: _Label | None = None
 
     @property
     def items(self) -> list[str | ImageUrlPart]:
@@ -208,10 +285,11 @@ class Embedding(BaseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
+    truncated: bool = Field(description="Whether the end of a text was cut off, to what the encoder takes.")
 
 
 class EmbeddingsUsage(BaseModel):
-    prompt_tokens: int
+    prompt_tokens: int = Field(description="Of texts, as the encoder took them, padding not counted.")
     total_tokens: int
 
 
@@ -221,6 +299,7 @@ class Embeddings(BaseModel):
     model: str
     usage: EmbeddingsUsage
     encoder_fingerprint: str
+    num_truncated: int = Field(description="Inputs that are truncated.")
 
 
 # --- the rest -----------------------------------------------------------------------------------------------

@@ -23,7 +23,14 @@ import torch
 from revision_ray.errors import DataError
 from revision_ray.model.ending import end_ids
 from revision_ray.serve.engine import Piece, Prompt, QueueFull, Sampling, TokenLogprob
-from revision_ray.serve.sampling import Draw, choose, fresh_generator, log_probabilities
+from revision_ray.serve.sampling import (
+    Adjustments,
+    Draw,
+    adjusted,
+    choose,
+    fresh_generator,
+    log_probabilities,
+)
 from revision_ray.serve.settings import EngineConfig
 from revision_ray.serve.text_stream import TextStream, TokenNames
 
@@ -36,11 +43,13 @@ _CLOSED = "the language model's engine is closed; ask again, another replica wil
 class Request:
     """A prompt on its way to the model, then its answer on the way to the reader."""
 
-    def __init__(self, prompt: Prompt, draw: Draw, text: TextStream, limit: int, sampling: Sampling) -> None:
-        self.prompt, self.draw, self.text = prompt, draw, text
+    def __init__(
+        self, prompt: Prompt, draw: Draw, adjustments: Adjustments, text: TextStream, limit: int
+    ) -> None:
+        self.prompt, self.draw, self.adjustments, self.text = prompt, draw, adjustments, text
         self.limit = limit
         """At most so many tokens."""
-        self.top_logprobs = sampling.top_logprobs
+        self.top_logprobs = draw.sampling.top_logprobs
         self.num_tokens = 0
         self.ended = False
         """No more tokens: finished, failed, or the reader has gone. Then its slot is free."""
@@ -49,8 +58,6 @@ class Request:
         """Tokens whose keys and values are cached."""
         self.token = 0
         """The last one chosen, not yet cached."""
-        self.seen_V: torch.Tensor | None = None
-        """Where a repetition penalty applies."""
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.all_said = asyncio.Event()
         """The last piece lies in the queue."""
@@ -71,6 +78,8 @@ class QueuedEngine(ABC):
         positions = getattr(text_config, "max_position_embeddings", None) or config.max_length
         self.context_length = min(config.max_length, positions)
         self._end = frozenset(end_ids(model.generation_config))
+        # A part of what the model is, so that greedy answers are those of model.generate.
+        self._penalty = model.generation_config.repetition_penalty or 1.0
         self._device = model.get_input_embeddings().weight.device
         self._vocab_size = model.get_input_embeddings().num_embeddings
         # Any token but the placeholder; padding is masked.
@@ -87,6 +96,11 @@ class QueuedEngine(ABC):
 
     async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         limit = min(sampling.max_tokens, self.context_length - self._checked_length(prompt))
+        if sampling.min_tokens > limit:
+            raise DataError(
+                f"min_tokens is {sampling.min_tokens}, and the answer has {limit} tokens at most; ask for "
+                "fewer"
+            )
         free = self.config.num_slots - self._num_running()
         if self._closed:
             raise RuntimeError(_CLOSED)
@@ -95,7 +109,9 @@ class QueuedEngine(ABC):
                 f"{len(self._waiting)} prompts wait for the language model, which is as many as may"
             )
         text = TextStream(self.tokenizer, sampling.stop)
-        request = Request(prompt, Draw(sampling, self._device), text, limit, sampling)
+        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._end)
+        adjustments = Adjustments(sampling, prompt.input_ids, ends, self._penalty)
+        request = Request(prompt, Draw(sampling, self._device), adjustments, text, limit)
         self._waiting.append(request)
         self._arrived.set()
         if self._task is None:  # in no request's context: it outlives this one
@@ -226,10 +242,12 @@ class QueuedEngine(ABC):
     def _checked_length(self, prompt: Prompt) -> int:
         """Tokens of `prompt`. What raises here would else fail a step, and every request in it."""
         length = len(prompt.input_ids)
-        if not 0 < length < self.context_length:
+        if not length:
+            raise DataError("the prompt has 0 tokens; give a text or an image")
+        if length >= self.context_length:
             raise DataError(
                 f"the prompt has {length} tokens, and the context holds {self.context_length}, the answer "
-                "included; shorten the conversation"
+                "included; give a shorter one"
             )
         config = self.model.config
         num_images, expected = len(prompt.image_embeds), (len(prompt.image_embeds), config.embedding_dim)
@@ -262,9 +280,12 @@ class QueuedEngine(ABC):
     ) -> list[int]:
         """The next tokens, drawn from `scores_BV` and handed to the readers; -1 where a row is not finite.
 
-        `logits_BV` are the model's own, for log probabilities. A row that is not finite ends its request
-        alone. Rows of requests that have ended are drawn and dropped.
+        `scores_BV` are without what a request itself asks for, `logits_BV` the model's own, for log
+        probabilities. A row that is not finite ends its request alone. Rows of requests that have ended are
+        drawn and dropped.
         """
+        numbers = [request.num_tokens for request in requests]
+        scores_BV = adjusted(scores_BV, [request.adjustments for request in requests], numbers)
         tokens_B = choose(scores_BV, [request.draw for request in requests], self._shared)
         sound_B = scores_BV.gather(-1, tokens_B[:, None])[:, 0].isfinite()
         handed: list[tuple[Request, Piece | Exception]] = []
@@ -285,14 +306,15 @@ class QueuedEngine(ABC):
         return tokens
 
     def _accept(self, request: Request, token: int, logits_V: torch.Tensor) -> Piece:
-        if token in self._end:
+        if token in request.adjustments.ends:
             request.ended = True
             return Piece(
                 text=request.text.finish(), token=None, finish_reason="stop", num_tokens=request.num_tokens
             )
         request.token = token
         request.num_tokens += 1
-        text = request.text.push(token)
+        request.adjustments.add(token)
+        text = request.text.push(token, may_stop=request.num_tokens > request.adjustments.min_tokens)
         reason = None
         if request.text.stopped:
             reason = "stop"

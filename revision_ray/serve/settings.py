@@ -1,6 +1,7 @@
 """How the model is served: typed settings of every part, beside what they mean. Imports no Ray."""
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,6 +9,8 @@ from revision_ray import storage
 from revision_ray.config import MISSING
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.errors import ConfigError
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,9 @@ class Limits:
     """Tokens of an answer where the request names no max_tokens; fewer where the context ends before."""
     max_texts: int = 256
     """Inputs of one embeddings request."""
+    truncate_texts: bool = False
+    """Embeddings of texts that are longer than the encoder takes: cut them at their end, which the answer
+    says, where a request does not ask for it (truncate_prompt_tokens: -1); off refuses them."""
     max_ongoing_per_key: int | None = None
     """Requests of one API key at once in an ingress replica; further ones are refused with 429."""
     body_timeout_s: float = 60.0
@@ -224,6 +230,9 @@ class ServeJob:
     """The dual encoder whose text tower serves /v1/embeddings; without one the route takes images alone."""
     page: bool = True
     """A chat page at /."""
+    cors_origins: list[str] = field(default_factory=list)
+    """Origins of web pages elsewhere that may call the API from a browser (CORS), such as
+    https://app.example.org or http://localhost:3000; "*" stands for every page. None by default."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Generation."""
     images: ImageSettings = field(default_factory=ImageSettings)
@@ -238,6 +247,12 @@ class ServeJob:
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ConfigError(f"port={self.port}: expected 1 to 65535")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"cors_origins: {origin} is no origin; expected SCHEME://HOST or SCHEME://HOST:PORT as "
+                    "browsers send it, in small letters and without a path, or *"
+                )
 
     @property
     def model_id(self) -> str:

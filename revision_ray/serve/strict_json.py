@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from revision_ray.serve.api_error import ApiError
+from revision_ray.serve.api_error import MAX_NAME, ApiError
 from revision_ray.serve.calls import rejected
 
 # JSON may escape half of a character, which is no text: it would fail wherever text is encoded.
@@ -81,14 +81,33 @@ def _too_large(max_bytes: int) -> ApiError:
 def _parsed(body: bytes) -> Any:
     try:
         text = body.decode()
-        parsed = json.loads(text, parse_constant=_no_constant)
+        parsed = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
         if _SURROGATE.search(text):
             json.dumps(parsed, ensure_ascii=False).encode()  # a lone one is no character
         return parsed
-    # Unicode errors and JSONDecodeError are ValueErrors, as are integers of thousands of digits.
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not JSON (RFC 8259, UTF-8)", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        reason = f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8: its byte {error.start} belongs to no character"
+    except UnicodeEncodeError:
+        reason = "holds half of a character (a surrogate without its other half), which is no text"
+    except RecursionError:
+        reason = "is nested too deeply"
+    except ValueError:  # json's own, for integers of thousands of digits
+        reason = "holds a number with too many digits"
+    raise ApiError(400, f"the body {reason}", code="invalid_json")
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise ApiError(400, f"the body holds {name}, which is no number of JSON", code="invalid_json")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, of which a later one would hide an earlier one of its name."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)[:MAX_NAME]
+        message = f"{twice}: the body has this field twice in one object; send it once"
+        raise ApiError(400, message, param=twice, code="duplicate_field")
+    return made

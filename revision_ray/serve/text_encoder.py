@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,33 @@ from revision_ray import storage
 from revision_ray.align.alignment import load_alignment
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig, Tokens, backend
-from revision_ray.errors import AlignmentError
+from revision_ray.errors import AlignmentError, DataError
 from revision_ray.serve.metrics import instruments
 
 _BATCH_SIZE, _BATCH_WAIT_S = 64, 0.005
+
+
+class TextTooLong(DataError):  # noqa: N818
+    """A text that the tower would cut: its place among the texts, its tokens, and the tower's limit."""
+
+    def __init__(self, index: int, num_tokens: int, limit: int) -> None:
+        super().__init__(index, num_tokens, limit)  # as pickling makes it again
+        self.index, self.num_tokens, self.limit = index, num_tokens, limit
+
+    def __str__(self) -> str:
+        return f"text {self.index} has {self.num_tokens} tokens, and the encoder takes {self.limit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTexts:
+    """What the text tower made of texts."""
+
+    rows_ND: np.ndarray
+    """float32 unit rows, aligned where that was asked for."""
+    num_tokens: int
+    """That the tower took, special tokens included, padding not."""
+    truncated: tuple[bool, ...]
+    """Whether the end of each text was cut off."""
 
 
 class TextEncoder:
@@ -52,20 +76,28 @@ class TextEncoder:
     def check_health(self) -> None:
         """Serve replaces the replica where this raises; a loop that hangs does not answer at all."""
 
-    async def encode(self, texts: Sequence[str], align: bool) -> tuple[np.ndarray, int]:
-        """float32 unit rows (N, D) of the texts, and their tokens. With `align` they lie where the fit says.
+    async def encode(self, texts: Sequence[str], align: bool, truncate: bool) -> EncodedTexts:
+        """Embed texts. With `align` their rows lie where the fit says; with `truncate` long ones are cut.
 
         Raises:
             AlignmentError: `align`, but there is no fit, or a text falls onto the origin.
+            TextTooLong: a text has more tokens than the tower takes, and it may not be cut.
         """
         if align and self._alignment is None:
             raise AlignmentError("this server has no fit to align texts with; leave align out")
         loop = asyncio.get_running_loop()
         tokens: list[Tokens] = await loop.run_in_executor(self._worker, self._prepare, list(texts))
+        for index, each in enumerate(tokens):
+            if each.truncated and not truncate:
+                raise TextTooLong(index, each.num_tokens, each.limit)
         rows_ND = np.stack(await asyncio.gather(*(self._embed(each.ids) for each in tokens)))
         if align:
             rows_ND = await loop.run_in_executor(self._worker, self._aligned, texts, rows_ND)
-        return rows_ND, sum(len(each.ids) for each in tokens)
+        return EncodedTexts(
+            rows_ND=rows_ND,
+            num_tokens=sum(each.num_taken for each in tokens),
+            truncated=tuple(each.truncated for each in tokens),
+        )
 
     def _aligned(self, texts: Sequence[str], rows_ND: np.ndarray) -> np.ndarray:
         assert self._alignment is not None

@@ -28,8 +28,8 @@ class TextStream:
         self._given = 0  # characters of the window's text
         self._boundary = 0  # the last place in the window where every character was complete
 
-    def push(self, token: int) -> str:
-        """What `token` adds and is decided."""
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """What `token` adds and is decided. Without `may_stop` a stop string that it completes is text."""
         if self.stopped:
             return ""
         self._window.append(token)
@@ -46,7 +46,7 @@ class TextStream:
                 del self._window[: self._boundary]
                 self._given = len(self._decode(self._window))
             self._boundary = len(self._window)
-        return self._before_stop(new)
+        return self._before_stop(new, may_stop)
 
     def finish(self) -> str:
         """What was held back, now that no more tokens come."""
@@ -59,12 +59,14 @@ class TextStream:
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _before_stop(self, new: str) -> str:
+    def _before_stop(self, new: str, may_stop: bool = True) -> str:
         if not self._stop:
             return new
         text = self._held + new
-        found = [place for place in map(text.find, self._stop) if place >= 0]
-        if found:
+        # Only those that end in what is new: the others came when nothing might stop.
+        starts = ((stop, max(0, len(self._held) - len(stop) + 1)) for stop in self._stop)
+        found = [place for stop, start in starts if (place := text.find(stop, start)) >= 0]
+        if found and may_stop:
             self.stopped, self._held = True, ""
             return text[: min(found)]
         held = max(_overlap(text, stop) for stop in self._stop)
