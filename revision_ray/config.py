@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from revision_ray import fence, logs, storage, yaml_values
-from revision_ray.errors import ConfigError, RevisionError, user_error
+from revision_ray.errors import ConfigError, RevisionError, quote, shorten, user_error
 
 __all__ = [
     "MISSING",
@@ -53,15 +53,17 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
     overrides = [argument for argument in argv if _is_override(argument)]
     yamls = [argument for argument in argv if not _is_override(argument)]
     if len(yamls) > 1:
-        raise ConfigError(f"expected one YAML file and key=value overrides, found {len(yamls)}: {yamls}")
+        raise ConfigError(
+            f"expected one YAML file and key=value overrides, found {len(yamls)}: {quote(yamls)}"
+        )
     for argument in yamls:
         if argument.startswith("-"):
-            raise ConfigError(f"unknown option {argument!r}; options are key=value, or --help")
+            raise ConfigError(f"unknown option {quote(argument)}; options are key=value, or --help")
     merged = OmegaConf.structured(schema)
     for argument in yamls + overrides:
         read = _read_override if argument in overrides else _read_yaml
         part = read(argument, schema)
-        merged = _merged(merged, part, argument, schema)
+        merged = _merged(merged, part, shorten(argument), schema)
     return _resolved(merged, schema)
 
 
@@ -92,7 +94,7 @@ def _merged(merged: DictConfig, part: DictConfig, name: str, schema: type) -> Di
         raise ConfigError(f"{name}: {_explain(error, schema)}") from error
     except TypeError as error:
         # OmegaConf's answer to a mapping where a list is expected, and the reverse.
-        raise ConfigError(f"{name}: {error}; a list is given as a whole: key=[a,b]") from error
+        raise ConfigError(f"{name}: {shorten(error)}; a list is given as a whole: key=[a,b]") from error
     assert isinstance(both, DictConfig)
     return both
 
@@ -122,7 +124,7 @@ def _other_entry(merged: DictConfig, key: str) -> str:
 
 
 def _read_yaml(uri: str, schema: type) -> DictConfig:
-    name = f"configuration file {uri}"
+    name = f"configuration file {shorten(uri)}"
     try:
         text = storage.read_bytes(uri).decode("utf-8")
         parsed = OmegaConf.create(text)  # refuses recursive aliases, duplicate keys and the like
@@ -132,14 +134,14 @@ def _read_yaml(uri: str, schema: type) -> DictConfig:
         raise ConfigError(f"{name}: not UTF-8 text: {error}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}: line {line}: not YAML: {error.problem}") from error
+        raise ConfigError(f"{name}: line {line}: not YAML: {shorten(error.problem)}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{name}: not YAML: {shorten(' '.join(str(error).split()))}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{name}: {_explain(error, schema)}") from error
     values = yaml_values.of_file(text, schema, name)
     if not isinstance(parsed, DictConfig) or not isinstance(values, dict):
-        found = "a list" if isinstance(values, list) else f"{text.strip()[:100]!r}"
+        found = "a list" if isinstance(values, list) else quote(text.strip(), 100)
         raise ConfigError(f"{name}: expected a mapping of keys to values, found {found}")
     return OmegaConf.create(values)
 
@@ -150,16 +152,18 @@ def _read_override(override: str, schema: type) -> DictConfig:
         OmegaConf.update(part, override.partition("=")[0], yaml_values.of_override(override, schema))
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{override}: the value is not YAML: {problem}; quote it") from error
+        raise ConfigError(
+            f"{shorten(override)}: the value is not YAML: {shorten(problem)}; quote it"
+        ) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{override}: {_explain(error, schema)}") from error
+        raise ConfigError(f"{shorten(override)}: {_explain(error, schema)}") from error
     return part
 
 
 def _explain(error: OmegaConfBaseException, schema: type) -> str:
-    text = str(error).splitlines()[0]
+    text = shorten(str(error).splitlines()[0], 300)
     if error.full_key and error.full_key not in text:
-        text = f"{error.full_key}: {text}"
+        text = f"{shorten(error.full_key)}: {text}"
     if "Did you mean" not in text and "not in" in text and error.full_key:
         near = difflib.get_close_matches(error.full_key, [key for key, *_ in keys(schema)], n=1)
         text += f" Did you mean: '{near[0]}'?" if near else ""

@@ -16,7 +16,7 @@ from revision_ray.align.affine import Affine
 from revision_ray.align.moments import Moments
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.data.shards import EncoderIdentity
-from revision_ray.errors import AlignmentError, ConfigError, DataError
+from revision_ray.errors import AlignmentError, ConfigError, DataError, quote, shorten
 
 FORMAT_VERSION = 1
 DOCUMENT, TENSORS = "alignment.json", "alignment.safetensors"
@@ -187,7 +187,7 @@ def load_alignment(uri: str) -> Alignment:
         document = _read_document(uri)
         content = storage.read_bytes(storage.join(uri, TENSORS))
     except DataError as error:
-        raise AlignmentError(f"{uri}: no fit there ({error}); make one with jobs/fit.py") from error
+        raise AlignmentError(f"{uri}: no fit there ({shorten(error)}); make one with jobs/fit.py") from error
     try:
         tensors = safetensors.numpy.load(content)
     except safetensors.SafetensorError as error:
@@ -214,7 +214,7 @@ def parse_alignment(document: dict[str, Any], tensors: dict[str, np.ndarray], wh
 
 
 def _damaged(where: str, error: Exception) -> AlignmentError:
-    return AlignmentError(f"{where}: the fit is damaged ({error!r}); make it again with jobs/fit.py")
+    return AlignmentError(f"{where}: the fit is damaged ({quote(error)}); make it again with jobs/fit.py")
 
 
 def _read_document(uri: str) -> dict[str, Any]:

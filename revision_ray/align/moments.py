@@ -17,7 +17,7 @@ import safetensors.numpy
 from revision_ray.align.affine import Affine
 from revision_ray.align.exact_sum import ExactSum
 from revision_ray.align.rows import CHUNK_ROWS, aligned, chunks
-from revision_ray.errors import AlignmentError
+from revision_ray.errors import AlignmentError, shorten
 
 # Disjoint parts of the rows whose spread gives standard errors (delete-a-group jackknife).
 NUM_BUCKETS = 16
@@ -154,7 +154,7 @@ class Moments:
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             return Moments.of_tensors(tensors, json.loads(header["__metadata__"]["shard_hashes"]))
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise AlignmentError(f"these are not saved moments: {error}") from error
+            raise AlignmentError(f"these are not saved moments: {shorten(error)}") from error
 
     def _require_rows(self) -> None:
         if not self.count:

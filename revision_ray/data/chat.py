@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import (
 )
 
 from revision_ray.data.conversations import IMAGE_MARK
-from revision_ray.errors import ConfigError
+from revision_ray.errors import ConfigError, shorten
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -196,7 +196,7 @@ class Chat:
             self.has_marks = _GENERATION_TAG.search(template) is not None
             self._marked = _compile_jinja_template(_GENERATION_TAG.sub(_visible_mark, template))
         except TemplateError as error:
-            raise ConfigError(f"{tokenizer.name_or_path}: chat template: {error}") from error
+            raise ConfigError(f"{tokenizer.name_or_path}: chat template: {shorten(error)}") from error
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
         self._takes_parts = self._needs_parts()
 
@@ -285,14 +285,14 @@ class Chat:
                 **variables,
             )
         except TemplateError as error:
-            raise ChatRefusal(f"the chat template refuses it: {error}") from error
+            raise ChatRefusal(f"the chat template refuses it: {shorten(error)}") from error
         except (
             TypeError,
             ValueError,
             LookupError,
             AttributeError,
         ) as error:  # of an expression
-            raise ChatRefusal(f"the chat template fails on it: {error}") from error
+            raise ChatRefusal(f"the chat template fails on it: {shorten(error)}") from error
         return _without_marks(text)
 
     def _needs_parts(self) -> bool:

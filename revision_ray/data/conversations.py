@@ -119,7 +119,8 @@ def expand(source: ConversationSource) -> list[ConversationSource]:
     document = storage.read_json(source.uri)
     if not all(isinstance(entry, dict) and "annotation" in entry for entry in document.values()):
         raise DataError(
-            f"{source.uri}: is an object with the keys {list(document)[:8]}; expected a list of records, or "
+            f"{source.uri}: is an object with the keys {quote(list(document)[:8])}; expected a list of "
+            f"records, or "
             "{name: {root, annotation, repeat_time}}; a file of one record a line is named .jsonl"
         )
     return [_of_meta(source, name, entry) for name, entry in document.items()]
@@ -132,11 +133,13 @@ def _is_object(uri: str) -> bool:
 
 def _of_meta(source: ConversationSource, name: str, entry: dict[str, Any]) -> ConversationSource:
     annotation, root, repeat = entry["annotation"], entry.get("root") or "", entry.get("repeat_time", 1)
-    where = f"{source.uri}: entry {name!r}"
+    where = f"{source.uri}: entry {quote(name, 80)}"
     if not isinstance(annotation, str) or not isinstance(root, str):
-        raise DataError(f"{where}: annotation and root are paths; found {annotation!r} and {root!r}")
+        raise DataError(
+            f"{where}: annotation and root are paths; found {quote(annotation, 80)} and {quote(root, 80)}"
+        )
     if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 <= repeat < float("inf"):
-        raise DataError(f"{where}: repeat_time is {repeat!r}, expected a number from 0 on")
+        raise DataError(f"{where}: repeat_time is {quote(repeat, 80)}, expected a number from 0 on")
     folder = storage.parent_of(storage.absolute(source.uri))
     return replace(
         source,

@@ -11,7 +11,7 @@ from revision_ray.data.duplicates import Repeated, find_repeated, mend_shard, re
 from revision_ray.data.rejected import REJECTED, check_rejected, write_rejected
 from revision_ray.data.schema import Rejected
 from revision_ray.data.shards import Footer, Layout, Manifest
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, shorten
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def claim(output: str, settings: dict[str, object]) -> None:
     for key, value in settings.items():
         if found.get(key) != value:
             raise DataError(
-                f"{output}: is a store with {key} = {found.get(key)}, this job says {value}; "
+                f"{output}: is a store with {key} = {shorten(found.get(key))}, this job says "
+                f"{shorten(value)}; "
                 "name another output"
             )
 

@@ -192,7 +192,7 @@ def decode_image(content: bytes, *, max_pixels: int) -> Image.Image:
             f"no readable {FORMATS} image: {len(content)} bytes that begin with {content[:8]!r}"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UndecodableImage(f"more than max_pixels={max_pixels} pixels: {error}") from error
+        raise UndecodableImage(f"more than max_pixels={max_pixels} pixels: {shorten(error)}") from error
     except _PILLOW_ERRORS as error:
         raise UndecodableImage(f"image header is damaged: {_reason(error)}") from error
     with image:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from revision_ray import storage
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote, shorten
 
 MAX_RECORD_CHARACTERS = 64 * 2**20
 _READ_BYTES = 2**20
@@ -78,7 +78,7 @@ def _member(text: "_Text", list_key: str) -> Iterator[Element]:
     text.take("}")
     if list_key not in keys:
         raise DataError(
-            f"{text.uri}: is an object with the keys {keys[:20]}; expected a list of records, or "
+            f"{text.uri}: is an object with the keys {quote(keys[:20])}; expected a list of records, or "
             f"an object with the list {list_key!r}; a file of one record a line is named .jsonl"
         )
 
@@ -153,7 +153,9 @@ class _Text:
         try:
             read = self._file.read(max(_READ_BYTES, unread))
         except OSError as error:
-            raise DataError(f"{self.uri}: cannot be read near byte {self._offset}: {error}") from error
+            raise DataError(
+                f"{self.uri}: cannot be read near byte {self._offset}: {shorten(error, 400)}"
+            ) from error
         self._ended = not read
         self._buffer = self._buffer[self._position :] + self._decoder.decode(read, final=self._ended)
         self._position = 0

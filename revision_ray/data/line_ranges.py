@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 
 from revision_ray import storage
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, shorten
 
 MAX_LINE_BYTES = 64 * 2**20
 _READ_BYTES = 2**20
@@ -36,7 +36,7 @@ def lines(uri: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
                 yield offset, line.removesuffix(b"\n").removesuffix(b"\r")
                 offset += length
         except OSError as error:
-            raise DataError(f"{uri}: cannot be read near byte {offset}: {error}") from error
+            raise DataError(f"{uri}: cannot be read near byte {offset}: {shorten(error, 400)}") from error
 
 
 def _skip_line(file: io.BufferedReader) -> int:

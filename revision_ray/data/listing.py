@@ -75,10 +75,13 @@ class Source:
     def pass_over(self, file: SourceFile, kind: str = "") -> None:
         self.passed[kind or kind_of(file)] += 1
 
+    def passed_over(self) -> str:
+        listed = ", ".join(f"{number} {kind}" for kind, number in self.passed.most_common(20))
+        return f"{self.passed.total()} files: {listed}" if self.passed else ""
+
     def say_what_was_passed_over(self) -> None:
         if self.passed:
-            listed = ", ".join(f"{number} {kind}" for kind, number in self.passed.most_common(20))
-            _log.warning("%s: passed over %d files: %s", self.uri, self.passed.total(), listed)
+            _log.warning("%s: passed over %s", self.uri, self.passed_over())
 
 
 def kind_of(file: SourceFile) -> str:

@@ -72,7 +72,7 @@ def _scalar(dtype: _Dtype, content: bytes) -> Any:
 def _latin1(text: str, encoding: str) -> bytes:
     """What old pickle protocols call to make bytes; other codecs are refused."""
     if encoding != "latin1":
-        raise _RefusedError(f"bytes in codec {encoding!r}")
+        raise _RefusedError(f"bytes in codec {quote(encoding, 40)}")
     return text.encode("latin1")
 
 
@@ -143,14 +143,15 @@ def _load(uri: str) -> Any:
             return _Restricted(io.BufferedReader(file)).load()  # Arrow's files have no readline
     except _RefusedError as error:
         raise DataError(
-            f"{uri}: refused: the pickle holds {error}; only arrays of numbers and plain containers are "
+            f"{uri}: refused: the pickle holds {shorten(error)}; only arrays of numbers and plain "
+            f"containers are "
             "admitted, and nothing in it was run"
         ) from error
     except (
         pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, MemoryError,
         ArithmeticError, RecursionError, OSError,
     ) as error:  # all that damaged bytes were seen to make the unpickler raise  # fmt: skip
-        raise DataError(f"{uri}: is no readable pickle ({type(error).__name__}: {error})") from error
+        raise DataError(f"{uri}: is no readable pickle ({type(error).__name__}: {shorten(error)})") from error
 
 
 def _vector(value: Any) -> np.ndarray | None:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from revision_ray import storage
 from revision_ray.data.schema import Rejected
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, shorten
 
 REJECTED = "rejected.parquet"
 
@@ -39,7 +39,7 @@ def check_rejected(rejected: Sequence[Rejected], num_rows: int, most: float, lis
     if len(rejected) <= most * num_rows:
         return
     causes = Counter(row.reason for row in rejected).most_common(3)
-    shown = "; ".join(f"{count} x {reason}" for reason, count in causes)
+    shown = "; ".join(f"{count} x {shorten(reason)}" for reason, count in causes)
     raise DataError(
         f"{len(rejected)} of {num_rows} rows were rejected ({shown}), more than max_rejected_fraction={most} "
         f"allows; the list is in {listed}; mend the input, or raise max_rejected_fraction"

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from revision_ray import storage
 from revision_ray.data.embedding_column import binary_rows, describe_row, list_rows
 from revision_ray.data.schema import Rejected
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, shorten
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"revision_ray"
@@ -179,7 +179,7 @@ def read_footer(uri: str) -> Footer:
         return parse_footer(metadata[FOOTER_KEY])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{uri}: is not a shard of an embedding store ({error}); delete it or restore it"
+            f"{uri}: is not a shard of an embedding store ({shorten(error)}); delete it or restore it"
         ) from error
 
 
@@ -252,7 +252,8 @@ def _read(uri: str, columns: Sequence[str], row_group: int | None) -> tuple[pa.T
             table = parquet.read_row_groups(list(groups), list(columns), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{uri}: cannot be read as the manifest lists it: {error}; restore it, or make the store "
+                f"{uri}: cannot be read as the manifest lists it: {shorten(error)}; restore it, or make "
+                f"the store "
                 "again in a new output"
             ) from error
         return table, parquet.schema_arrow.metadata or {}
@@ -262,7 +263,7 @@ def _parquet(uri: str, file: pa.NativeFile) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{uri}: is not a readable Parquet file: {error}") from error
+        raise DataError(f"{uri}: is not a readable Parquet file: {shorten(error)}") from error
 
 
 def read_manifest(uri: str) -> Manifest:
@@ -284,7 +285,7 @@ def read_manifest(uri: str) -> Manifest:
         return Manifest(**document)
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{uri}/{MANIFEST}: damaged: {error}; re-run jobs/embed.py on the same output"
+            f"{uri}/{MANIFEST}: damaged: {shorten(error)}; re-run jobs/embed.py on the same output"
         ) from error
 
 

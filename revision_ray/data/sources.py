@@ -140,19 +140,22 @@ def tar_shards(uris: Sequence[str]) -> list[str]:
     Raises:
         DataError: nothing at a URI, or no tar file.
     """
+    none = "holds no *.tar shard; name a directory of WebDataset shards, or one shard"
+    for uri in uris:
+        if not storage.is_wildcard(uri) and not storage.exists(uri):
+            raise DataError(f"{uri}: {none}; nothing is there")
     shards: list[str] = []
     for source in each_source(uris):
-        listed = list(source.files)
         parquet_data(source)
         whole = storage.is_wildcard(source.uri)
-        found = [f for f in source.files if f.extension == ".tar" and (whole or "/" not in f.below)]
+        found = {f.uri for f in source.files if f.extension == ".tar" and (whole or "/" not in f.below)}
         for file in source.files:
-            if file not in found:
+            if file.uri not in found:
                 source.pass_over(file)
         if not found:
-            _some([], source, "shards", "directories of WebDataset shards (.tar), or one shard", listed, {})
+            raise DataError(f"{source.uri}: {none}; found {source.passed_over() or 'no files'}")
         source.say_what_was_passed_over()
-        shards += [file.uri for file in found]
+        shards += [file.uri for file in source.files if file.uri in found]
     return shards
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from revision_ray import storage
 from revision_ray.data import shards
 from revision_ray.data.shards import EncoderIdentity, Manifest, Modality
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, shorten
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _bare_row_groups(path: str) -> list[RowGroup]:
         try:
             metadata = pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: is not a readable Parquet file: {error}") from error
+            raise DataError(f"{path}: is not a readable Parquet file: {shorten(error)}") from error
         footer = (metadata.metadata or {}).get(shards.FOOTER_KEY)
         shard_hash = shards.parse_footer(footer).content_hash if footer else _sha256_of(file)
     rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]

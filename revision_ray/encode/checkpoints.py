@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from revision_ray import storage
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.errors import ConfigError, DataError, quote, shorten
 
 METADATA = ("*.json", "*.txt", "*.model", "*.py")
 TOKENIZER_FILES = (
@@ -54,7 +54,7 @@ def folder_of(model: str, revision: str | None, patterns: Sequence[str] = METADA
         )
     except (HFValidationError, OSError) as error:
         raise ConfigError(
-            f"encoder checkpoint {model!r}: no such folder, and the hub did not give it "
+            f"encoder checkpoint {quote(model, 100)}: no such folder, and the hub did not give it "
             f"({_shortened(error)}); name a folder, or a hub id that this machine can reach or has cached "
             "(and its revision)"
         ) from error
@@ -95,7 +95,9 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         document = storage.read_json(path)
     except DataError as error:
-        raise ConfigError(f"encoder checkpoint: {error}; complete or replace the checkpoint") from error
+        raise ConfigError(
+            f"encoder checkpoint: {shorten(error)}; complete or replace the checkpoint"
+        ) from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return document

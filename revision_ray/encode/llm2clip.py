@@ -48,7 +48,7 @@ from revision_ray.encode.transformers import (
     load_tokenizer,
     pixel_scale_of,
 )
-from revision_ray.errors import ConfigError
+from revision_ray.errors import ConfigError, quote
 
 _CONTEXT = 512
 _HEADER = "<|start_header_id|>user<|end_header_id|>\n\n"  # Llama 3's, of a user's turn
@@ -231,7 +231,8 @@ def text_tower(config: EncoderConfig) -> _LlamaTexts:
     document = checkpoints.read_json(os.path.join(text_folder, "config.json"))
     if document.get("model_type") != "llama":
         raise ConfigError(
-            f"{text_folder}/config.json: model_type is {document.get('model_type')!r}; encoder.text_model "
+            f"{text_folder}/config.json: model_type is {quote(document.get('model_type'), 80)}; "
+            f"encoder.text_model "
             "takes a Llama"
         )
     header = len(_header_ids(load_tokenizer(text_folder)))

@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from revision_ray import storage
 from revision_ray.encode import checkpoints
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.errors import ConfigError
+from revision_ray.errors import ConfigError, quote, shorten
 
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors",
@@ -111,7 +111,7 @@ def _built_in(config: EncoderConfig) -> Source:
     if model_cfg is None:
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
         raise ConfigError(
-            f"encoder.model={config.model!r}: open_clip has no such architecture (nearest: "
+            f"encoder.model={quote(config.model, 100)}: open_clip has no such architecture (nearest: "
             f"{', '.join(near) or 'none'}), and it is no folder and no config JSON here; "
             "open_clip.list_models() gives all names"
         )
@@ -133,7 +133,7 @@ def _built_in(config: EncoderConfig) -> Source:
         )
     if not tag and not os.path.isfile(config.pretrained):
         raise ConfigError(
-            f"encoder.pretrained={config.pretrained!r}: is neither a file nor a tag of {name} "
+            f"encoder.pretrained={quote(config.pretrained, 100)}: is neither a file nor a tag of {name} "
             f"(tags: {', '.join(tags) or 'none'})"
         )
     return Source(
@@ -150,7 +150,8 @@ def _download_tag(model: str, tag: dict[str, Any]) -> str:
         return open_clip.download_pretrained(tag)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"{model}: its weights cannot be downloaded ({error}); check the network, or download the file "
+            f"{model}: its weights cannot be downloaded ({shorten(error)}); check the network, or "
+            f"download the file "
             "elsewhere and name it as encoder.pretrained"
         ) from error
 
@@ -159,7 +160,8 @@ def _file(path: str) -> str:
     path = storage.local_copy(path)
     if not os.path.isfile(path):
         raise ConfigError(
-            f"encoder.pretrained={path!r}: no such file; with a configuration of your own it is a path"
+            f"encoder.pretrained={quote(path, 100)}: no such file; with a configuration of your own it "
+            f"is a path"
         )
     return path
 

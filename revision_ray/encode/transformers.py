@@ -38,7 +38,7 @@ from revision_ray.encode.encoder import (
     pad_right,
     unit_rows,
 )
-from revision_ray.errors import ConfigError
+from revision_ray.errors import ConfigError, quote
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _open(folder: str) -> tuple[_Family, Any]:
         )
     if model_type not in _FAMILIES:
         raise ConfigError(
-            f"{folder}/config.json: model_type is {model_type!r}; encoder.kind=transformers takes "
+            f"{folder}/config.json: model_type is {quote(model_type, 80)}; encoder.kind=transformers takes "
             f"{sorted(_FAMILIES)} (SigLIP 2 of fixed resolution is 'siglip'); for others see "
             "encoder.kind=open_clip or llm2clip"
         )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from revision_ray.errors import ConfigError
+from revision_ray.errors import ConfigError, quote
 from revision_ray.evaluate import questions, scores
 from revision_ray.evaluate.questions import Item, Row
 
@@ -40,7 +40,9 @@ def benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(f"benchmark {name!r} is not known; {hint}known are {', '.join(sorted(BENCHMARKS))}")
+        raise ConfigError(
+            f"benchmark {quote(name, 80)} is not known; {hint}known are {', '.join(sorted(BENCHMARKS))}"
+        )
     return BENCHMARKS[name]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote, shorten
 from revision_ray.evaluate.answers import ALL_LETTERS, Scoring, letter_set, yes_no
 
 SHORT = "Answer the question using a single word or phrase."
@@ -156,7 +156,8 @@ def visulogic(row: Row) -> Item:
 def logic_vista(row: Row) -> Item:
     if letter_set(str(row["answer"])) is None:
         raise DataError(
-            f"{row['#file']}: row {row['#row']}: answer is {row['answer']!r}, expected letters such as 'A, C'"
+            f"{row['#file']}: row {row['#row']}: answer is {quote(row['answer'], 80)}, expected letters "
+            f"such as 'A, C'"
         )
     return Item(
         id=row["#row"],
@@ -239,7 +240,8 @@ def _letter(answer: Any, letters: str, row: Row) -> str:
     found = str(answer).strip().strip("()").upper()
     if len(found) != 1 or found not in letters:
         raise DataError(
-            f"{row['#file']}: row {row['#row']}: answer is {answer!r}, expected one of the letters {letters}"
+            f"{row['#file']}: row {row['#row']}: answer is {quote(answer, 80)}, expected one of the "
+            f"letters {letters}"
         )
     return found
 
@@ -251,7 +253,9 @@ def _lettered(options: Sequence[str]) -> list[str]:
 def _yes_or_no(answer: Any, row: Row) -> str:
     found = yes_no(str(answer))
     if found is None:
-        raise DataError(f"{row['#file']}: row {row['#row']}: answer is {answer!r}, expected yes or no")
+        raise DataError(
+            f"{row['#file']}: row {row['#row']}: answer is {quote(answer, 80)}, expected yes or no"
+        )
     return found
 
 
@@ -261,5 +265,7 @@ def _list_of(value: Any, row: Row) -> list[str]:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
-            raise DataError(f"{row['#file']}: row {row['#row']}: {value!r} is no list: {error}") from error
+            raise DataError(
+                f"{row['#file']}: row {row['#row']}: {quote(value, 80)} is no list: {shorten(error)}"
+            ) from error
     return [str(entry) for entry in value]

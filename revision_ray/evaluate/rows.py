@@ -13,7 +13,7 @@ from revision_ray import storage
 from revision_ray.data import parquet_rows, tar_stream
 from revision_ray.data.image_rows import DEFAULT_MAX_IMAGE_BYTES, IMAGE_EXTENSIONS, images_in
 from revision_ray.data.images import UndecodableImage, image_value
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote, shorten
 from revision_ray.evaluate.benchmarks import Benchmark, benchmark
 from revision_ray.evaluate.questions import Item, Row
 
@@ -112,7 +112,7 @@ def _check_columns(spec: Benchmark, where: str, columns: list[str]) -> None:
     if missing:
         raise DataError(
             f"{where}: has no column {', '.join(missing)}, which {spec.name} needs; found "
-            f"{', '.join(columns)}"
+            f"{shorten(', '.join(columns))}"
         )
 
 
@@ -158,9 +158,9 @@ def _records(spec: Benchmark, unit: Unit) -> Iterator[tuple[int, dict[str, Any]]
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{unit.uri}: line {number + 1}: is not JSON: {error}") from error
+            raise DataError(f"{unit.uri}: line {number + 1}: is not JSON: {shorten(error)}") from error
         if not isinstance(record, dict):
-            raise DataError(f"{unit.uri}: line {number + 1}: expected an object, found {line[:80]!r}")
+            raise DataError(f"{unit.uri}: line {number + 1}: expected an object, found {quote(line, 80)}")
         _check_columns(spec, f"{unit.uri}: line {number + 1}", list(record))
         yield number, record
 

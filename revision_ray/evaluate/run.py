@@ -21,7 +21,7 @@ from revision_ray.config import MISSING
 from revision_ray.data.chat import as_date
 from revision_ray.data.store import Store, open_stores
 from revision_ray.encode import checkpoints
-from revision_ray.errors import CheckpointError, ConfigError, DataError
+from revision_ray.errors import CheckpointError, ConfigError, DataError, quote
 from revision_ray.evaluate import ask, compare, picture, report
 from revision_ray.evaluate.ask import Control
 from revision_ray.evaluate.benchmarks import benchmark
@@ -203,7 +203,8 @@ def _model_config(folder: str) -> ReVisionConfig:
     found = storage.read_json(os.path.join(folder, "config.json")).get("model_type")
     if found != ReVisionConfig.model_type:
         raise CheckpointError(
-            f"{folder}: model_type is {found!r}, expected {ReVisionConfig.model_type!r}; name the folder "
+            f"{folder}: model_type is {quote(found, 80)}, expected {ReVisionConfig.model_type!r}; name "
+            f"the folder "
             "that jobs/pretrain.py or jobs/finetune.py exported"
         )
     return ReVisionConfig.from_pretrained(folder)

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from revision_ray import storage
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, shorten
 
 
 def parquet_bytes(table: pa.Table) -> pa.Buffer:
@@ -24,5 +24,5 @@ def read_parquet(uri: str) -> pa.Table:
             return pq.read_table(file)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{uri}: is no readable Parquet file: {error}; remove it to make it again"
+                f"{uri}: is no readable Parquet file: {shorten(error)}; remove it to make it again"
             ) from error

@@ -24,7 +24,7 @@ from revision_ray.align.alignment import (
     save_alignment,
 )
 from revision_ray.align.moments import Moments
-from revision_ray.errors import AlignmentError, DataError
+from revision_ray.errors import AlignmentError, DataError, quote
 from revision_ray.geometry.registry import Fit, check_consistent, read
 
 METADATA_KEY, FORMAT_VERSION = "revision_ray_fit", 1
@@ -120,7 +120,9 @@ def _fit(tensors: dict[str, np.ndarray], document: dict[str, Any], where: str) -
             }
             sides[side] = Moments.of_tensors(named, document[f"{side}_shards"])
     except (KeyError, TypeError, ValueError) as error:
-        raise AlignmentError(f"{where}: the fit is incomplete ({error!r}); export it again") from error
+        raise AlignmentError(
+            f"{where}: the fit is incomplete ({quote(error, 80)}); export it again"
+        ) from error
     return Fit(alignment=parse_alignment(alignment, tensors, where), **sides)
 
 
@@ -160,7 +162,7 @@ def import_file(file: str, registry: str, name: str | None = None) -> tuple[str,
     name = storage.name_of(file).rpartition(".")[0] if name is None else name
     if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):
         raise DataError(
-            f"name={name!r}: expected words of letters, digits and . , + @ - _ with / between them"
+            f"name={quote(name, 80)}: expected words of letters, digits and . , + @ - _ with / between them"
         )
     packed = unpack(storage.read_bytes(file), file)
     uri = storage.join(storage.absolute(registry), name)
@@ -181,7 +183,7 @@ def _check_same(uri: str, name: str, packed: Packed) -> None:
     there = read(uri)
     if pack(there) != pack(packed.fit):
         raise AlignmentError(
-            f"{uri}: another fit has the name {name!r} already "
+            f"{uri}: another fit has the name {quote(name, 80)} already "
             f"({there.alignment.strategy.strategy}, content hash {there.alignment.content_hash[:12]}; the "
             f"file's is {packed.fit.alignment.content_hash[:12]}); "
             "choose another name, or remove that fit yourself"

@@ -23,7 +23,7 @@ from revision_ray.align.alignment import (
     load_moments,
 )
 from revision_ray.align.moments import Moments
-from revision_ray.errors import AlignmentError, DataError, RevisionError
+from revision_ray.errors import AlignmentError, DataError, RevisionError, quote
 
 UNFINISHED = f"unfinished: no {DOCUMENT}; run the job that makes it again"
 
@@ -168,7 +168,9 @@ def place_of(registry: str, name: str) -> Place:
     wanted = name.strip("/") or "."
     if wanted in by_name:
         return by_name[wanted]
-    raise DataError(f"{storage.absolute(registry)}: no fit named {name!r}; {_nearest(wanted, list(by_name))}")
+    raise DataError(
+        f"{storage.absolute(registry)}: no fit named {quote(name, 80)}; {_nearest(wanted, list(by_name))}"
+    )
 
 
 def _nearest(wanted: str, names: Sequence[str]) -> str:

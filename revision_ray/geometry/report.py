@@ -12,7 +12,7 @@ from revision_ray import config, storage
 from revision_ray.cluster import connect
 from revision_ray.config import MISSING
 from revision_ray.data.rejected import REJECTED
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote
 from revision_ray.geometry import claims, figures, page, plots
 from revision_ray.geometry.inputs import Inputs, Sources, open_inputs
 from revision_ray.geometry.measure import Settings, measure
@@ -192,7 +192,8 @@ def _read_probe(uri: str | None, inputs: Inputs) -> dict[str, Any] | None:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{uri}: is no result of a cross-modal probe ({error!r} is missing); give the probe.json that "
+            f"{uri}: is no result of a cross-modal probe ({quote(error, 80)} is missing); give the "
+            f"probe.json that "
             "jobs/study.py wrote"
         ) from error
 

@@ -24,7 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from revision_ray import storage
-from revision_ray.errors import ConfigError
+from revision_ray.errors import ConfigError, quote
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
 
@@ -81,13 +81,14 @@ def model_config(name: str, vocab_size: int, context_length: int | None) -> dict
         config = open_clip.get_model_config(name)
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
         raise ConfigError(
-            f"model {name!r} is no open_clip model configuration; name 'miniature', an architecture, or "
+            f"model {quote(name, 80)} is no open_clip model configuration; name 'miniature', an "
+            f"architecture, or "
             "a JSON with embed_dim, vision_cfg and text_cfg"
         )
     square = isinstance(config["vision_cfg"].get("image_size", 224), int)
     if "hf_model_name" in config["text_cfg"] or not square:
         raise ConfigError(
-            f"model {name!r}: expected square images, and a text tower without hf_model_name, "
+            f"model {quote(name, 80)}: expected square images, and a text tower without hf_model_name, "
             "which takes the captions' words"
         )
     text = {**config["text_cfg"], "vocab_size": vocab_size, "hf_tokenizer_name": "words"}

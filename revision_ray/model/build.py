@@ -68,7 +68,8 @@ def _load(name: str, **kwargs: Any) -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
-            f"language_model={name!r}: cannot be loaded as a causal language model ({error}); name a folder "
+            f"language_model={quote(name, 100)}: cannot be loaded as a causal language model "
+            f"({shorten(error)}); name a folder "
             "with config.json and weights, or a hub id that this machine can reach or has cached"
         ) from error
     checkpoints.move_off_odd_addresses(loaded)

@@ -61,7 +61,8 @@ class ReVisionConfig(PreTrainedConfig):
         match = _MLP.fullmatch(self.projector_type)
         if match is None:
             raise ConfigError(
-                f"projector_type={self.projector_type!r}: expected 'linear' or 'mlpNx_gelu' with N layers, "
+                f"projector_type={self.projector_type!r:.80}: expected 'linear' or 'mlpNx_gelu' with N "
+                f"layers, "
                 "for example 'mlp2x_gelu'"
             )
         return int(match[1])

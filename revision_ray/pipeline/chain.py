@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from revision_ray import storage
-from revision_ray.errors import ConfigError
+from revision_ray.errors import ConfigError, shorten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,9 @@ def _check_name(stages: Sequence[Stage], option: str, name: str) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         meant = f" Did you mean: {near[0]}?" if near else ""
-        raise ConfigError(f"{option} {name}: no stage has this name; there are {', '.join(names)}.{meant}")
+        raise ConfigError(
+            f"{option} {shorten(name)}: no stage has this name; there are {', '.join(names)}.{meant}"
+        )
 
 
 def _check_makers(stages: Sequence[Stage], found: Sequence[Stage], choice: Choice) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from revision_ray import storage
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, shorten
 
 # Of a model's folder, what decides what it says. Figures of its training are no part of the model.
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
@@ -78,7 +78,7 @@ def _sha256_of(uri: str) -> str:
             while block := file.read_buffer(1 << 24):
                 digest.update(block)
         except OSError as error:
-            raise DataError(f"{uri}: cannot be read: {error}") from error
+            raise DataError(f"{uri}: cannot be read: {shorten(error)}") from error
     return digest.hexdigest()
 
 
@@ -93,7 +93,9 @@ def _of_manifest(uri: str, names: set[str]) -> str:
             return ""
         document["shards"] = sorted(shard["content_hash"] for shard in shards)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{uri}/manifest.json: damaged: {error}; run the job that made it again") from error
+        raise DataError(
+            f"{uri}/manifest.json: damaged: {shorten(error)}; run the job that made it again"
+        ) from error
     return storage.sha256(json.dumps(document, sort_keys=True).encode())
 
 
@@ -103,7 +105,7 @@ def _of_fit(uri: str) -> str:
     try:
         return storage.sha256(json.dumps([document[key] for key in keys], sort_keys=True).encode())
     except (KeyError, TypeError) as error:
-        raise DataError(f"{uri}/alignment.json: damaged: {error}; fit again") from error
+        raise DataError(f"{uri}/alignment.json: damaged: {shorten(error)}; fit again") from error
 
 
 def listed(uri: str) -> str:

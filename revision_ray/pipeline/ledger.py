@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from revision_ray import storage
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote
 
 FORMAT_VERSION = 1
 LEDGER = "ledger.json"
@@ -108,7 +108,7 @@ def open_ledger(run: str) -> Ledger:
         return Ledger(uri=uri, records=records, hashes=document["hashes"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{uri}: damaged: {error!r}; remove it: every stage then looks at its own output again"
+            f"{uri}: damaged: {quote(error)}; remove it: every stage then looks at its own output again"
         ) from error
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from revision_ray import fence, logs, storage
-from revision_ray.errors import DataError, RevisionError
+from revision_ray.errors import DataError, RevisionError, quote
 from revision_ray.pipeline import content, ledger
 from revision_ray.pipeline.chain import Choice, Stage, chosen, inside
 from revision_ray.pipeline.content import Contents
@@ -98,7 +98,7 @@ def changes(record: Record, stage: Stage, inputs: dict[str, Identified]) -> list
     """What differs from the stage's last run, one line each."""
     former, now = _flat(record.settings), _flat(stage.settings)
     lines = [
-        f"{stage.key_of(key)} is {now.get(key)!r}, was {former.get(key)!r}"
+        f"{stage.key_of(key)} is {quote(now.get(key), 80)}, was {quote(former.get(key), 80)}"
         for key in sorted(former.keys() | now.keys())
         if former.get(key) != now.get(key)
     ]

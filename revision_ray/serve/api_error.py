@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError, core_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from revision_ray.errors import shorten_words
+
 log = logging.getLogger(__name__)
 
 # Tags of a union's branches; the sign keeps them apart from field names in the path of a validation error.
@@ -45,7 +47,7 @@ class ApiError(HTTPException):
         headers = dict(headers or {})
         if retry_after_s is not None:
             headers["Retry-After"] = str(retry_after_s)
-        super().__init__(status, message, headers or None)
+        super().__init__(status, shorten_words(message), headers or None)
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:

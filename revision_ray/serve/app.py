@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from revision_ray import cluster, config, storage
 from revision_ray.align.alignment import load_alignment
 from revision_ray.encode import checkpoints
-from revision_ray.errors import AlignmentError, ConfigError, DataError
+from revision_ray.errors import AlignmentError, ConfigError, DataError, shorten
 from revision_ray.model import ReVisionConfig
 from revision_ray.model.ending import unknown_ends
 from revision_ray.serve import proxy
@@ -189,7 +189,7 @@ def checked(job: ServeJob) -> ServeJob:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model={job.model}: is damaged or not complete ({error}); save it again"
+            f"model={job.model}: is damaged or not complete ({shorten(error)}); save it again"
         ) from error
     # Serve's replicas would say it with their traces.
     checkpoints.tensor_names(sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))))

@@ -23,7 +23,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from ray.train import Checkpoint
 
-from revision_ray.errors import CheckpointError
+from revision_ray.errors import CheckpointError, shorten
 from revision_ray.train.zero import Engine
 
 FORMAT_VERSION = 1
@@ -123,7 +123,9 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         try:
             loaded, _ = engine.deepspeed.load_checkpoint(folder, tag=TAG, load_module_strict=False)
         except _DAMAGED as error:
-            raise CheckpointError(f"{checkpoint.path}: cannot be loaded ({error}); {_ADVICE}") from error
+            raise CheckpointError(
+                f"{checkpoint.path}: cannot be loaded ({shorten(error)}); {_ADVICE}"
+            ) from error
     if loaded is None:
         raise CheckpointError(f"{checkpoint.path}: holds no state; {_ADVICE}")
 
@@ -171,4 +173,4 @@ def trained_weights(folder: str) -> dict[str, torch.Tensor]:
         (path,) = Path(folder, TAG).glob("*model_states.pt")  # of ZeRO stage 0
         return torch.load(path, map_location="cpu", weights_only=True)["module"]
     except _DAMAGED as error:
-        raise CheckpointError(f"{folder}: cannot be loaded ({error})") from error
+        raise CheckpointError(f"{folder}: cannot be loaded ({shorten(error)})") from error

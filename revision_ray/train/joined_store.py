@@ -130,7 +130,7 @@ def _footer(uri: str) -> JoinedFooter:
         rows = [metadata.row_group(place).num_rows for place in range(metadata.num_row_groups)]
         return JoinedFooter(**found, row_group_rows=tuple(count for count in rows if count))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{uri}: is no shard of a joined store ({error!r}); delete it") from error
+        raise DataError(f"{uri}: is no shard of a joined store ({quote(error)}); delete it") from error
 
 
 def read_joined(uri: str, row_group: int, columns: Sequence[str]) -> pa.Table:
@@ -144,7 +144,7 @@ def read_joined(uri: str, row_group: int, columns: Sequence[str]) -> pa.Table:
             return parquet.read_row_group(row_group, list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{uri}: row group {row_group} cannot be read: {error}; delete the joined store "
+            f"{uri}: row group {row_group} cannot be read: {shorten(error)}; delete the joined store "
             f"{storage.parent_of(uri)}, it is made again from its inputs"
         ) from error
 
@@ -165,7 +165,7 @@ def finish_joined(
     causes = Counter(row.reason.partition(":")[0] for row in rejected)
     if len(rejected) > max_rejected_fraction * (num_rows + len(rejected)) or not num_rows:
         shown = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
-        first = f", the first is {rejected[0].uri}: {rejected[0].reason}" if rejected else ""
+        first = f", the first is {rejected[0].uri}: {shorten(rejected[0].reason)}" if rejected else ""
         num_records = num_rows + len(rejected)
         raise DataError(
             f"{len(rejected)} of {num_records} records cannot be used ({shown or 'none'}{first}); "

@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from revision_ray import storage
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.errors import ConfigError
+from revision_ray.errors import ConfigError, shorten
 from revision_ray.model.build import build_model
 from revision_ray.model.ending import declare_ends
 from revision_ray.model.modeling import ReVisionForConditionalGeneration
@@ -90,7 +90,7 @@ def load_tokenizer(folder: str) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(storage.local_copy(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model={folder}: its tokenizer cannot be loaded: {error}") from error
+        raise ConfigError(f"model={folder}: its tokenizer cannot be loaded: {shorten(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model={folder}: its tokenizer names no eos_token, which ends every answer")
     add_image_token(tokenizer)
@@ -114,7 +114,7 @@ def load_model(
         processor = AutoProcessor.from_pretrained(local)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model={folder}: is no model of jobs/pretrain.py ({error}); name its OUTPUT/model"
+            f"model={folder}: is no model of jobs/pretrain.py ({shorten(error)}); name its OUTPUT/model"
         ) from error
     declare_ends(model.generation_config, processor.tokenizer)
     return model, processor
