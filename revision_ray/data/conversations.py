@@ -21,7 +21,7 @@ from revision_ray.data.turns import (
     system_of,
     turns_of,
 )
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.errors import ConfigError, DataError, quote
 
 __all__ = ["BAD_CONVERSATION", "IMAGE_MARK", "UNREADABLE", "Conversation", "ConversationSource",
            "MatchImages", "Message", "expand", "parse_record", "read_conversations", "record_splits",

@@ -201,7 +201,11 @@ def canonical(record: dict[str, Any]) -> bytes:
 
 def missing(what: str, record: dict[str, Any], asked: Sequence[str]) -> str:
     nulls = [field for field in asked if field in record]
-    state = f"fields {nulls} are null or empty" if nulls else f"found fields {sorted(map(str, record))[:20]}"
+    state = (
+        f"fields {nulls} are null or empty"
+        if nulls
+        else f"found fields {quote(sorted(map(str, record))[:20])}"
+    )
     return f"no {what}: {state}, expected one of {list(asked)}"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from revision_ray import storage
 from revision_ray.data.records import is_filled
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote, shorten
 
 # The key under which the reference keeps what was embedded, by modality.
 ContentKey = Literal["caption", "image_path"]

@@ -23,6 +23,7 @@ from revision_ray.data.records import (
     unicode,
     utf8,
 )
+from revision_ray.errors import quote
 
 Role = Literal["system", "user", "assistant"]
 IMAGE_MARK = "<image>"
@@ -139,7 +140,7 @@ def turns_of(record: dict[str, Any]) -> list[Any]:
     listed = [field for field in TURN_FIELDS if isinstance(record.get(field), list) and record[field]]
     if not listed:
         present = [field for field in TURN_FIELDS if field in record]
-        found = f"fields {sorted(map(str, record))[:20]}"
+        found = f"fields {quote(sorted(map(str, record))[:20])}"
         if present:
             value = record[present[0]]
             found = "an empty list" if value == [] else f"{present[0]!r}, which is {kind_of(value)}"
@@ -164,7 +165,7 @@ def message_of(turn: object, number: int) -> Message:
     role = _ROLES[speaker]
     for field in REFUSED_TURN_FIELDS:
         if _says_something(turn.get(field)) and not (field == "name" and turn[field] == speaker):
-            raise RowError(f"{where}: the field {field!r} is not supported; found {turn[field]!r:.60}")
+            raise RowError(f"{where}: the field {field!r} is not supported; found {quote(turn[field], 60)}")
     content, images = _content(first_filled(turn, ("value", "content"), where), where)
     if not content or content.isspace():
         raise RowError(f"{where} is empty")
@@ -242,18 +243,18 @@ def check_supported(record: dict[str, Any]) -> None:
     """
     for field in REFUSED_FIELDS:
         if _says_something(record.get(field)):
-            raise RowError(f"the field {field!r} is not supported; found {record[field]!r:.60}")
+            raise RowError(f"the field {field!r} is not supported; found {quote(record[field], 60)}")
     for field in _LIKED_FIELDS:
         if record.get(field) is False:
             raise RowError(f"{field!r} is false: an answer that is not to be learnt")
     if is_filled(record.get("mask")) and not isinstance(record["mask"], str):  # a string is a picture's path
-        raise RowError(f"the field 'mask' is not supported; found {record['mask']!r:.60}")
+        raise RowError(f"the field 'mask' is not supported; found {quote(record['mask'], 60)}")
     for field in LOSS_FIELDS:
         value = record.get(field)
         if is_filled(value) and not (isinstance(value, int | float) and value == 1):
             raise RowError(
-                f"{field!r} of the record is {value!r:.60}; leave the record out, or say in its turns which "
-                "of them are trained on"
+                f"{field!r} of the record is {quote(value, 60)}; leave the record out, or say in its turns "
+                "which of them are trained on"
             )
 
 
@@ -266,8 +267,8 @@ def _is_target(turn: dict[str, Any], where: str) -> bool | None:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
             raise RowError(
-                f"{where}: {field!r} is {value!r:.60}; expected 1 or true (train on this turn), 0 or false "
-                "(do not)"
+                f"{where}: {field!r} is {quote(value, 60)}; expected 1 or true (train on this turn), 0 "
+                "or false (do not)"
             )
         said[field] = bool(value)
     if len(set(said.values())) > 1:

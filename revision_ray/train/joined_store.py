@@ -22,7 +22,7 @@ from revision_ray import storage
 from revision_ray.data.rejected import REJECTED, write_rejected
 from revision_ray.data.schema import Rejected
 from revision_ray.data.shards import MANIFEST, EncoderIdentity
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote, shorten
 from revision_ray.train.image_index import file_name
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from revision_ray.data.sources import tar_shards
 from revision_ray.data.tar_stream import samples
 from revision_ray.data.text_rows import TEXT_ENDINGS, record_of_sample
 from revision_ray.data.turns import captions_of
-from revision_ray.errors import DataError
+from revision_ray.errors import DataError, quote
 
 _MAX_BYTES = 2**28
 _MAX_PIXELS = 2**27
@@ -48,15 +48,15 @@ def _pairs(shard: str) -> Iterator[Pair]:
         image = next((member.content for member in images_in(sample)), None)
         if image is None:
             raise DataError(
-                f"{shard}: sample {sample.key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}); remove it or "
-                "complete it"
+                f"{shard}: sample {quote(sample.key, 80)} has no image ({', '.join(IMAGE_EXTENSIONS)}); "
+                "remove it or complete it"
             )
         try:
             captions = captions_of(record_of_sample(shard, sample).fields())
         except RowError as error:
             raise DataError(
-                f"{shard}: sample {sample.key!r} has no caption in .txt or .json: {error}; remove it or "
-                "complete it"
+                f"{shard}: sample {quote(sample.key, 80)} has no caption in .txt or .json: {error}; "
+                "remove it or complete it"
             ) from error
         yield Pair(key=sample.key, image=image, captions=captions)
 
