@@ -614,14 +614,18 @@ def test_until_the_parts_are_there_the_answer_is_503(app_of, folder):
 def test_the_proxy_says_503_until_health_is_answered():
     """Before it knows the application Ray Serve's proxy answers 404, and then it lets requests wait."""
     calls: list[str] = []
-    state = {"status": 404, "wait": 0.0}
+    state = {"status": 404, "wait": 0.01}
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         calls.append(scope["path"])
         await receive()
+        gone = asyncio.create_task(receive())  # as Ray Serve's proxy listens for a client that leaves
         await asyncio.sleep(state["wait"])
+        if gone.done():
+            raise ConnectionError("the client has gone")
         await send({"type": "http.response.start", "status": state["status"], "headers": []})
         await send({"type": "http.response.body", "body": b"inner"})
+        gone.cancel()
 
     async def main() -> None:
         app = UntilHealthy(inner)
@@ -633,7 +637,7 @@ def test_the_proxy_says_503_until_health_is_answered():
         assert (await sent(app, "GET", "/-/healthz")).body == b"inner"
         state["wait"] = 60.0
         assert (await sent(app, "GET", "/v1/models")).status == 503
-        state.update(status=200, wait=0.0)
+        state.update(status=200, wait=0.01)
         assert (await sent(app, body=ASK)).body == b"inner"
         state["status"] = 404
         assert (await sent(app, "GET", "/v1/models/other")).status == 404

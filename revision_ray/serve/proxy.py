@@ -50,17 +50,21 @@ class UntilHealthy:
     async def _ask(self, scope: Scope) -> bool:
         asked = {"method": "GET", "path": "/health", "raw_path": b"/health"}
         asked |= {"query_string": b"", "headers": []}
-        answered = asyncio.Event()
+        read, answered = False, asyncio.Event()
 
         async def receive() -> Message:
-            if answered.is_set():
+            nonlocal read
+            if read:  # what says that nobody waits any more would end the request
+                await answered.wait()
                 return {"type": "http.disconnect"}
-            answered.set()
+            read = True
             return {"type": "http.request", "body": b"", "more_body": False}
 
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._healthy = self._healthy or message["status"] == 200
+            elif not message.get("more_body"):
+                answered.set()
 
         try:
             async with asyncio.timeout(_ASK_AT_MOST_S):
