@@ -120,7 +120,7 @@ def read_reference(uri: str, content_key: ContentKey) -> Iterator[ReferenceRow]:
         raise DataError(f"{uri}: holds a {type(records).__name__}, expected a list of records")
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not {"id", "embed", content_key} <= record.keys():
-            found = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            found = quote(sorted(map(str, record))) if isinstance(record, dict) else type(record).__name__
             raise DataError(
                 f"{uri}: record {number} has {found}, expected id, embed and {content_key}; texts have a "
                 "caption and images an image_path: is the modality right?"

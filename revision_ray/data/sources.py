@@ -143,7 +143,7 @@ def tar_shards(uris: Sequence[str]) -> list[str]:
     none = "holds no *.tar shard; name a directory of WebDataset shards, or one shard"
     for uri in uris:
         if not storage.is_wildcard(uri) and not storage.exists(uri):
-            raise DataError(f"{uri}: {none}; nothing is there")
+            raise DataError(f"{uri}: no such file or directory, so that it {none}")
     shards: list[str] = []
     for source in each_source(uris):
         parquet_data(source)
