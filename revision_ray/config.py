@@ -304,6 +304,8 @@ def run_job(
         known = user_error(error)
         if known is None:
             raise
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()  # what Ray's processes still write comes before the last line
         if logs.shows_traces():
             _without_secrets(type(error), error, error.__traceback__)
         said = re.sub(r"\s*\n\s*", " ", f"{type(known).__name__}: {known}".rstrip())

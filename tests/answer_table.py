@@ -698,7 +698,7 @@ SETS = [
     ("Answer: A\nAnswer: C", None),
     ("A and B, but not C", None),
     ("Not A. B and C.", None),
-    ("The correct options are A and C", None),  # no noun in the plural but "answers"
+    ("The correct options are A and C", "AC"),  # no noun in the plural but "answers"
     ("Answer: C", "C"),
     ("**Answer**: A, C", "AC"),
     ("Answer: BD", "BD"),

@@ -15,10 +15,9 @@ import pytest
 from revision_ray import storage
 from revision_ray.data import conversations, import_reference
 from revision_ray.data.schema import ImageRow, TextRow
-from revision_ray.data.sources import image_splits, read_images, read_texts, text_splits
+from revision_ray.data.sources import image_splits, read_images, read_texts, tar_shards, text_splits
 from revision_ray.errors import DataError
 from revision_ray.geometry.studies import labels
-from revision_ray.train import pairs
 
 
 def test_written_bytes_are_read_back_and_parents_are_made(tmp_path):
@@ -268,7 +267,7 @@ def test_what_a_file_is_says_its_name_also_where_the_uri_has_a_query(bucket):
         {"id": "a", "colour": "red", "question": "?"}
     ]
     storage.write_bytes(bucket("pairs/0.tar"), b"")
-    assert pairs._shards([bucket("pairs/0.tar"), bucket("pairs")]) == [bucket("pairs/0.tar")] * 2
+    assert tar_shards([bucket("pairs/0.tar")]) == tar_shards([bucket("pairs")]) == [bucket("pairs/0.tar")]
     meta = {"one": {"root": "images", "annotation": "one.jsonl", "repeat_time": 2}}
     storage.write_json(bucket("meta.json"), meta)
     (part,) = conversations.expand(conversations.source_of(bucket("meta.json")))
