@@ -110,6 +110,16 @@ def _takes_text(type_: Any) -> bool:
     )
 
 
+def _shape(member: Any) -> str:
+    """Whether a value of this type is a list, a mapping or one value."""
+    kind = get_origin(member) or member
+    if kind in (list, tuple):
+        return "a list"
+    if kind is dict or dataclasses.is_dataclass(kind):
+        return "a mapping"
+    return "anything" if kind in (Any, object) else "one value"
+
+
 def _choices(member: Any) -> tuple[Any, ...]:
     return get_args(member) if get_origin(member) is Literal else ()
 
@@ -144,8 +154,11 @@ class _Reader:
         """What `node` holds, for a key of this type.
 
         Raises:
-            ConfigError: unquoted text that YAML would change; a key that occurs twice.
+            ConfigError: unquoted text that YAML would change; a key that occurs twice; a list where a mapping
+                is expected, and the like.
         """
+        if key:
+            self._check_shape(node, type_, key)
         if isinstance(node, yaml.SequenceNode):
             items = _type_of_items(type_)
             return [self.value(item, items, f"{key}[{place}]") for place, item in enumerate(node.value)]
@@ -155,6 +168,19 @@ class _Reader:
         if node.style:  # quoted, or a block
             return node.value
         return self._text(node, type_, key) if _takes_text(type_) else self._other(node, key)
+
+    def _check_shape(self, node: yaml.Node, type_: Any, key: str) -> None:
+        """Refuse a list, a mapping or a single value where the type has none of its kind."""
+        shapes = [_shape(member) for member in _members(type_)]
+        found = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}.get(type(node), "one value")
+        later = found == "one value" and (node.value in ("", "???") or "${" in node.value)
+        null = isinstance(node, yaml.ScalarNode) and not node.style and _as_yaml(node) is None
+        if found in shapes or "anything" in shapes or later or null:
+            return
+        forms = {"a list": f"{key}=[a,b]", "a mapping": f"{key}={{name: value}} or {key}.name=value"}
+        expected = " or ".join(dict.fromkeys(shapes))
+        hint = "".join(f"; give it as {form}" for shape, form in forms.items() if shape in shapes)
+        raise ConfigError(f"{self._where(node)}: {key}: found {found}, expected {expected}{hint}")
 
     def _mapping(self, node: yaml.MappingNode, type_: Any, key: str) -> dict[Any, Any]:
         merged: dict[Any, Any] = {}
