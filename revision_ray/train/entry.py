@@ -7,13 +7,16 @@ name and a reference. Import nothing heavy here.
 
 import importlib
 import logging
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.train import ScalingConfig
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -42,7 +45,8 @@ def fitted(trainer: DataParallelTrainer) -> dict[str, Any]:
     """
     former = signal.getsignal(signal.SIGINT)
     try:
-        figures = trainer.fit().return_value
+        with _own_address():
+            figures = trainer.fit().return_value
     except SystemExit as ended:
         raise KeyboardInterrupt from ended
     except TrainingFailedError as error:
@@ -54,6 +58,25 @@ def fitted(trainer: DataParallelTrainer) -> dict[str, Any]:
             signal.signal(signal.SIGINT, former)
     assert isinstance(figures, dict)
     return figures
+
+
+@contextmanager
+def _own_address() -> Iterator[None]:
+    """Tell the actors of Ray Train which Ray they belong to.
+
+    The one that frees a dead controller's workers asks the Ray that RAY_ADDRESS names, else any Ray of its
+    machine. Another one does not know the controller, or refuses, and a trace ends in the job's log.
+    """
+    former = os.environ.get("RAY_ADDRESS")
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = former
 
 
 def loop(function: Callable[[Any], dict[str, Any]], task: Any) -> dict[str, Any]:
