@@ -13,11 +13,11 @@ from pathlib import Path
 import ray
 
 from benchmarks.data import make_store
-from revision_ray.align.affine import Affine
 from revision_ray.align.alignment import load_alignment
 from revision_ray.align.apply import AlignRows, read_rows
 from revision_ray.align.fit import FitJob, run
-from revision_ray.cluster import data_context
+from revision_ray.align.maps import Affine
+from revision_ray.core.cluster import data_context
 from revision_ray.data.store import Store, open_stores
 
 DIM = 1280

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from revision_ray import storage
+from revision_ray.core import storage
 from revision_ray.data import shards
-from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Footer, Manifest, Modality
+from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Manifest, Modality, ShardFooter
 
 ROWS_PER_SHARD = 20_000
 ENCODER = EncoderIdentity(name="synthetic", fingerprint="0" * 64)
@@ -32,7 +32,7 @@ def make_store(
     if manifest_path.exists():
         return str(folder)
     block_ND = unit_rows(ROWS_PER_SHARD, dim, seed=len(modality))
-    footer = Footer(modality=modality, embedding_dim=dim, dtype="float16", encoder=ENCODER)
+    footer = ShardFooter(modality=modality, embedding_dim=dim, dtype="float16", encoder=ENCODER)
     entries = []
     for start in range(0, num_rows, ROWS_PER_SHARD):
         size = min(ROWS_PER_SHARD, num_rows - start)

@@ -175,7 +175,7 @@ def passes(uri: str, workers: int) -> dict[str, float]:
 def empty_tasks(number: int) -> dict[str, float]:
     """Driver seconds a task whose work is nothing and whose result is a fit's: Ray Data, arrival, merge."""
     from revision_ray.align.moments import Moments
-    from revision_ray.cluster import data_context
+    from revision_ray.core.cluster import data_context
 
     ray = _start_ray(2)
     (part,) = reduction.partial_results(DIM, False, 1)

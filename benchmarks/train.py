@@ -27,17 +27,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.data import make_store
 from revision_ray.align.fit import FitJob
 from revision_ray.align.fit import run as fit
-from revision_ray.cluster import connect
-from revision_ray.train import checkpoint, ingest
+from revision_ray.core.cluster import connect
+from revision_ray.train import checkpoint, ingest, sources
 from revision_ray.train import models as stage_models
-from revision_ray.train.batches import Batch
-from revision_ray.train.checkpoint import Position
+from revision_ray.train.checkpoint import RunPosition
+from revision_ray.train.loop import train_step
 from revision_ray.train.models import Architecture
-from revision_ray.train.plan import Order
-from revision_ray.train.run import PretrainJob, pretrain
-from revision_ray.train.samples import NO_LABEL, Formatter
-from revision_ray.train.settings import Checkpoints, Logging, Optimisation, Workers, Zero
-from revision_ray.train.step import train_step
+from revision_ray.train.samples import NO_LABEL, Batch, Formatter
+from revision_ray.train.settings import Checkpoints, Logging, Optimisation, Workers, ZeroSettings
+from revision_ray.train.sources import StepOrder
+from revision_ray.train.stages import PretrainJob, pretrain
 from revision_ray.train.zero import build_engine
 
 DIM, ROWS, BATCH = 1280, 8192, 16
@@ -72,7 +71,7 @@ def job_of(folder: Path, output: Path, steps: int, visual_tokens: int) -> Pretra
         optimisation=Optimisation(
             global_batch_size=BATCH, micro_batch_size=BATCH, max_steps=steps, learning_rate=1e-3
         ),
-        zero=Zero(stage=2),
+        zero=ZeroSettings(stage=2),
         workers=Workers(cpus_per_worker=1),
         checkpoints=Checkpoints(every_steps=10**6),
         logging=Logging(every_steps=5, tensorboard=False, sample_steps=[]),
@@ -88,10 +87,10 @@ def batches_of(job: PretrainJob, steps: int, group_by_length: bool) -> tuple[Any
     )  # fmt: skip
     stage_models.freeze(model, "pretrain", None)
     stage_models.set_modes(model, "pretrain", False)
-    source = ingest.text_source(job.data, job.alignment)
+    source = sources.text_source(job.data, job.alignment)
     formatter = Formatter(processor.tokenizer, processor.num_visual_tokens, job.max_length)
-    order = Order(global_batch_size=BATCH, batches_per_window=32, group_by_length=group_by_length)
-    share = ingest.Share(micro_batch_size=BATCH)
+    order = StepOrder(global_batch_size=BATCH, batches_per_window=32, group_by_length=group_by_length)
+    share = ingest.WorkerShare(micro_batch_size=BATCH)
     stream = ingest.steps(source, formatter, order, share, num_steps=steps)
     return model, [batch for step in stream for batch in step.micro_batches]
 
@@ -150,7 +149,7 @@ def checkpoints(model: Any, batches: list[Batch], job: PretrainJob, stage: Any) 
     train_step(engine, batches[:1])
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        position = Position(step=1, num_workers=1, identity={}, counters={})
+        position = RunPosition(step=1, num_workers=1, identity={}, counters={})
         checkpoint.save(engine, position, Path(folder), 0)
         saved = time.perf_counter()
         from ray.train import Checkpoint

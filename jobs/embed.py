@@ -1,6 +1,6 @@
 """Embed images or texts into an embedding store."""
 
-from revision_ray.config import run_job
+from revision_ray.core.config import run_job
 from revision_ray.encode.embed import EmbedJob, run
 
 if __name__ == "__main__":

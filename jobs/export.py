@@ -1,6 +1,6 @@
 """Write the model of any checkpoint of a pretrain or finetune run as a transformers folder."""
 
-from revision_ray.config import run_job
+from revision_ray.core.config import run_job
 from revision_ray.train.export_job import ExportJob, run
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run a chain of stages from one YAML, from where it was left; see configs/pipeline.yaml, demo.yaml."""
 
-from revision_ray.config import run_job
+from revision_ray.core.config import run_job
 from revision_ray.pipeline.job import PipelineJob, run
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Serve a model behind the OpenAI API, with a chat page, until Ctrl-C; see configs/serve.yaml."""
 
-from revision_ray.config import run_job
+from revision_ray.core.config import run_job
 from revision_ray.serve.app import run
 from revision_ray.serve.settings import ServeJob
 

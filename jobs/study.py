@@ -1,7 +1,7 @@
 """Studies of a modality gap, on stores of your own or on the miniature world."""
 
-from revision_ray.config import run_job
-from revision_ray.miniature.studies import MiniatureStudyJob, run
+from revision_ray.core.config import run_job
+from revision_ray.studies.miniature import MiniatureStudyJob, run
 
 if __name__ == "__main__":
     run_job(MiniatureStudyJob, run)

@@ -1,6 +1,6 @@
 """Train the miniature world's language model on text alone, with Ray Train."""
 
-from revision_ray.config import run_job
+from revision_ray.core.config import run_job
 from revision_ray.train import from_scratch
 from revision_ray.train.language_model import LanguageTraining
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from revision_ray import storage
+from revision_ray.core import storage
 from revision_ray.data import shards
-from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Footer, Manifest, Modality
+from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Manifest, Modality, ShardFooter
 
 ENCODER = EncoderIdentity(name="tiny", fingerprint="f" * 64)
 
@@ -67,7 +67,7 @@ def write_part(
     encoder: EncoderIdentity = ENCODER, texts: list[str] | None = None,
 ) -> shards.ShardEntry:  # fmt: skip
     """One shard; the texts are the ids' unless given."""
-    footer = Footer(
+    footer = ShardFooter(
         modality=modality,
         embedding_dim=rows_ND.shape[1],
         dtype=str(rows_ND.dtype),

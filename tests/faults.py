@@ -31,7 +31,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from revision_ray import storage
+from revision_ray.core import storage
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this folder
 

@@ -14,11 +14,10 @@ from revision_ray.align.alignment import Alignment, load_alignment
 from revision_ray.align.apply import AlignJob, AlignRows, aligned_rows
 from revision_ray.align.fit import FitJob
 from revision_ray.align.strategies import STRATEGIES
+from revision_ray.core.errors import AlignmentError, DataError
 from revision_ray.data import shards
-from revision_ray.data.rejected import read_rejected
 from revision_ray.data.shards import EncoderIdentity
-from revision_ray.data.store import open_stores, read_group
-from revision_ray.errors import AlignmentError, DataError
+from revision_ray.data.store import open_stores, read_group, read_rejected
 
 TEXT_ND = cloud(3000, 10, "text")
 IDS = [f"text{row}" for row in range(3000)]

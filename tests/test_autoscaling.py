@@ -16,7 +16,7 @@ import yaml
 from heads import ROOT, Head, copy_of_checkout, free_ports, running, short_folder
 from tiny_encoder import WORDS, write_encoder
 
-from revision_ray import storage
+from revision_ray.core import storage
 
 pytestmark = pytest.mark.slow
 

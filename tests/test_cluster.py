@@ -27,7 +27,7 @@ from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from revision_ray import fence
+from revision_ray.core import artifact
 
 # --- cluster.yaml -----------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ def submitted(head, checkout, stores) -> dict[str, subprocess.CompletedProcess]:
         "typo": (*fit, "txets=nowhere"),
         "second": (*fit, f"texts={stores}/texts", f"images={stores}/images", f"output={stores}/held"),
     }
-    with ThreadPoolExecutor(len(lines)) as pool, fence.writing(f"{stores}/held"):
+    with ThreadPoolExecutor(len(lines)) as pool, artifact.writing(f"{stores}/held"):
         results = pool.map(lambda line: head.submit(checkout, *line), lines.values())
         return dict(zip(lines, results, strict=True))
 

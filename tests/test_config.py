@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from revision_ray import config, storage
-from revision_ray.config import MISSING, load
-from revision_ray.errors import ConfigError
+from revision_ray.core import config, storage
+from revision_ray.core.config import MISSING, load
+from revision_ray.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

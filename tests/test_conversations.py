@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.data.conversations import (
     Conversation,
     ConversationSource,
@@ -18,10 +19,9 @@ from revision_ray.data.conversations import (
     read_conversations,
     record_splits,
 )
-from revision_ray.data.schema import Rejected, TextRow
+from revision_ray.data.shards import Rejected, TextRow
 from revision_ray.data.sources import read_texts, text_splits
 from revision_ray.data.turns import captions_of, text_of
-from revision_ray.errors import ConfigError, DataError
 
 HUMAN = {"from": "human", "value": "<image>\nWhat is it?"}
 GPT = {"from": "gpt", "value": "A red square."}

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import ray
 
-from revision_ray import logs, metrics
-from revision_ray.progress import Progress
+from revision_ray.core import logs, observe
+from revision_ray.core.observe import Progress
 from revision_ray.serve import metrics as serve_metrics
 
 ROOT = Path(__file__).parents[1]
 # Dashboard -> the instruments that it shows, all of them.
 SHOWN = {
     "configs/serve/grafana.json": serve_metrics.instruments,
-    "configs/cluster/grafana.json": metrics.stage_instruments,
+    "configs/cluster/grafana.json": observe.stage_instruments,
 }
 # Workers do not have this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -38,8 +38,8 @@ def series(name: str, kind: str) -> set[str]:
     return {name + suffix for suffix in ("_bucket", "_count", "_sum")} if kind == "histogram" else {name}
 
 
-def known(path: str) -> dict[str, metrics.Counter | metrics.Gauge | metrics.Histogram]:
-    return {each.exported: each for each in metrics.instruments_in(SHOWN[path]())}
+def known(path: str) -> dict[str, observe.Counter | observe.Gauge | observe.Histogram]:
+    return {each.exported: each for each in observe.instruments_in(SHOWN[path]())}
 
 
 @every_dashboard
@@ -129,16 +129,16 @@ class Recorded:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    made = {name: Recorded(each) for name, each in vars(metrics.stage_instruments()).items()}
-    instruments = metrics.StageInstruments(**made)
-    monkeypatch.setattr(metrics, "stage_instruments", lambda: instruments)
+    made = {name: Recorded(each) for name, each in vars(observe.stage_instruments()).items()}
+    instruments = observe.StageInstruments(**made)
+    monkeypatch.setattr(observe, "stage_instruments", lambda: instruments)
     with logs.working_for("fit", "runs/fit"):
         yield made
 
 
 def test_a_stage_records_its_run_and_all_tags_of_each_instrument(recorded):
-    metrics.record(samples=98, rejected=2, truncated=3, tokens=50, padding_share=0.25)
-    metrics.record_progress("texts", "rows", 100, 400, 1.5)
+    observe.record(samples=98, rejected=2, truncated=3, tokens=50, padding_share=0.25)
+    observe.record_progress("texts", "rows", 100, 400, 1.5)
     run = {"run": logs.run_id("runs/fit"), "stage": "fit"}
     found = {name: each.values for name, each in recorded.items()}
     assert found == {
@@ -175,8 +175,8 @@ class Recorder:
 
     def record(self) -> None:
         logs.work_for("fit", "runs/fit")
-        metrics.record(samples=2, rejected=2, truncated=2, tokens=2, padding_share=2)
-        metrics.record_progress("texts", "rows", 2, 2, 2)
+        observe.record(samples=2, rejected=2, truncated=2, tokens=2, padding_share=2)
+        observe.record_progress("texts", "rows", 2, 2, 2)
 
 
 def exported() -> str:
@@ -193,7 +193,7 @@ def test_ray_exports_every_instrument_of_a_stage_with_its_run(cluster):
     recorder = Recorder.remote()
     ray.get(recorder.record.remote())
     run = f'run="{logs.run_id("runs/fit")}"'
-    wanted = {each.exported for each in metrics.instruments_in(metrics.stage_instruments())}
+    wanted = {each.exported for each in observe.instruments_in(observe.stage_instruments())}
     end = time.monotonic() + 40  # a report interval is ten seconds
     while True:
         lines = [line for line in exported().splitlines() if run in line and 'stage="fit"' in line]

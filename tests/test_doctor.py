@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from revision_ray import storage
-from revision_ray.config import load
+from revision_ray.core import storage
+from revision_ray.core.config import load
+from revision_ray.core.errors import ClusterError, ConfigError
 from revision_ray.doctor import examine, probe
-from revision_ray.doctor.findings import Finding, as_json, table
-from revision_ray.doctor.judge import Node, Wanted, judge
-from revision_ray.doctor.run import DoctorJob, examined, run
-from revision_ray.errors import ClusterError, ConfigError
+from revision_ray.doctor.examine import DoctorJob, examined, run
+from revision_ray.doctor.judge import Finding, NodeRequirements, ProbedNode, as_json, judge, table
 
 ROOT = Path(__file__).parents[1]
 CHECKS = {"nodes", "versions", "clock", "disk", "storage", "gpus", "models"}
@@ -41,19 +40,19 @@ GPUS = {
     "torch": {"count": 4, "cuda": "12.8", "built": True},
     "torch_error": "",
 }
-WANTED = Wanted(
+WANTED = NodeRequirements(
     storage="s3://bucket/runs", models=("org/model",), needs={"cpu": {"CPU": 1}, "gpu": {"GPU": 1}}
 )
 
 
-def node(name: str, kind: str = "cpu", **changes) -> Node:
+def node(name: str, kind: str = "cpu", **changes) -> ProbedNode:
     gpus = 4.0 if kind == "gpu" else 0.0
     resources = {"CPU": 0.0 if kind == "head" else 32.0, "GPU": gpus}
     facts = {**SOUND, "gpus": GPUS} if gpus else SOUND
-    return Node(id=name, kind=kind, resources=resources, **{"facts": facts, "skew_s": 0.1, **changes})
+    return ProbedNode(id=name, kind=kind, resources=resources, **{"facts": facts, "skew_s": 0.1, **changes})
 
 
-def with_facts(name: str, kind: str = "cpu", **changes) -> Node:
+def with_facts(name: str, kind: str = "cpu", **changes) -> ProbedNode:
     sound = node(name, kind)
     return replace(sound, facts={**sound.facts, **changes})
 
@@ -202,9 +201,9 @@ def test_the_packages_are_the_projects_dependencies():
     assert set(probe.PACKAGES) == {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
 
 
-def asked(folder: Path | str, **changes) -> probe.Asked:
+def asked(folder: Path | str, **changes) -> probe.ProbeRequest:
     defaults = {"storage": str(folder), "token": "t", "models": (), "scratch": None, "num_gpus": 0.0}
-    return probe.Asked(**{**defaults, **changes})
+    return probe.ProbeRequest(**{**defaults, **changes})
 
 
 def test_storage_is_read_and_written(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from tiny_encoder import CONTEXT, WORDS, write_encoder
 
-from revision_ray import storage
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.data import shards
 from revision_ray.data.finish import read_footers
 from revision_ray.data.shards import read_manifest
@@ -20,7 +21,6 @@ from revision_ray.encode import embed, pipeline
 from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig, backend
 from revision_ray.encode.pipeline import Resources
-from revision_ray.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
 SMALL = Resources(cpus_per_actor=0.5, cpus_per_task=0.5, max_actors=1)

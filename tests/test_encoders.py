@@ -34,13 +34,13 @@ from transformers import (
     SiglipModel,
 )
 
+from revision_ray.core.errors import ConfigError
 from revision_ray.data import sources
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode import transformers as transformers_backend
 from revision_ray.encode.encoder import EncoderConfig, backend
-from revision_ray.encode.open_clip_tokens import ClipTokens, FileTokens, LibraryTokens
-from revision_ray.encode.pipeline import Plan, Prepare
-from revision_ray.errors import ConfigError
+from revision_ray.encode.open_clip import ClipTokens, FileTokens, LibraryTokens
+from revision_ray.encode.pipeline import Prepare, ShardPlan
 
 # Unit rows in float32 through two or three layers, summed in another order in another batch: a few roundings
 # of 6e-8. Without a mask, or with another padding, rows differ by more than 1e-3.
@@ -549,7 +549,7 @@ def test_a_control_tokens_name_in_a_text_is_text(kind: str) -> None:
         )
         prepare = {
             "file": lambda: FileTokens(words, 24),
-            "transformers": lambda: transformers_backend._Texts(wrapped, 24, lowercase=False),
+            "transformers": lambda: transformers_backend._TransformersTexts(wrapped, 24, lowercase=False),
             "library": lambda: LibraryTokens(_named(wrapped), 24),
         }[kind]()
     start, end = (prepare(["a dog"])[0].ids[place] for place in (0, -1 if kind != "library" else 3))
@@ -627,7 +627,7 @@ def test_a_tokenizer_that_the_configuration_names(tmp_path: Path) -> None:
     # It pads by itself, and the job's metrics count no padding.
     (tmp_path / "texts.txt").write_text("cat\n" + "cat " * 30 + "\ncat dog\n")
     (split,) = sources.text_splits([str(tmp_path / "texts.txt")])
-    plan = Plan(
+    plan = ShardPlan(
         modality="text", done={}, encoder=config, identity=EncoderIdentity(name="named", fingerprint="f"),
         output="", dtype="float16", layout="binary", rows_per_shard=8, batch_size=8, max_image_pixels=1,
     )  # fmt: skip

@@ -27,9 +27,8 @@ from revision_ray.serve.engine import Prompt, Sampling
 from revision_ray.serve.language_model import LanguageModel
 from revision_ray.serve.settings import EngineConfig, ServeJob
 from revision_ray.train import export
-from revision_ray.train.batches import collate
 from revision_ray.train.models import Architecture, load_model, new_model
-from revision_ray.train.samples import NO_LABEL, Formatter
+from revision_ray.train.samples import NO_LABEL, Formatter, collate
 
 DIM, V = 4, 2
 

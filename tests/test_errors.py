@@ -8,16 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from revision_ray import config, storage
+from revision_ray.core import config, storage
+from revision_ray.core.errors import MAX_QUOTED, DataError, RevisionError, quote, shorten
 from revision_ray.data import images
 from revision_ray.data.conversations import ConversationSource, expand, read_conversations, record_splits
-from revision_ray.data.schema import Rejected
+from revision_ray.data.shards import Rejected
 from revision_ray.data.sources import image_splits, read_images, read_texts, tar_shards, text_splits
 from revision_ray.encode.embed import EmbedJob
-from revision_ray.errors import MAX_QUOTED, DataError, RevisionError, quote, shorten
-from revision_ray.evaluate.benchmarks import benchmark
-from revision_ray.evaluate.rows import read_unit, units
-from revision_ray.serve.api_error import ApiError
+from revision_ray.evaluate.benchmarks import benchmark, read_unit, units
+from revision_ray.serve.protocol import ApiError
 from revision_ray.train.pairs import read_pairs
 
 LETTERS = "Zq" * 27_000

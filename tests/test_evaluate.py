@@ -18,20 +18,26 @@ from PIL import Image
 from tiny_encoder import write_encoder
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from revision_ray import storage
+from revision_ray.core import storage
+from revision_ray.core.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode import open_clip
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from revision_ray.evaluate import answers, ask, picture, prepare, report, scores
 from revision_ray.evaluate.answers import judge
-from revision_ray.evaluate.benchmarks import BENCHMARKS, benchmark
-from revision_ray.evaluate.questions import Item, content_key
+from revision_ray.evaluate.benchmarks import (
+    BENCHMARKS,
+    BenchmarkQuestion,
+    LeftOut,
+    benchmark,
+    content_key,
+    parquet_bytes,
+    read_unit,
+    units,
+)
+from revision_ray.evaluate.evaluation import EvaluateJob, run
 from revision_ray.evaluate.responder import Responder
-from revision_ray.evaluate.rows import LeftOut, read_unit, units
-from revision_ray.evaluate.run import EvaluateJob, run
 from revision_ray.evaluate.scores import Answered, wilson
-from revision_ray.evaluate.tables import parquet_bytes
 from revision_ray.miniature import dataset, documents, language_model
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.language_model import ModelSize
@@ -330,7 +336,7 @@ def write_rows(folder: Path, name: str) -> str:
     return str(folder)
 
 
-def read(name: str, uri: str) -> list[Item | LeftOut]:
+def read(name: str, uri: str) -> list[BenchmarkQuestion | LeftOut]:
     return [item for unit in units(name, uri) for item in read_unit(unit)]
 
 
@@ -341,7 +347,7 @@ def test_a_benchmark_is_read_from_exactly_its_columns(name, tmp_path):
     items = read(name, write_rows(tmp_path, name))
     assert len(items) == len(rows)  # none of the other split
     first = items[0]
-    assert isinstance(first, Item)
+    assert isinstance(first, BenchmarkQuestion)
     assert first.prompt == prompt
     assert first.image == RED
     for said, correct in ((right, True), (wrong, False)):
@@ -355,12 +361,12 @@ def test_every_benchmark_but_the_miniature_is_tested_above():
 
 def test_single_image_questions_alone_are_asked(tmp_path):
     items = read("mmmu", write_rows(tmp_path, "mmmu"))
-    assert [item.id for item in items if isinstance(item, Item)] == [
+    assert [item.id for item in items if isinstance(item, BenchmarkQuestion)] == [
         "validation_Art_Theory_1", "validation_Math_3", "validation_Math_4"
     ]  # fmt: skip
     assert items[1] == LeftOut(id="validation_Math_2", reason="several images")
-    assert isinstance(items[2], Item) and items[2].image == BLUE  # noqa: PT018
-    assert isinstance(items[3], Item) and items[3].answers == ("1/2", "0.5")  # noqa: PT018
+    assert isinstance(items[2], BenchmarkQuestion) and items[2].image == BLUE  # noqa: PT018
+    assert isinstance(items[3], BenchmarkQuestion) and items[3].answers == ("1/2", "0.5")  # noqa: PT018
     assert items[0].groups == {"subject": "Art_Theory"}  # type: ignore[union-attr]
 
 
@@ -400,8 +406,8 @@ def test_visulogic_is_read_from_its_jsonl(tmp_path):
         parquet.unlink()
     (tmp_path / "data.jsonl").write_text(json.dumps({**FILES["visulogic"][0][0], "id": "00007"}) + "\n")
     found = read("visulogic", uri)[0]
-    assert isinstance(found, Item) and found.id == "00007"  # noqa: PT018
-    assert isinstance(expected, Item) and found.prompt == expected.prompt  # noqa: PT018
+    assert isinstance(found, BenchmarkQuestion) and found.id == "00007"  # noqa: PT018
+    assert isinstance(expected, BenchmarkQuestion) and found.prompt == expected.prompt  # noqa: PT018
     (tmp_path / "images" / "0.png").unlink()
     with pytest.raises(DataError, match=r"row 0.*no such file.*unpack"):
         read("visulogic", uri)
@@ -462,17 +468,23 @@ def finished_run(
     """What a run leaves: questions with the true answer yes, and what the model said under each condition."""
     num = len(next(iter(said.values())))
     questions = [
-        Item(id=f"q{i}", prompt=f"{prompt} {i}", answers=("yes",), scoring="yes_no", groups={})
+        BenchmarkQuestion(id=f"q{i}", prompt=f"{prompt} {i}", answers=("yes",), scoring="yes_no", groups={})
         for i in range(num)
     ]
     keys = [f"image-{i // per_image}" for i in range(num)]
     rows = {key: np.zeros(2, np.float32) for key in keys}
-    prepared = prepare.Prepared(questions=questions, keys=keys, embeddings=rows, left_out={})
+    prepared = prepare.PreparedBenchmark(questions=questions, keys=keys, embeddings=rows, left_out={})
     prepare._write(str(folder), "pope", prepared)
     prompts, positions = [question.prompt for question in questions], list(range(num))
     for condition, texts in said.items():
-        part = ask.Part(benchmark="pope", condition=condition, prepared=prepared, positions=positions,
-                        prompts=prompts, shown=keys if condition == "image" else None)  # fmt: skip
+        part = ask.BenchmarkCondition(
+            benchmark="pope",
+            condition=condition,
+            prepared=prepared,
+            positions=positions,
+            prompts=prompts,
+            shown=keys if condition == "image" else None,
+        )
         table = ask._scored(part, dict(enumerate(texts)))
         storage.write_bytes(ask.answers_path(str(folder), "pope", condition), parquet_bytes(table))
     return str(folder)
@@ -584,7 +596,7 @@ def test_verdicts_of_other_rules_are_given_anew(tmp_path):
 def test_the_picture_holds_every_image_on_white():
     long = "a very long caption " * 40 + "x" * 300
     cells = [
-        picture.Cell(image=png(colour), caption=long, questions=(("what?", "red", "blue", False),))
+        picture.PictureCell(image=png(colour), caption=long, questions=(("what?", "red", "blue", False),))
         for colour in ("red", "lime", "blue", "red", "lime")
     ]
     sheet = Image.open(io.BytesIO(picture.contact_sheet(cells))).convert("RGB")
@@ -640,14 +652,14 @@ def model(tmp_path_factory, world, encoder) -> str:
         embedding_scale=4.0,
     )
     processor = ReVisionProcessor(tokenizer, attach_image_tower(made, encoder), num_visual_tokens=2)
-    learn(made, processor, [item for item in read("miniature", world) if isinstance(item, Item)])
+    learn(made, processor, [item for item in read("miniature", world) if isinstance(item, BenchmarkQuestion)])
     folder = tmp_path_factory.mktemp("model")
     made.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 
 
-def learn(made, processor, items: list[Item]) -> None:
+def learn(made, processor, items: list[BenchmarkQuestion]) -> None:
     """Gradient steps on all of `items` at once, until answers depend on the image."""
     embeds = made.encode_images(
         processor(images=[opened(item) for item in items], return_tensors="pt")["pixel_values"]
@@ -671,7 +683,7 @@ def learn(made, processor, items: list[Item]) -> None:
     made.eval()
 
 
-def opened(item: Item) -> Image.Image:
+def opened(item: BenchmarkQuestion) -> Image.Image:
     assert item.image is not None
     return Image.open(io.BytesIO(item.image))
 
@@ -763,7 +775,11 @@ def test_images_are_encoded_as_the_encoder_encodes_them(evaluated, model, world,
     With the store of the same encoder, joined by id, the model says the same."""
     output, _ = evaluated
     tower, prepare = open_clip.image_tower(encoder), open_clip.image_preparer(encoder)
-    contents = {item.image_id: opened(item) for item in read("miniature", world) if isinstance(item, Item)}
+    contents = {
+        item.image_id: opened(item)
+        for item in read("miniature", world)
+        if isinstance(item, BenchmarkQuestion)
+    }
     pixels = np.stack([prepare(image) for image in contents.values()])
     identity = EncoderIdentity(name="tiny", fingerprint=open_clip.fingerprint(encoder))
     store = write_store(
@@ -795,7 +811,7 @@ def test_answers_are_those_of_the_model_asked_by_hand(evaluated, model, world):
     output, _ = evaluated
     loaded = AutoModelForImageTextToText.from_pretrained(model)
     processor = AutoProcessor.from_pretrained(model)
-    items = [item for item in read("miniature", world) if isinstance(item, Item)]
+    items = [item for item in read("miniature", world) if isinstance(item, BenchmarkQuestion)]
     images = {content_key(item.image): item.image for item in items if item.image is not None}
     assert len({len(item.prompt) for item in items}) > 3  # so that the batches were padded
     for condition in ("image", "blind", "shuffled"):

@@ -28,8 +28,8 @@ from faults import (
 from PIL import Image
 from tiny_encoder import WORDS, write_encoder
 
-from revision_ray import storage
-from revision_ray.config import to_yaml
+from revision_ray.core import storage
+from revision_ray.core.config import to_yaml
 from revision_ray.data import shards
 from revision_ray.data.shards import read_manifest
 from revision_ray.encode import embed

@@ -23,10 +23,10 @@ from faults import (
     slow_a_machine,
 )
 
-from revision_ray import storage
 from revision_ray.align import fit, map_reduce
 from revision_ray.align.alignment import IMAGE_MOMENTS, TEXT_MOMENTS, load_alignment
 from revision_ray.align.fit import FitJob
+from revision_ray.core import storage
 from revision_ray.data.shards import Modality
 
 MACHINES = 2

@@ -23,11 +23,11 @@ from faults import (
 )
 from training_data import write_training_data
 
-from revision_ray import storage
-from revision_ray.config import to_yaml
+from revision_ray.core import storage
+from revision_ray.core.config import to_yaml
 from revision_ray.train.models import Architecture
-from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, pretrain
 from revision_ray.train.settings import Checkpoints, Logging, Optimisation, Training, Workers
+from revision_ray.train.stages import FinetuneJob, PretrainJob, finetune, pretrain
 
 MACHINES = 2
 ROWS, STEPS = 320, 20

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from revision_ray import fence, storage
-from revision_ray.errors import DataError
+from revision_ray.core import artifact, storage
+from revision_ray.core.errors import DataError
 
 HOLDER = """
 import sys, time
@@ -81,7 +81,7 @@ def holder(tmp_path):
 
 def foreign_claim(output: Path, **settings) -> Path:
     """A claim as a process on another machine would have written it just now."""
-    place = output / fence.FOLDER / "foreign"
+    place = output / artifact.FOLDER / "foreign"
     place.parent.mkdir(parents=True, exist_ok=True)
     who = {"id": place.name, "held": True, "host": "elsewhere/1", "pid": 7, "process": "1"}
     place.write_text(json.dumps({**who, "since": time.time(), "took": [], **settings}))
@@ -91,15 +91,15 @@ def foreign_claim(output: Path, **settings) -> Path:
 def test_a_second_writer_is_refused_and_told_who_writes(holder):
     process, output = holder
     who = rf"process {process.pid} on {socket.gethostname()}"
-    with pytest.raises(DataError, match=who), fence.writing(output):
+    with pytest.raises(DataError, match=who), artifact.writing(output):
         pass
     assert process.poll() is None
-    (claim,) = (Path(output) / fence.FOLDER).iterdir()
+    (claim,) = (Path(output) / artifact.FOLDER).iterdir()
     assert json.loads(claim.read_text())["pid"] == process.pid, "the refused one has withdrawn"
 
 
 def test_other_outputs_are_free(holder, tmp_path):
-    with fence.writing(str(tmp_path / "other")):
+    with artifact.writing(str(tmp_path / "other")):
         pass
 
 
@@ -108,29 +108,29 @@ def test_after_a_kill_the_next_one_goes_on_at_once(holder):
     process.send_signal(signal.SIGKILL)
     process.wait()
     begun = time.monotonic()
-    with fence.writing(output):
-        assert time.monotonic() - begun < fence.SECONDS_TO_LIVE / 2
+    with artifact.writing(output):
+        assert time.monotonic() - begun < artifact.SECONDS_TO_LIVE / 2
 
 
 def test_nothing_is_left_behind(tmp_path):
     output = tmp_path / "deep" / "out"
-    with fence.writing(str(output)):
+    with artifact.writing(str(output)):
         assert storage.list_files(str(output), recursive=True) == [], "no listing shows a claim"
     assert not output.exists()
     output.mkdir()
-    with fence.writing(str(output)):
+    with artifact.writing(str(output)):
         (output / "result").write_text("kept")
     assert os.listdir(output) == ["result"]
 
 
 def test_an_error_inside_gives_the_output_free(tmp_path):
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), fence.writing(str(tmp_path / "out")):
+        with pytest.raises(ZeroDivisionError), artifact.writing(str(tmp_path / "out")):
             raise ZeroDivisionError
 
 
 def test_a_writer_elsewhere_that_gives_signs_of_life_is_let_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(fence, "SECONDS_BETWEEN_BEATS", 0.4)
+    monkeypatch.setattr(artifact, "SECONDS_BETWEEN_BEATS", 0.4)
     claim = foreign_claim(tmp_path / "out")
     done = threading.Event()
 
@@ -141,7 +141,10 @@ def test_a_writer_elsewhere_that_gives_signs_of_life_is_let_be(tmp_path, monkeyp
     heart = threading.Thread(target=beat)
     heart.start()
     try:
-        with pytest.raises(DataError, match="process 7 on elsewhere"), fence.writing(str(tmp_path / "out")):
+        with (
+            pytest.raises(DataError, match="process 7 on elsewhere"),
+            artifact.writing(str(tmp_path / "out")),
+        ):
             pass
     finally:
         done.set()
@@ -151,28 +154,28 @@ def test_a_writer_elsewhere_that_gives_signs_of_life_is_let_be(tmp_path, monkeyp
 
 def test_a_writer_elsewhere_that_gives_none_is_followed(tmp_path, monkeypatch):
     """A job that died with its machine and was submitted again goes on, after as long as a claim lives."""
-    monkeypatch.setattr(fence, "SECONDS_BETWEEN_BEATS", 0.4)
-    monkeypatch.setattr(fence, "SECONDS_TO_LIVE", 2.0)
+    monkeypatch.setattr(artifact, "SECONDS_BETWEEN_BEATS", 0.4)
+    monkeypatch.setattr(artifact, "SECONDS_TO_LIVE", 2.0)
     claim = foreign_claim(tmp_path / "out")
     begun = time.monotonic()
-    with fence.writing(str(tmp_path / "out")):
+    with artifact.writing(str(tmp_path / "out")):
         assert time.monotonic() - begun > 1.9
         assert not claim.exists()
 
 
 def test_a_writer_elsewhere_that_is_long_dead_is_followed_at_once(tmp_path):
     claim = foreign_claim(tmp_path / "out")
-    old = time.time() - fence.SECONDS_TO_LIVE - 1
+    old = time.time() - artifact.SECONDS_TO_LIVE - 1
     os.utime(claim, (old, old))
-    with fence.writing(str(tmp_path / "out")):
+    with artifact.writing(str(tmp_path / "out")):
         assert not claim.exists()
 
 
 def test_a_process_number_that_was_given_again_is_another_process(tmp_path):
     claim = foreign_claim(tmp_path / "out")
-    content = {**json.loads(claim.read_text()), "host": fence._place(), "pid": os.getpid()}
+    content = {**json.loads(claim.read_text()), "host": artifact._place(), "pid": os.getpid()}
     claim.write_text(json.dumps(content))
-    with fence.writing(str(tmp_path / "out")):
+    with artifact.writing(str(tmp_path / "out")):
         assert not claim.exists()
 
 
@@ -183,7 +186,7 @@ def test_a_writer_that_was_taken_over_is_stopped(tmp_path, disposition):
     output = tmp_path / "out"
     writer = start(SILENT, str(output), disposition.name)
     assert writer.stdout
-    claim = output / fence.FOLDER / writer.stdout.readline().strip()
+    claim = output / artifact.FOLDER / writer.stdout.readline().strip()
     foreign_claim(output, took=[claim.name])
     claim.unlink()  # which a beat at this moment may write again
     _, said = writer.communicate(timeout=120)
@@ -193,9 +196,9 @@ def test_a_writer_that_was_taken_over_is_stopped(tmp_path, disposition):
 
 
 def test_a_claim_stays_young_while_its_writer_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(fence, "SECONDS_BETWEEN_BEATS", 0.05)
-    with fence.writing(str(tmp_path / "out")):
-        (claim,) = (tmp_path / "out" / fence.FOLDER).iterdir()
+    monkeypatch.setattr(artifact, "SECONDS_BETWEEN_BEATS", 0.05)
+    with artifact.writing(str(tmp_path / "out")):
+        (claim,) = (tmp_path / "out" / artifact.FOLDER).iterdir()
         first = claim.stat().st_mtime_ns
         for _ in range(200):
             if claim.stat().st_mtime_ns > first:
@@ -280,11 +283,11 @@ def test_on_s3_a_second_writer_is_refused_and_a_killed_one_followed(bucket):
     process = start(HOLDER, output)
     assert process.stdout
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(DataError, match=rf"process {process.pid} on"), fence.writing(output):
+    with pytest.raises(DataError, match=rf"process {process.pid} on"), artifact.writing(output):
         pass
     process.kill()
     process.wait()
-    with fence.writing(output):
+    with artifact.writing(output):
         storage.write_bytes(storage.join(output, "part"), b"x")
     files = storage.list_files(output, recursive=True)
     assert [storage.name_of(uri) for uri, _ in files] == ["part"]

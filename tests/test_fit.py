@@ -22,19 +22,18 @@ import ray
 from embedding_stores import ENCODER, cloud, unit, write_store
 from threadpoolctl import threadpool_limits
 
-from revision_ray import config, storage
 from revision_ray.align import apply, fit, map_reduce
 from revision_ray.align.alignment import TENSORS, TEXT_MOMENTS, Alignment, load_alignment, load_moments
 from revision_ray.align.apply import AlignJob
 from revision_ray.align.fit import FitJob
 from revision_ray.align.map_reduce import draw_sample, store_moments
 from revision_ray.align.moments import merged
-from revision_ray.data import import_reference, shards
-from revision_ray.data.import_reference import ImportJob
-from revision_ray.data.rejected import read_rejected
+from revision_ray.core import config, storage
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError
+from revision_ray.data import imports, shards
+from revision_ray.data.imports import ImportJob
 from revision_ray.data.shards import EncoderIdentity
-from revision_ray.data.store import open_stores
-from revision_ray.errors import AlignmentError, ConfigError, DataError
+from revision_ray.data.store import open_stores, read_rejected
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -122,7 +121,7 @@ def test_the_reference_is_matched_through_the_jobs(cluster, tmp_path, name, run_
     for modality, key in (("text", "caption"), ("image", "image_path")):
         source = write_pickles(tmp_path / f"{modality}.pkl", golden[modality], key)
         stores[modality] = str(tmp_path / modality)
-        import_reference.run(ImportJob(input=source, output=stores[modality], modality=modality))
+        imports.run(ImportJob(input=source, output=stores[modality], modality=modality))
     said = run_fit(job_of(stores["text"], stores["image"], tmp_path / "fit"))
     assert f"realign fitted on {len(golden['text']):,} texts and {len(golden['image']):,} images" in said
     apply.run(

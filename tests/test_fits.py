@@ -12,28 +12,28 @@ import pytest
 import safetensors.numpy
 from embedding_stores import ENCODER, cloud, unit, write_store
 
-from revision_ray import storage
 from revision_ray.align import fit as fit_job
+from revision_ray.align import fits, registry
 from revision_ray.align.alignment import (
     DOCUMENT,
     IMAGE_MOMENTS,
     TENSORS,
     TEXT_MOMENTS,
     Alignment,
-    Gap,
-    Inputs,
+    FitInputs,
+    ModalityGap,
     load_alignment,
     load_moments,
     save_alignment,
 )
+from revision_ray.align.fits import FitsJob, run
 from revision_ray.align.moments import Moments, gap_standard_error, of_block
+from revision_ray.align.nearest import BEYOND, BY_CHANCE, TOO_FEW, SampledMoments, rank
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
+from revision_ray.core import storage
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.data.store import Store
-from revision_ray.errors import AlignmentError, ConfigError, DataError
-from revision_ray.geometry import fit_file, fits, registry
-from revision_ray.geometry.fits import FitsJob, run
-from revision_ray.geometry.nearest import BEYOND, BY_CHANCE, TOO_FEW, Sampled, rank
 
 ROOT = Path(__file__).parents[1]
 DIM = 12
@@ -74,14 +74,14 @@ def make_fit(
         domain=domain,
         text_encoder=encoder,
         image_encoder=encoder,
-        modality_gap=Gap(
+        modality_gap=ModalityGap(
             before=float(np.linalg.norm(image.centroid - text.centroid)), after=1e-4,
             before_standard_error=gap_standard_error(text, image), after_standard_error=float("nan"),
         ),
         text_centroid_standard_error=text.centroid_standard_error,
         image_centroid_standard_error=image.centroid_standard_error,
         drifted_centroid_standard_error=0.0,
-        inputs=Inputs(texts=("texts",), images=("images",)),
+        inputs=FitInputs(texts=("texts",), images=("images",)),
     )  # fmt: skip
     save_alignment(fitted, text, image, str(folder))
     return fitted
@@ -271,8 +271,8 @@ def test_a_fit_comes_back_from_its_file_to_the_bit(tmp_path, settings):
 
 def test_the_file_needs_no_code_of_ours(tmp_path):
     fitted = make_fit(tmp_path / "fit")
-    content = fit_file.pack(registry.read(str(tmp_path / "fit")))
-    assert content == fit_file.pack(registry.read(str(tmp_path / "fit")))
+    content = registry.pack(registry.read(str(tmp_path / "fit")))
+    assert content == registry.pack(registry.read(str(tmp_path / "fit")))
     tensors = safetensors.numpy.load(content)
     np.testing.assert_array_equal(tensors["image_centroid"], fitted.image_centroid)
     assert tensors["moments.text.counts"].sum() == 3000
@@ -283,7 +283,7 @@ def small_file(tmp_path_factory) -> bytes:
     """The file of a fit of three dimensions."""
     folder = tmp_path_factory.mktemp("small")
     make_fit(folder, "gaussian_ot", dim=3)
-    return fit_file.pack(registry.read(str(folder)))
+    return registry.pack(registry.read(str(folder)))
 
 
 def test_any_flipped_byte_is_noticed(small_file):
@@ -294,13 +294,13 @@ def test_any_flipped_byte_is_noticed(small_file):
         content = bytearray(small_file)
         content[position] ^= 1
         with pytest.raises(AlignmentError, match="file:"):
-            fit_file.unpack(bytes(content), "file")
+            registry.unpack(bytes(content), "file")
 
 
 def test_any_truncation_is_noticed(small_file, tmp_path):
     for length in range(0, len(small_file), 97):
         with pytest.raises(AlignmentError, match="is truncated or no safetensors file"):
-            fit_file.unpack(small_file[:length], "file")
+            registry.unpack(small_file[:length], "file")
     (tmp_path / "cut.safetensors").write_bytes(small_file[:-1])
     with pytest.raises(AlignmentError, match=r"cut.safetensors: is truncated"):
         run(FitsJob(registry=str(tmp_path), action="import", file=str(tmp_path / "cut.safetensors")))
@@ -311,11 +311,11 @@ def repacked(content: bytes, change) -> bytes:
     """The file with its document or tensors changed and a digest that fits, as another program might."""
     tensors = safetensors.numpy.load(content)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    document = json.loads(header["__metadata__"][fit_file.METADATA_KEY])
+    document = json.loads(header["__metadata__"][registry.METADATA_KEY])
     del document["digest"]
     change(document, tensors)
-    document["digest"] = fit_file._digest(tensors, document)
-    return safetensors.numpy.save(tensors, {fit_file.METADATA_KEY: json.dumps(document, sort_keys=True)})
+    document["digest"] = registry._digest(tensors, document)
+    return safetensors.numpy.save(tensors, {registry.METADATA_KEY: json.dumps(document, sort_keys=True)})
 
 
 def no_change(document, tensors):
@@ -359,17 +359,17 @@ def foreign_strategy(document, tensors):
     ],
 )
 def test_a_file_that_is_whole_but_no_fit_of_ours_is_refused(small_file, change, message):
-    assert fit_file.pack(fit_file.unpack(repacked(small_file, no_change), "file").fit) == small_file
+    assert registry.pack(registry.unpack(repacked(small_file, no_change), "file").fit) == small_file
     with pytest.raises(AlignmentError, match=message):
-        fit_file.unpack(repacked(small_file, change), "file")
+        registry.unpack(repacked(small_file, change), "file")
 
 
 def test_another_safetensors_file_is_refused(tmp_path):
     content = safetensors.numpy.save({"weight": np.zeros(3)}, {"format": "pt"})
     with pytest.raises(AlignmentError, match="holds no exported fit"):
-        fit_file.unpack(content, "model.safetensors")
+        registry.unpack(content, "model.safetensors")
     with pytest.raises(DataError, match="no such file"):
-        fit_file.import_file(str(tmp_path / "none.safetensors"), str(tmp_path))
+        registry.import_file(str(tmp_path / "none.safetensors"), str(tmp_path))
 
 
 def test_an_import_meets_what_is_there(tmp_path, small_file):
@@ -381,14 +381,14 @@ def test_an_import_meets_what_is_there(tmp_path, small_file):
     with pytest.raises(
         AlignmentError, match=r"another fit has the name 'taken' already \(realign, .*other name"
     ):
-        fit_file.import_file(str(file), str(tmp_path), "taken")
+        registry.import_file(str(file), str(tmp_path), "taken")
     with pytest.raises(DataError, match=r"holds files that are no fit .*thesis.tex"):
-        fit_file.import_file(str(file), str(tmp_path), "thesis")
-    assert fit_file.import_file(str(file), str(tmp_path))[:2] == ("imported", str(tmp_path / "fit"))
+        registry.import_file(str(file), str(tmp_path), "thesis")
+    assert registry.import_file(str(file), str(tmp_path))[:2] == ("imported", str(tmp_path / "fit"))
     done = files_of(tmp_path / "fit")
-    assert fit_file.import_file(str(file), str(tmp_path))[0] == "already there"
+    assert registry.import_file(str(file), str(tmp_path))[0] == "already there"
     (tmp_path / "fit" / DOCUMENT).unlink()  # as an import that was cut off leaves it
-    assert fit_file.import_file(str(file), str(tmp_path))[0] == "imported"
+    assert registry.import_file(str(file), str(tmp_path))[0] == "imported"
     assert files_of(tmp_path / "fit") == done
 
 
@@ -396,24 +396,26 @@ def test_an_export_meets_what_is_there(tmp_path):
     make_fit(tmp_path / "a")
     make_fit(tmp_path / "b", seed=1)
     file = str(tmp_path / "fit.safetensors")
-    assert fit_file.export(str(tmp_path / "a"), file) == "exported"
-    assert fit_file.export(str(tmp_path / "a"), file) == "already there"
+    assert registry.export(str(tmp_path / "a"), file) == "exported"
+    assert registry.export(str(tmp_path / "a"), file) == "already there"
     with pytest.raises(DataError, match="holds something else already"):
-        fit_file.export(str(tmp_path / "b"), file)
+        registry.export(str(tmp_path / "b"), file)
 
 
 @pytest.mark.parametrize("name", ["../out", "a/../../b", "/etc/x", "a//b", ".", "", "a b", "x?y=1", "*"])
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path, small_file, name):
     (tmp_path / "fit.safetensors").write_bytes(small_file)
     with pytest.raises(DataError, match="name="):
-        fit_file.import_file(str(tmp_path / "fit.safetensors"), str(tmp_path / "registry"), name)
+        registry.import_file(str(tmp_path / "fit.safetensors"), str(tmp_path / "registry"), name)
     assert [path.name for path in tmp_path.iterdir()] == ["fit.safetensors"]
 
 
 # --- nearest ----------------------------------------------------------------------------------------------
 
 
-def sampled(rows_ND: np.ndarray, modality: str = "image", encoder: EncoderIdentity = ENCODER) -> Sampled:
+def sampled(
+    rows_ND: np.ndarray, modality: str = "image", encoder: EncoderIdentity = ENCODER
+) -> SampledMoments:
     store = Store(
         uris=("store",),
         modality=modality,  # type: ignore[arg-type]
@@ -423,10 +425,10 @@ def sampled(rows_ND: np.ndarray, modality: str = "image", encoder: EncoderIdenti
         alignment="",
         row_groups=(),
     )
-    return Sampled(store=store, moments=moments_of(rows_ND, "ee", second=False), num_rejected=0)
+    return SampledMoments(store=store, moments=moments_of(rows_ND, "ee", second=False), num_rejected=0)
 
 
-def ranked(root: Path, **sides: Sampled) -> list[dict]:
+def ranked(root: Path, **sides: SampledMoments) -> list[dict]:
     return rank(registry.entries(str(root)), sides)["ranked"]  # type: ignore[arg-type]
 
 
@@ -582,8 +584,8 @@ def test_a_fit_of_the_fit_job_is_in_the_registry_and_travels(cluster, tmp_path):
     fit_job.run(fit_job.FitJob(texts=texts, images=images, output=output))
     assert [entry.damage for entry in registry.entries(str(tmp_path / "runs"))] == [""]
     file = str(tmp_path / "fit.safetensors")
-    fit_file.export(output, file)
-    _, uri, _ = fit_file.import_file(file, str(tmp_path / "elsewhere"), "medical/xray")
+    registry.export(output, file)
+    _, uri, _ = registry.import_file(file, str(tmp_path / "elsewhere"), "medical/xray")
     before, after = files_of(Path(output)), files_of(Path(uri))
     assert before.keys() - after.keys() == {"rejected.parquet"}
     assert all(before[name] == content for name, content in after.items())

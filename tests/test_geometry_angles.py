@@ -9,7 +9,7 @@ from gaussians import rotation, unit_clouds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.geometry import angles
 
 histograms = st.integers(1, 30).flatmap(

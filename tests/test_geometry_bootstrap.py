@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.geometry import bootstrap
 
 

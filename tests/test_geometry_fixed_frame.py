@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from gaussians import gaussian, rotation, unit_clouds, white
 
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.geometry import fixed_frame, spectra
 
 # Of the method: what each identity may fail by.
 EXACT = 1e-10
 
 
-def axes(dim: int = 8, rank: int = 3, seed: int | None = None) -> fixed_frame.Frame:
+def axes(dim: int = 8, rank: int = 3, seed: int | None = None) -> fixed_frame.FixedFrame:
     """The frame whose U is spanned by the first axes, turned at random where a seed is given."""
     q_DD = np.eye(dim) if seed is None else rotation(dim, seed)
-    return fixed_frame.Frame(q_DD[:, :rank], q_DD[:, rank:], energy=0.9, num_rows=100)
+    return fixed_frame.FixedFrame(q_DD[:, :rank], q_DD[:, rank:], energy=0.9, num_rows=100)
 
 
 # --- the frame --------------------------------------------------------------------------------------------

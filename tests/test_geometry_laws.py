@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from gaussians import rotation, unit_clouds
 
-from revision_ray.geometry import angles, fixed_frame, neighbours, phantom_drift, spectra
+from revision_ray.geometry import angles, fixed_frame, neighbours, spectra
 
 
 def of_one_side(rows_ND: np.ndarray) -> dict[str, float]:
     values_D = spectra.eigenvalues_of(spectra.covariance(rows_ND))
-    drift = phantom_drift.compare(rows_ND)
+    drift = fixed_frame.compare(rows_ND)
     return {
         "alpha": spectra.spectrum_exponent(values_D, first=3),
         "condition number": spectra.condition_number(values_D),

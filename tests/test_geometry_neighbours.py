@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gaussians import rotation, unit_clouds
 
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.geometry import neighbours
 from revision_ray.geometry.neighbours import nearest
 

@@ -7,8 +7,8 @@ import pytest
 import scipy.special
 from gaussians import gaussian, rotation, white
 
-from revision_ray.errors import DataError
-from revision_ray.geometry import phantom_drift
+from revision_ray.core.errors import DataError
+from revision_ray.geometry import fixed_frame
 
 
 def along(dim: int, length: float = 1.0) -> np.ndarray:
@@ -39,7 +39,7 @@ def exact_in_the_plane(mean: np.ndarray, root: np.ndarray) -> np.ndarray:
 def test_isotropic_noise_shortens_the_mean_direction(dim, length):
     """The formula comes to -(D - 1) sigma^2 / (2 r^2) a."""
     mean_D = along(dim, length)
-    found = phantom_drift.second_order(mean_D, 0.01 * np.eye(dim))
+    found = fixed_frame.second_order(mean_D, 0.01 * np.eye(dim))
     np.testing.assert_allclose(found, -(dim - 1) * 0.01 / (2 * length**2) * mean_D / length, atol=1e-12)
 
 
@@ -48,7 +48,7 @@ def test_against_isotropic_noise_the_error_is_of_fourth_order(dim):
     mean_D = along(dim, 2.0)
     errors = []
     for sigma in (0.04, 0.02):
-        second_D = phantom_drift.second_order(mean_D, sigma**2 * np.eye(dim))
+        second_D = fixed_frame.second_order(mean_D, sigma**2 * np.eye(dim))
         errors.append(np.linalg.norm(exact_isotropic(mean_D, sigma) - second_D))
     # 16 as sigma goes to 0; what is left are orders of sigma^2 D / r^2.
     assert errors[0] / errors[1] == pytest.approx(16, rel=0.1)
@@ -59,7 +59,7 @@ def test_against_anisotropic_noise_the_error_is_of_fourth_order():
     errors = []
     for sigma in (0.04, 0.02):
         exact = exact_in_the_plane(mean, sigma * root)
-        second = phantom_drift.second_order(mean, sigma**2 * root @ root.T)
+        second = fixed_frame.second_order(mean, sigma**2 * root @ root.T)
         errors.append(np.linalg.norm(exact - second))
         assert errors[-1] < 0.05 * np.linalg.norm(exact)
     assert errors[0] / errors[1] == pytest.approx(16, rel=0.1)
@@ -68,13 +68,13 @@ def test_against_anisotropic_noise_the_error_is_of_fourth_order():
 def test_noise_along_the_mean_does_not_move_it_and_noise_across_does():
     mean_D = along(6)
     along_DD = 0.01 * np.outer(mean_D, mean_D)
-    np.testing.assert_allclose(phantom_drift.second_order(mean_D, along_DD), 0, atol=1e-15)
+    np.testing.assert_allclose(fixed_frame.second_order(mean_D, along_DD), 0, atol=1e-15)
     across_D = rotation(6, 9)[:, 1]
     across_DD = 0.01 * np.outer(across_D, across_D)
-    np.testing.assert_allclose(phantom_drift.second_order(mean_D, across_DD), -0.005 * mean_D, atol=1e-15)
+    np.testing.assert_allclose(fixed_frame.second_order(mean_D, across_DD), -0.005 * mean_D, atol=1e-15)
     # Noise that is correlated between both turns the direction.
     both = mean_D + across_D
-    turned_D = phantom_drift.second_order(mean_D, 0.01 * np.outer(both, both))
+    turned_D = fixed_frame.second_order(mean_D, 0.01 * np.outer(both, both))
     np.testing.assert_allclose(turned_D, -0.005 * mean_D - 0.01 * across_D, atol=1e-15)
 
 
@@ -87,7 +87,7 @@ def test_the_drift_of_a_sample_nears_its_prediction_at_the_right_order(mirrored,
     root_DD = rotation(dim, 1) * np.linspace(1, 0.2, dim)
     errors = []
     for sigma in (0.004, 0.002):
-        found = phantom_drift.compare(along(dim) + sigma * noise_ND @ root_DD.T)
+        found = fixed_frame.compare(along(dim) + sigma * noise_ND @ root_DD.T)
         errors.append(np.linalg.norm(found.measured_D - found.predicted_D))
         assert found.relative_error == pytest.approx(errors[-1] / found.measured_norm)
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
@@ -97,7 +97,7 @@ def test_a_large_sample_of_isotropic_noise_drifts_as_the_closed_form_says():
     dim, sigma, num_rows = 16, 0.1, 40_000
     rows_ND = gaussian(num_rows, along(dim), sigma**2 * np.eye(dim))
     expected_D = exact_isotropic(along(dim), sigma)
-    found = phantom_drift.compare(rows_ND)
+    found = fixed_frame.compare(rows_ND)
     # The mean of normalised rows, with the sample's own mean made exact, varies in second order only.
     spread = math.sqrt(2 * dim) * sigma**2 / math.sqrt(num_rows)
     assert np.linalg.norm(found.measured_D - expected_D) < 5 * spread
@@ -108,13 +108,13 @@ def test_a_large_sample_of_isotropic_noise_drifts_as_the_closed_form_says():
 
 def test_drift_turns_with_the_rows_and_ignores_their_scale():
     rows_ND = gaussian(50, along(5), 0.02 * np.diag([3.0, 2, 1, 1, 0.5]))
-    one, other = phantom_drift.compare(rows_ND), phantom_drift.compare(9 * rows_ND @ rotation(5, 4))
+    one, other = fixed_frame.compare(rows_ND), fixed_frame.compare(9 * rows_ND @ rotation(5, 4))
     for before_D, after_D in ((one.measured_D, other.measured_D), (one.predicted_D, other.predicted_D)):
         np.testing.assert_allclose(before_D @ rotation(5, 4), after_D, atol=1e-14)
 
 
 def test_rows_without_noise_do_not_drift():
-    found = phantom_drift.compare(np.tile([3.0, 4.0], (8, 1)))
+    found = fixed_frame.compare(np.tile([3.0, 4.0], (8, 1)))
     assert (found.measured_norm, found.predicted_norm) == (pytest.approx(0, abs=1e-15), 0)
     assert math.isnan(found.cosine)
     assert math.isnan(found.relative_error)
@@ -123,14 +123,14 @@ def test_rows_without_noise_do_not_drift():
 def test_rows_and_means_without_a_direction_are_refused():
     rows_ND = white(20, 4)
     with pytest.raises(DataError, match="mean has length"):
-        phantom_drift.compare(rows_ND)
+        fixed_frame.compare(rows_ND)
     with pytest.raises(DataError, match="mean has length nan"):
-        phantom_drift.second_order(np.full(4, np.nan), np.eye(4))
+        fixed_frame.second_order(np.full(4, np.nan), np.eye(4))
     with pytest.raises(DataError, match="row 2 has length"):
-        phantom_drift.measured(np.where(np.arange(20)[:, None] == 2, 0, rows_ND + 1))
+        fixed_frame.measured(np.where(np.arange(20)[:, None] == 2, 0, rows_ND + 1))
     with pytest.raises(DataError, match="row 2 is NaN"):
-        phantom_drift.compare(np.where(np.arange(20)[:, None] == 2, np.nan, rows_ND + 1))
+        fixed_frame.compare(np.where(np.arange(20)[:, None] == 2, np.nan, rows_ND + 1))
     with pytest.raises(DataError, match="1 rows"):
-        phantom_drift.compare(np.ones((1, 4)))
+        fixed_frame.compare(np.ones((1, 4)))
     with pytest.raises(DataError, match="dimensions 4 and 5"):
-        phantom_drift.second_order(np.ones(4), np.eye(5))
+        fixed_frame.second_order(np.ones(4), np.eye(5))

@@ -8,7 +8,7 @@ from gaussians import gaussian, rotation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.geometry import spectra
 
 # float64 sums of some hundred terms, and eigenvalues of matrices of that size.

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from revision_ray.core.errors import DataError
 from revision_ray.data.images import UndecodableImage, decode_image
-from revision_ray.errors import DataError
 
 MAX_PIXELS = 1_000_000
 

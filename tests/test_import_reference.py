@@ -14,12 +14,10 @@ import pytest
 import torch
 from embedding_stores import cloud
 
-from revision_ray.data import import_reference, shards
-from revision_ray.data.import_reference import ImportJob, run
-from revision_ray.data.reference_pickles import read_reference
-from revision_ray.data.rejected import read_rejected
-from revision_ray.data.store import open_stores, read_group
-from revision_ray.errors import DataError
+from revision_ray.core.errors import DataError
+from revision_ray.data import imports, shards
+from revision_ray.data.imports import ImportJob, read_reference, run
+from revision_ray.data.store import open_stores, read_group, read_rejected
 
 ROWS_ND = cloud(200, 8, "text")
 
@@ -233,7 +231,7 @@ def test_an_array_larger_than_its_bytes_is_refused(tmp_path):
 
 
 def test_parts_become_a_store_with_ids_captions_and_values_kept(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_reference, "_ROWS_PER_SHARD", 64)  # the driver's only: tasks keep 8192
+    monkeypatch.setattr(imports, "_ROWS_PER_SHARD", 64)  # the driver's only: tasks keep 8192
     write(tmp_path / "parts" / "b.pkl", records(ROWS_ND[:120] * np.float16(3), prefix="b"), 5)
     write(tmp_path / "parts" / "a.pickle", records(ROWS_ND[120:], prefix="a"), 2)
     (tmp_path / "parts" / "notes.txt").write_text("not a part")

@@ -13,37 +13,56 @@ from embedding_stores import ENCODER, cloud, unit, write_part, write_store
 from tiny_language_model import tiny_tokenizer
 from tokenizers import AddedToken
 
-from revision_ray import storage
 from revision_ray.align import fit
 from revision_ray.align.alignment import load_alignment
 from revision_ray.align.fit import FitJob
+from revision_ray.core import storage
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError
 from revision_ray.data import shards
 from revision_ray.data.conversations import ConversationSource
-from revision_ray.data.rejected import read_rejected
 from revision_ray.data.shards import EncoderIdentity, Manifest
-from revision_ray.data.store import RowGroup, open_stores
-from revision_ray.errors import AlignmentError, ConfigError, DataError
+from revision_ray.data.store import RowGroup, open_stores, read_rejected
 from revision_ray.train import ingest
-from revision_ray.train.batches import padding_share
-from revision_ray.train.image_index import AMBIGUOUS, MISSING, WAYS, build_index, key_hashes
-from revision_ray.train.ingest import Order, Share, Step, conversation_source, inspect, steps, text_source
-from revision_ray.train.joined import join
-from revision_ray.train.joined_store import open_joined, read_joined
-from revision_ray.train.plan import Part, Plan, repeats_of_weights
-from revision_ray.train.prepare import Setup, decode, prepare
-from revision_ray.train.samples import Formatter
-from revision_ray.train.sources import joined_stores_source
+from revision_ray.train.ingest import (
+    PreparationSetup,
+    PreparedStep,
+    WorkerShare,
+    conversation_source,
+    decode,
+    inspect,
+    prepare,
+    steps,
+)
+from revision_ray.train.joined import (
+    AMBIGUOUS,
+    MISSING,
+    WAYS,
+    build_index,
+    join,
+    key_hashes,
+    open_joined,
+    read_joined,
+)
+from revision_ray.train.samples import Formatter, padding_share
+from revision_ray.train.sources import (
+    MixturePart,
+    StepOrder,
+    StepPlan,
+    joined_stores_source,
+    repeats_of_weights,
+    text_source,
+)
 
 DIM, NUM_TEXTS = 8, 500
 TEXT_ND = cloud(NUM_TEXTS, DIM, "text")
 IMAGE_ND = cloud(300, DIM, "image")
-ORDER = Order(global_batch_size=32, batches_per_window=4, seed=3)
+ORDER = StepOrder(global_batch_size=32, batches_per_window=4, seed=3)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------
 
 
-def epoch_rows(plan: Plan, epoch: int) -> list[list[tuple[int, int]]]:
+def epoch_rows(plan: StepPlan, epoch: int) -> list[list[tuple[int, int]]]:
     """(row group, row) of every batch of an epoch."""
     batches = []
     for part in plan.windows(epoch * plan.steps_per_epoch, plan.steps_per_epoch):
@@ -60,10 +79,10 @@ SIZES = (100, 7, 64, 100, 31, 1, 90)
 @pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize("batches_per_window", [1, 3, 1000])
 def test_an_epoch_sees_every_row_once(by_length, batches_per_window):
-    order = Order(
+    order = StepOrder(
         global_batch_size=16, batches_per_window=batches_per_window, seed=1, group_by_length=by_length
     )
-    plan = Plan([Part(num_rows=SIZES)], order)
+    plan = StepPlan([MixturePart(num_rows=SIZES)], order)
     everything = sorted((group, row) for group, rows in enumerate(SIZES) for row in range(rows))
     first, second = epoch_rows(plan, 0), epoch_rows(plan, 1)
     for batches in (first, second):
@@ -71,17 +90,17 @@ def test_an_epoch_sees_every_row_once(by_length, batches_per_window):
         assert {len(batch) for batch in batches[:-1]} == {16}
         assert len(batches) == plan.steps_per_epoch
     assert first != second
-    assert first == epoch_rows(Plan([Part(num_rows=SIZES)], order), 0)
+    assert first == epoch_rows(StepPlan([MixturePart(num_rows=SIZES)], order), 0)
 
 
 def test_repeats_count_and_broken_ones_draw_anew():
     parts = [
-        Part(num_rows=(50, 30), repeat=2),
-        Part(num_rows=(100, 60), repeat=0.25),
-        Part(num_rows=(9,), repeat=0),
-        Part(num_rows=(40,), repeat=1.75),
+        MixturePart(num_rows=(50, 30), repeat=2),
+        MixturePart(num_rows=(100, 60), repeat=0.25),
+        MixturePart(num_rows=(9,), repeat=0),
+        MixturePart(num_rows=(40,), repeat=1.75),
     ]
-    plan = Plan(parts, Order(global_batch_size=10, batches_per_window=5))
+    plan = StepPlan(parts, StepOrder(global_batch_size=10, batches_per_window=5))
     assert plan.num_rows == 160 + 40 + 70
     drawn = []
     for epoch in (0, 1):
@@ -98,7 +117,9 @@ def test_repeats_count_and_broken_ones_draw_anew():
 def test_a_drawn_part_is_uniform():
     counts = np.zeros(200)
     for seed in range(300):
-        plan = Plan([Part(num_rows=(150, 50), repeat=0.3)], Order(global_batch_size=60, seed=seed))
+        plan = StepPlan(
+            [MixturePart(num_rows=(150, 50), repeat=0.3)], StepOrder(global_batch_size=60, seed=seed)
+        )
         for group, row in epoch_rows(plan, 0)[0]:
             counts[150 * group + row] += 1
     # 300 draws at 0.3 have a standard deviation of 7.9; the mean of the 50 rows of group 1, of about 1.
@@ -107,7 +128,7 @@ def test_a_drawn_part_is_uniform():
 
 
 def test_a_run_can_start_at_any_step():
-    plan = Plan([Part(num_rows=SIZES)], Order(global_batch_size=16, batches_per_window=3))
+    plan = StepPlan([MixturePart(num_rows=SIZES)], StepOrder(global_batch_size=16, batches_per_window=3))
     per_epoch = plan.steps_per_epoch
     every = [
         (part.epoch, part.index, batch)
@@ -124,8 +145,9 @@ def test_a_run_can_start_at_any_step():
 
 def test_grouping_by_length_narrows_batches_and_shuffles_them():
     sizes, lengths = (2048,), np.random.default_rng(0).integers(1, 1000, 2048)
-    plan = Plan(
-        [Part(num_rows=sizes)], Order(global_batch_size=32, batches_per_window=64, group_by_length=True)
+    plan = StepPlan(
+        [MixturePart(num_rows=sizes)],
+        StepOrder(global_batch_size=32, batches_per_window=64, group_by_length=True),
     )
     window = plan.window(0, 0)
     means = [lengths[batch].mean() for batch in plan.batches(window, lengths)]
@@ -145,11 +167,11 @@ def test_weights_become_repeats():
 
 def test_no_rows_and_impossible_orders_are_refused():
     with pytest.raises(DataError, match="no rows"):
-        Plan([Part(num_rows=(5, 5), repeat=0)], ORDER)
+        StepPlan([MixturePart(num_rows=(5, 5), repeat=0)], ORDER)
     with pytest.raises(ConfigError, match="global_batch_size"):
-        Order(global_batch_size=0)
+        StepOrder(global_batch_size=0)
     with pytest.raises(ConfigError, match="seed"):
-        Order(seed=-1)
+        StepOrder(seed=-1)
 
 
 # --- texts, aligned as they are read ----------------------------------------------------------------------
@@ -200,10 +222,12 @@ def formatter() -> Formatter:
     return Formatter(tokenizer, 2)
 
 
-def local_steps(source, formatter, order: Order, share: Share, start: int, stop: int) -> list[Step]:
+def local_steps(
+    source, formatter, order: StepOrder, share: WorkerShare, start: int, stop: int
+) -> list[PreparedStep]:
     """What `steps` gives, without Ray."""
     plan = ingest.plan_of(source, order)
-    work = Setup(source=source, formatter=formatter, plan=plan, share=share)
+    work = PreparationSetup(source=source, formatter=formatter, plan=plan, share=share)
     found = []
     for part in plan.windows(start, stop - start):
         window = plan.window(part.epoch, part.index)
@@ -212,11 +236,11 @@ def local_steps(source, formatter, order: Order, share: Share, start: int, stop:
     return found
 
 
-def ids(step: Step) -> list[str]:
+def ids(step: PreparedStep) -> list[str]:
     return [row_id for batch in step.micro_batches for row_id in batch.ids]
 
 
-def same(one: Step, other: Step) -> bool:
+def same(one: PreparedStep, other: PreparedStep) -> bool:
     """Equal to the bit, micro batch by micro batch."""
     names = ("input_ids", "labels", "attention_mask", "image_embeds")
     return (one.step, one.epoch, len(one.micro_batches)) == (
@@ -232,9 +256,9 @@ def same(one: Step, other: Step) -> bool:
 @pytest.mark.parametrize("by_length", [False, True])
 def test_workers_and_micro_batches_have_no_say_in_what_a_step_sees(alignment, texts, formatter, by_length):
     source = text_source([texts], alignment)
-    order = Order(global_batch_size=32, batches_per_window=4, seed=3, group_by_length=by_length)
+    order = StepOrder(global_batch_size=32, batches_per_window=4, seed=3, group_by_length=by_length)
     assert ingest.steps_per_epoch(source, order) == 16
-    expected = [sorted(ids(step)) for step in local_steps(source, formatter, order, Share(), 0, 32)]
+    expected = [sorted(ids(step)) for step in local_steps(source, formatter, order, WorkerShare(), 0, 32)]
     for epoch in (expected[:16], expected[16:]):
         assert sorted(row_id for step in epoch for row_id in step) == sorted(
             f"t{n}" for n in range(NUM_TEXTS)
@@ -244,7 +268,7 @@ def test_workers_and_micro_batches_have_no_say_in_what_a_step_sees(alignment, te
         ranks = [
             local_steps(
                 source, formatter, order,
-                Share(rank=rank, num_workers=num_workers, micro_batch_size=micro_batch_size), 0, 32,
+                WorkerShare(rank=rank, num_workers=num_workers, micro_batch_size=micro_batch_size), 0, 32,
             )
             for rank in range(num_workers)
         ]  # fmt: skip
@@ -258,7 +282,7 @@ def test_workers_and_micro_batches_have_no_say_in_what_a_step_sees(alignment, te
 
 
 def test_a_run_that_starts_at_a_step_goes_on_to_the_bit(alignment, texts, formatter):
-    source, share = text_source([texts], alignment), Share(rank=1, num_workers=2)
+    source, share = text_source([texts], alignment), WorkerShare(rank=1, num_workers=2)
     unbroken = local_steps(source, formatter, ORDER, share, 0, 20)
     for start in (1, 3, 4, 15, 16, 18):
         resumed = local_steps(source, formatter, ORDER, share, start, 20)
@@ -271,7 +295,7 @@ def test_rows_are_aligned_as_the_fit_aligns_them(alignment, texts, formatter):
     aligned_ND, _ = affine.apply(TEXT_ND)
     by_id = {f"t{row}": aligned_ND[row] for row in range(NUM_TEXTS)}
     captions = dict(zip(by_id, texts_of(NUM_TEXTS), strict=True))
-    for step in local_steps(text_source([texts], alignment), formatter, ORDER, Share(), 0, 16):
+    for step in local_steps(text_source([texts], alignment), formatter, ORDER, WorkerShare(), 0, 16):
         for batch in step.micro_batches:
             expected = np.stack([by_id[row_id] for row_id in batch.ids])
             # The same row in another place of a chunk: the last bit of a sum may round otherwise.
@@ -285,8 +309,8 @@ def test_lengths_save_padding(alignment, texts, formatter):
     source = text_source([texts], alignment)
 
     def share_of_padding(by_length: bool, micro_batch_size: int) -> float:
-        order = Order(global_batch_size=32, batches_per_window=16, group_by_length=by_length)
-        found = local_steps(source, formatter, order, Share(micro_batch_size=micro_batch_size), 0, 16)
+        order = StepOrder(global_batch_size=32, batches_per_window=16, group_by_length=by_length)
+        found = local_steps(source, formatter, order, WorkerShare(micro_batch_size=micro_batch_size), 0, 16)
         return padding_share([batch for step in found for batch in step.micro_batches])
 
     one_batch = share_of_padding(False, 32)  # nothing sorted: 61 percent; dealt 18, grouped 4
@@ -309,13 +333,17 @@ def test_unusable_samples_are_listed_with_their_cause(alignment, tmp_path, forma
     rows_ND[7] = np.nan
     store = write_store(tmp_path / "bad", rows_ND)
     short = Formatter(formatter.tokenizer, 2, max_length=6)
-    (step,) = local_steps(text_source([store], alignment), short, Order(global_batch_size=64), Share(), 0, 1)
+    (step,) = local_steps(
+        text_source([store], alignment), short, StepOrder(global_batch_size=64), WorkerShare(), 0, 1
+    )
     # "a text named text12" has five word-level tokens with the end, and two of the image.
     assert Counter(cause for _, cause, _ in step.rejected) == {"too_long": 59, "missing_embedding": 1}
     assert step.micro_batches == []
     assert ("text7", "missing_embedding") in {(row_id, cause) for row_id, cause, _ in step.rejected}
     cut = Formatter(formatter.tokenizer, 2, max_length=6, on_too_long="truncate")
-    (step,) = local_steps(text_source([store], alignment), cut, Order(global_batch_size=64), Share(), 0, 1)
+    (step,) = local_steps(
+        text_source([store], alignment), cut, StepOrder(global_batch_size=64), WorkerShare(), 0, 1
+    )
     assert len(ids(step)) == len(step.truncated) == 59
     assert step.num_samples == 60
 
@@ -334,22 +362,22 @@ def test_samples_can_be_looked_at(alignment, texts, formatter):
 def test_the_streams_of_two_workers_are_the_same_steps(alignment, texts, formatter):
     source = text_source([texts], alignment)
 
-    def stream(rank: int) -> list[Step]:
-        share = Share(rank=rank, num_workers=2, micro_batch_size=8, num_tasks=1)
+    def stream(rank: int) -> list[PreparedStep]:
+        share = WorkerShare(rank=rank, num_workers=2, micro_batch_size=8, num_tasks=1)
         return list(steps(source, formatter, ORDER, share, start_step=2, num_steps=20))
 
     # A tenth of a CPU is left for the tasks of both.
     first = ray.remote(stream).options(num_cpus=1.9).remote(0)
     second = stream(1)  # at the same time, in this process
     for rank, found in enumerate([ray.get(first), second]):
-        share = Share(rank=rank, num_workers=2, micro_batch_size=8)
+        share = WorkerShare(rank=rank, num_workers=2, micro_batch_size=8)
         expected = local_steps(source, formatter, ORDER, share, 2, 20)
         assert [step.step for step in found] == list(range(2, 20))
         assert all(same(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_stream_that_is_left_leaves_no_task_behind(alignment, texts, formatter):
-    stream = steps(text_source([texts], alignment), formatter, ORDER, Share(), num_steps=100_000)
+    stream = steps(text_source([texts], alignment), formatter, ORDER, WorkerShare(), num_steps=100_000)
     assert next(stream).step == 0
     assert next(stream).step == 1
     stream.close()  # type: ignore[attr-defined]
@@ -364,7 +392,7 @@ def test_a_shard_that_was_replaced_stops_the_run_by_name(alignment, tmp_path, fo
     source = text_source([store], alignment)
     write_part(tmp_path / "texts" / "part-0000.parquet", TEXT_ND[90:180], [f"x{n}" for n in range(90)])
     with pytest.raises(DataError, match=r"part-0000\.parquet.*replaced"):
-        list(steps(source, formatter, ORDER, Share(), num_steps=16))
+        list(steps(source, formatter, ORDER, WorkerShare(), num_steps=16))
 
 
 # --- joined stores ----------------------------------------------------------------------------------------
@@ -580,7 +608,7 @@ def test_captions_beside_real_images_are_stage_one_too(cluster, pictures, format
     captions += [{"id": f"b/{n}", "text": "blue"} for n in range(20)]
     part = ConversationSource(uri=write_jsonl(tmp_path / "c.jsonl", captions))
     source = conversation_source([part], [pictures], str(tmp_path / "cache"), kind="captions")
-    (step,) = local_steps(source, formatter, Order(global_batch_size=64), Share(), 0, 1)
+    (step,) = local_steps(source, formatter, StepOrder(global_batch_size=64), WorkerShare(), 0, 1)
     assert len(ids(step)) == 50
     rows = {f"a/{n}.jpg": 2 * n for n in range(30)} | {f"b/{n}": 2 * n + 1 for n in range(20)}
     for batch in step.micro_batches:
@@ -601,7 +629,9 @@ def test_a_mixture_repeats_its_parts_and_mixes_text_alone_in(cluster, pictures, 
     cache = str(tmp_path / "cache")
     source = conversation_source([meta], [pictures], cache)
     assert source.num_rows == 60
-    found = local_steps(source, formatter, Order(global_batch_size=25, batches_per_window=2), Share(), 0, 3)
+    found = local_steps(
+        source, formatter, StepOrder(global_batch_size=25, batches_per_window=2), WorkerShare(), 0, 3
+    )
     counts = Counter(row_id for step in found for row_id in ids(step))
     assert {counts[f"seen{n}"] for n in range(20)} == {2}
     told = [counts[f"told{n}"] for n in range(40)]
@@ -628,7 +658,7 @@ def test_text_alone_needs_no_images_and_stores_of_other_encoders_do_not_mix(
 ):
     told = ConversationSource(uri=write_jsonl(tmp_path / "t.jsonl", [asked(f"t{n}", None) for n in range(9)]))
     source = conversation_source([told], [], str(tmp_path / "cache"))
-    (step,) = local_steps(source, formatter, Order(global_batch_size=9), Share(), 0, 1)
+    (step,) = local_steps(source, formatter, StepOrder(global_batch_size=9), WorkerShare(), 0, 1)
     assert sorted(ids(step)) == [f"t{n}" for n in range(9)]
     assert all(len(batch.image_embeds) == 0 for batch in step.micro_batches)
     other = write_store(

@@ -14,9 +14,9 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from tiny_encoder import write_encoder
 from training_data import write_training_data
 
-from revision_ray import errors
-from revision_ray.cluster import refusing_late, user_errors
-from revision_ray.errors import ConfigError, DataError, user_error
+from revision_ray.core import errors
+from revision_ray.core.cluster import refusing_late, user_errors
+from revision_ray.core.errors import ConfigError, DataError, user_error
 
 ROOT = Path(__file__).parents[1]
 FAULT = DataError("a.json: broken at byte 5; restore it")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from revision_ray.encode.pipeline import Resources
-from revision_ray.evaluate.run import EvaluateJob
+from revision_ray.evaluate.evaluation import EvaluateJob
 from revision_ray.train.settings import Workers
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.miniature import dataset, documents, language_model, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.documents import DocumentConfig, document, examination, told_scene

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from revision_ray import logs
-from revision_ray import progress as progress_module
-from revision_ray.progress import progress
+from revision_ray.core import logs
+from revision_ray.core import observe as progress_module
+from revision_ray.core.observe import progress
 from revision_ray.train import entry, worker
 
 ROOT = Path(__file__).parents[1]
@@ -62,12 +62,12 @@ def test_a_stage_ends_with_its_context():
     with logs.working_for("pipeline", "runs/all"):
         outer = logs.current()
         with logs.working_for("fit", "runs/all/fit"):
-            assert logs.current() == logs.Run(id=logs.run_id("runs/all/fit"), stage="fit")
+            assert logs.current() == logs.RunContext(id=logs.run_id("runs/all/fit"), stage="fit")
         assert logs.current() == outer
     assert logs.current() == before
 
 
-def worked_for(fallback: str) -> logs.Run:
+def worked_for(fallback: str) -> logs.RunContext:
     worker.set_up(fallback, "runs/elsewhere", rank=0, num_cpus=torch.get_num_threads())
     return logs.current()
 
@@ -75,11 +75,13 @@ def worked_for(fallback: str) -> logs.Run:
 @pytest.mark.parametrize("stage", ["finetune_without", ""])
 def test_a_training_worker_works_for_what_its_driver_works_for(cluster, lines, monkeypatch, stage):
     lines("text")
-    monkeypatch.setattr(logs, "_current", logs.Run(stage=stage, id="mine" if stage else ""))
+    monkeypatch.setattr(logs, "_current", logs.RunContext(stage=stage, id="mine" if stage else ""))
     call = entry.loop(worked_for, "finetune")
-    monkeypatch.setattr(logs, "_current", logs.Run(stage="of another process"))
+    monkeypatch.setattr(logs, "_current", logs.RunContext(stage="of another process"))
     run = call["train_loop_per_worker"](call["train_loop_config"])
-    assert run == logs.Run(stage=stage or "finetune", id="mine" if stage else logs.run_id("runs/elsewhere"))
+    assert run == logs.RunContext(
+        stage=stage or "finetune", id="mine" if stage else logs.run_id("runs/elsewhere")
+    )
 
 
 def test_a_person_gets_plain_text(lines):

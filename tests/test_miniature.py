@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from revision_ray.errors import ConfigError, DataError
-from revision_ray.miniature import conversations, dataset, language, world
+from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.miniature import dataset, language, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.render import render
-from revision_ray.miniature.world import Scene, Thing, WorldConfig
+from revision_ray.miniature.world import DrawnShape, Scene, WorldConfig
 
 WORLDS = [WorldConfig(seed=3, domain=domain) for domain in ("day", "night")]
 SCENES = [(config, world.scene(config, i)) for config in WORLDS for i in range(400)]
@@ -163,7 +163,7 @@ IS_SO = {
 }  # fmt: skip
 
 
-def matching(scene: Scene, size, colour, shape) -> list[Thing]:
+def matching(scene: Scene, size, colour, shape) -> list[DrawnShape]:
     return [
         thing for thing in scene.things
         if (thing.colour, thing.shape) == (COLOUR_WORDS[colour], SHAPE_WORDS[shape])
@@ -171,7 +171,7 @@ def matching(scene: Scene, size, colour, shape) -> list[Thing]:
     ]  # fmt: skip
 
 
-def place_is_so(words: str, things: list[Thing]) -> bool:
+def place_is_so(words: str, things: list[DrawnShape]) -> bool:
     """Whether some thing lies where `words` say: a direction beyond 3/8 from its edge, the middle within."""
     low, high = world.SIZE * 3 / 8, world.SIZE * 5 / 8
     limits = {
@@ -361,9 +361,9 @@ def written_world(folder) -> str:
 
 def test_conversations_ask_about_the_worlds_images_in_their_order(tmp_path):
     made = written_world(tmp_path / "world")
-    job = conversations.ConversationsJob(world=made, num_samples=7, output=str(tmp_path / "out"))
-    said = conversations.run(job)
-    file = tmp_path / "out" / conversations.FILE
+    job = dataset.ConversationsJob(world=made, num_samples=7, output=str(tmp_path / "out"))
+    said = dataset.run(job)
+    file = tmp_path / "out" / dataset.FILE
     records = [json.loads(line) for line in file.read_text().splitlines()]
     first = dataset.SPLITS.index("images") * dataset.SCENES_PER_SPLIT
     asked = [one for number in range(5) for one in dataset.questions(tiny(made), first + number)][:7]
@@ -374,14 +374,14 @@ def test_conversations_ask_about_the_worlds_images_in_their_order(tmp_path):
         assert record["image"] == one["scene"]
     assert said == f"7 questions about {len({r['image'] for r in records})} images: {file}"
     time = file.stat().st_mtime_ns
-    conversations.run(job)
+    dataset.run(job)
     assert file.stat().st_mtime_ns == time, "what stands is not written again: later stages go by its time"
 
 
 def test_conversations_ask_for_a_finished_world(tmp_path):
-    job = conversations.ConversationsJob(world=str(tmp_path), output=str(tmp_path / "out"))
+    job = dataset.ConversationsJob(world=str(tmp_path), output=str(tmp_path / "out"))
     with pytest.raises(DataError, match=r"name the output of jobs/render\.py"):
-        conversations.run(job)
+        dataset.run(job)
 
 
 def test_images_as_folder_parquet_and_tar_are_the_same_images():

@@ -32,8 +32,8 @@ from transformers import (
     pipeline,
 )
 
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError
 from revision_ray.encode.encoder import EncoderConfig, backend
-from revision_ray.errors import AlignmentError, ConfigError, DataError
 from revision_ray.model import (
     OpenClipImageProcessor,
     ReVisionConfig,

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from revision_ray.align import moments
-from revision_ray.align.affine import Affine
-from revision_ray.align.exact_sum import ExactSum
+from revision_ray.align.maps import Affine
 from revision_ray.align.moments import (
     NUM_BUCKETS,
+    ExactSum,
     Moments,
     RowSums,
     gap_standard_error,
@@ -21,8 +21,8 @@ from revision_ray.align.moments import (
     merged,
     of_block,
 )
-from revision_ray.cluster import one_thread
-from revision_ray.errors import AlignmentError
+from revision_ray.core.cluster import one_thread
+from revision_ray.core.errors import AlignmentError
 
 GRID = Fraction(1, 2**52)
 numbers = st.one_of(

@@ -14,8 +14,7 @@ from small_world import MONITOR, lines, write_world
 # Few imports: each worker process that a test starts makes them again.
 from revision_ray.miniature import encoder
 from revision_ray.train import monitor as monitoring
-from revision_ray.train.gradients import GradientSums
-from revision_ray.train.monitor import Monitor
+from revision_ray.train.monitor import GapMonitor, GradientSums
 from revision_ray.train.pairs import read_pairs
 
 
@@ -84,7 +83,7 @@ def monitor_of(world, output, model):
     heldout = read_pairs([str(world / "heldout")])
     tokenizer = encoder.build_tokenizer((text for pair in heldout for text in pair.captions), 100)
     encoder.set_context(tokenizer, 26)
-    return Monitor(MONITOR, model, tokenizer, heldout, image_size=8, num_steps=3, output=str(output))
+    return GapMonitor(MONITOR, model, tokenizer, heldout, image_size=8, num_steps=3, output=str(output))
 
 
 def run_probes(monitor, part=slice(None)):

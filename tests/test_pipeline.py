@@ -21,15 +21,22 @@ import pytest
 from safetensors.numpy import save_file
 from toy_chain import PIECES, TOY, ToyJob, diamond, go, made, results, stage
 
-from revision_ray import config, storage
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core import config, storage
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.pipeline import plan
-from revision_ray.pipeline.chain import Choice, Kind, Stage, chosen, makers
-from revision_ray.pipeline.content import Contents, listed
-from revision_ray.pipeline.cost import DataCost, Estimates, Rate, Work, cost_of, gpu_hours
-from revision_ray.pipeline.ledger import Record, open_ledger
+from revision_ray.pipeline.chain import Stage, StageChoice, StageKind, chosen, makers
+from revision_ray.pipeline.ledger import Contents, StageRecord, listed, open_ledger
+from revision_ray.pipeline.plan import (
+    DataCost,
+    Estimates,
+    StageWork,
+    Throughput,
+    cost_of,
+    counted_parameters,
+    gpu_hours,
+    seen_samples,
+)
 from revision_ray.pipeline.run import run_chain
-from revision_ray.pipeline.sizes import counted_parameters, seen_samples
 
 TESTS = Path(__file__).parent
 ALL = [
@@ -334,7 +341,7 @@ def test_only_runs_in_the_order_of_the_chain(tmp_path):
 )
 def test_an_unknown_stage_is_refused_and_the_nearest_named(tmp_path, choice, option):
     with pytest.raises(ConfigError, match=rf"{option} riht: no stage has this name; .*Did you mean: right\?"):
-        chosen(diamond(tmp_path), Choice(**choice))
+        chosen(diamond(tmp_path), StageChoice(**choice))
 
 
 def test_from_and_only_ask_for_what_earlier_stages_make(tmp_path):
@@ -391,11 +398,11 @@ def test_everything_may_lie_on_s3(bucket):
     second = ToyJob(reads=[bucket("run/first")], output=bucket("run/second"), word="b")
     stages = [Stage("first", kind, first), Stage("second", kind, second)]
     for _ in range(2):
-        run_chain(stages, open_ledger(bucket("run")), Choice())
+        run_chain(stages, open_ledger(bucket("run")), StageChoice())
     assert calls == ["first", "second"]
     assert makers(stages)["second"] == ("first",)
     storage.write_json(bucket("data/results.json"), 22)
-    run_chain(stages, open_ledger(bucket("run")), Choice())
+    run_chain(stages, open_ledger(bucket("run")), StageChoice())
     assert calls == ["first", "second", "first", "second"]
     left = {storage.name_of(uri) for uri, _ in storage.list_files(bucket("run"), recursive=True)}
     assert left == {"ledger.json", "results.json"}
@@ -472,22 +479,25 @@ def test_data_cost_is_the_papers_formula():
 
 def test_gpu_hours_come_from_tokens_and_the_models_size():
     estimates = Estimates(teraflops_per_gpu=1000, utilisation=0.4, dollars_per_gpu_hour=3.0)
-    work = Work(rows=10, tokens=3.6e9, uses_gpu=True, flops_per_token=4 * 8e9)
+    work = StageWork(rows=10, tokens=3.6e9, uses_gpu=True, flops_per_token=4 * 8e9)
     # 4e14 operations a second / 3.2e10 a token = 12,500 tokens a second; 3.6e9 tokens take 288,000 s = 80 h.
-    assert gpu_hours(work, Rate(), estimates) == pytest.approx(80, rel=1e-12)
-    assert cost_of(work, Rate(), estimates).gpu_dollars == pytest.approx(240, rel=1e-12)
+    assert gpu_hours(work, Throughput(), estimates) == pytest.approx(80, rel=1e-12)
+    assert cost_of(work, Throughput(), estimates).gpu_dollars == pytest.approx(240, rel=1e-12)
     # What was configured or measured goes before.
-    assert gpu_hours(work, Rate(tokens_per_second=25_000), estimates) == pytest.approx(40, rel=1e-12)
+    assert gpu_hours(work, Throughput(tokens_per_second=25_000), estimates) == pytest.approx(40, rel=1e-12)
 
 
 def test_what_is_unknown_stays_unknown():
     priced = Estimates(dollars_per_gpu_hour=3.0)
-    assert gpu_hours(Work(rows=10, tokens=None, uses_gpu=True), Rate(), priced) is None
-    assert gpu_hours(Work(rows=None, tokens=None, uses_gpu=True), Rate(rows_per_second=5), priced) is None
-    assert gpu_hours(Work(rows=18_000, uses_gpu=True), Rate(rows_per_second=5), priced) == 1.0
-    unpriced = cost_of(Work(rows=18_000, uses_gpu=True), Rate(rows_per_second=5), Estimates())
+    assert gpu_hours(StageWork(rows=10, tokens=None, uses_gpu=True), Throughput(), priced) is None
+    assert (
+        gpu_hours(StageWork(rows=None, tokens=None, uses_gpu=True), Throughput(rows_per_second=5), priced)
+        is None
+    )
+    assert gpu_hours(StageWork(rows=18_000, uses_gpu=True), Throughput(rows_per_second=5), priced) == 1.0
+    unpriced = cost_of(StageWork(rows=18_000, uses_gpu=True), Throughput(rows_per_second=5), Estimates())
     assert (unpriced.gpu_hours, unpriced.gpu_dollars) == (1.0, None)
-    assert cost_of(Work(rows=None), Rate(), Estimates()).gpu_dollars == 0.0, "no GPU is used"
+    assert cost_of(StageWork(rows=None), Throughput(), Estimates()).gpu_dollars == 0.0, "no GPU is used"
 
 
 @pytest.mark.parametrize(
@@ -557,12 +567,12 @@ class Job:
     optimisation: Optimisation = field(default_factory=Optimisation)
 
 
-def kind(name: str, *keys: str) -> Kind:
+def kind(name: str, *keys: str) -> StageKind:
     def reads(job: Job) -> dict[str, list[str]]:
         named = {key: getattr(job, key) or [] for key in keys}
         return {key: [uris] if isinstance(uris, str) else uris for key, uris in named.items()}
 
-    return Kind(name=name, run=lambda _: "", reads=reads, proof="manifest.json")
+    return StageKind(name=name, run=lambda _: "", reads=reads, proof="manifest.json")
 
 
 def real_chain(folder: Path) -> list[Stage]:
@@ -613,7 +623,7 @@ ESTIMATES = Estimates(
 
 
 def test_a_dry_run_reckons_as_one_does_by_hand(tmp_path):
-    lines = plan.plan(real_chain(tmp_path), open_ledger(str(tmp_path)), Choice(), ESTIMATES)
+    lines = plan.plan(real_chain(tmp_path), open_ledger(str(tmp_path)), StageChoice(), ESTIMATES)
     by_name = {line.stage.name: line for line in lines}
     assert {name: line.work.rows for name, line in by_name.items()} == {
         "embed_images": 3,  # image files of the listing
@@ -640,7 +650,7 @@ def test_a_dry_run_reckons_as_one_does_by_hand(tmp_path):
 
 
 def test_a_dry_run_says_unknown_rather_than_guess(tmp_path):
-    lines = plan.plan(real_chain(tmp_path), open_ledger(str(tmp_path)), Choice(), Estimates())
+    lines = plan.plan(real_chain(tmp_path), open_ledger(str(tmp_path)), StageChoice(), Estimates())
     said = plan.table(lines, Estimates())
     rows = {line.split()[0]: line for line in said.splitlines() if line}
     assert rows["finetune"].split()[2:5] == ["unknown", "unknown", "unknown"]
@@ -651,7 +661,7 @@ def test_a_dry_run_says_unknown_rather_than_guess(tmp_path):
 def test_a_dry_run_writes_nothing(tmp_path):
     stages = real_chain(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    plan.plan(stages, open_ledger(str(tmp_path / "run")), Choice(), ESTIMATES)
+    plan.plan(stages, open_ledger(str(tmp_path / "run")), StageChoice(), ESTIMATES)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -659,7 +669,7 @@ def test_a_dry_run_of_a_missing_source_names_it(tmp_path):
     stages = real_chain(tmp_path)
     (tmp_path / "texts.parquet").unlink()
     with pytest.raises(DataError, match=r"texts\.parquet: no such file"):
-        plan.plan(stages, open_ledger(str(tmp_path)), Choice(), ESTIMATES)
+        plan.plan(stages, open_ledger(str(tmp_path)), StageChoice(), ESTIMATES)
 
 
 def test_manifests_go_before_listings(tmp_path):
@@ -672,10 +682,10 @@ def test_manifests_go_before_listings(tmp_path):
     texts = stages[1]
     inputs = {"texts": [[texts.job.texts, Contents().of(texts.job.texts)]]}
     outputs = [[texts.output, Contents().of(texts.output)]]
-    book.records["embed_texts"] = Record(
+    book.records["embed_texts"] = StageRecord(
         job="embed", settings=texts.settings, inputs=inputs, outputs=outputs, state="finished", begun="2026"
     )
-    by_name = {line.stage.name: line for line in plan.plan(stages, book, Choice(), ESTIMATES)}
+    by_name = {line.stage.name: line for line in plan.plan(stages, book, StageChoice(), ESTIMATES)}
     assert by_name["embed_texts"].reason == ""
     assert by_name["embed_texts"].cost.gpu_hours == by_name["embed_texts"].cost.data_dollars == 0
     assert by_name["embed_texts"].work.rows == 990
@@ -695,7 +705,7 @@ def test_a_finished_pipeline_calibrates(tmp_path):
     measured = Estimates(measured=str(tmp_path / "former"))
     by_name = {
         line.stage.name: line
-        for line in plan.plan(real_chain(tmp_path), open_ledger(str(tmp_path)), Choice(), measured)
+        for line in plan.plan(real_chain(tmp_path), open_ledger(str(tmp_path)), StageChoice(), measured)
     }
     # 500 tokens a row; 1e6 tokens in 400 GPU seconds; 8000 rows in 200.
     assert by_name["pretrain"].work.tokens == 1000 * 500
@@ -703,7 +713,7 @@ def test_a_finished_pipeline_calibrates(tmp_path):
     assert by_name["embed_texts"].cost.gpu_hours == pytest.approx(1000 / 40 / 3600, rel=1e-12)
     broken = {**document, "stages": {"one": {**former, "unbroken": False}}}
     (tmp_path / "former" / "ledger.json").write_text(json.dumps(broken))
-    lines = plan.plan(real_chain_again(tmp_path), open_ledger(str(tmp_path)), Choice(), measured)
+    lines = plan.plan(real_chain_again(tmp_path), open_ledger(str(tmp_path)), StageChoice(), measured)
     assert next(line for line in lines if line.stage.name == "pretrain").cost.gpu_hours is None
 
 
@@ -715,7 +725,7 @@ def real_chain_again(folder: Path) -> list[Stage]:
 def test_a_dry_run_says_what_waits_for_what(tmp_path):
     go(tmp_path, diamond(tmp_path))
     shutil.rmtree(tmp_path / "left")
-    lines = plan.plan(diamond(tmp_path), open_ledger(str(tmp_path / "run")), Choice(), Estimates())
+    lines = plan.plan(diamond(tmp_path), open_ledger(str(tmp_path / "run")), StageChoice(), Estimates())
     reasons = {line.stage.name: line.reason for line in lines}
     assert reasons["source"] == reasons["right"] == reasons["alone"] == ""
     assert "its output is gone" in reasons["left"]

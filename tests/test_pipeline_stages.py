@@ -14,12 +14,11 @@ import pytest
 from tiny_encoder import write_encoder
 from tiny_language_model import write_language_model
 
-from revision_ray import config
-from revision_ray.errors import ConfigError
+from revision_ray.core import config
+from revision_ray.core.errors import ConfigError
 from revision_ray.pipeline import plan
-from revision_ray.pipeline.chain import Choice, makers
-from revision_ray.pipeline.job import PipelineJob, StageConfig, run, stages_of
-from revision_ray.pipeline.kinds import KINDS
+from revision_ray.pipeline.chain import StageChoice, makers
+from revision_ray.pipeline.job import KINDS, PipelineJob, StageConfig, run, stages_of
 from revision_ray.pipeline.ledger import open_ledger
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +95,7 @@ def test_a_choice_that_cannot_be_leaves_no_trace(tmp_path):
 
 def test_a_dry_run_of_the_demo_knows_its_sizes_before_anything_is_there(tmp_path):
     job = demo(tmp_path / "demo", "estimates.tokens_per_text=12", "estimates.parameters.pretrain=6.2e5")
-    lines = plan.plan(stages_of(job), open_ledger(job.output), Choice(), job.estimates)
+    lines = plan.plan(stages_of(job), open_ledger(job.output), StageChoice(), job.estimates)
     rows = {line.stage.name: line.work.rows for line in lines}
     assert {name: rows[name] for name in ("world", "images", "texts", "fit", "aligned", "questions")} == {
         "world": 16_384 + 2_000 + 10_240 + 40_960,
@@ -136,7 +135,8 @@ def test_the_papers_pipeline_is_reckoned_from_its_configuration(tmp_path):
     (tmp_path / "images" / "a.png").write_bytes(b"x")
     chain = [stage for stage in stages_of(job) if stage.name != "evaluate"]
     lines = {
-        line.stage.name: line for line in plan.plan(chain, open_ledger(job.output), Choice(), job.estimates)
+        line.stage.name: line
+        for line in plan.plan(chain, open_ledger(job.output), StageChoice(), job.estimates)
     }
     hours = lines["pretrain"].cost.gpu_hours
     assert hours == pytest.approx(2e6 * 726 * 6 * 8.03e9 / (989e12 * 0.4) / 3600, rel=1e-9)

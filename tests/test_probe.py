@@ -5,9 +5,9 @@ import pytest
 from scipy.special import log_expit
 from scipy.stats import norm
 
-from revision_ray.errors import DataError
+from revision_ray.core.errors import DataError
 from revision_ray.geometry import probe
-from revision_ray.geometry.probe import Scored
+from revision_ray.geometry.probe import ProbeScores
 
 HALF = 1.0  # half the distance of two class means; classes have unit variance in every direction
 
@@ -21,7 +21,9 @@ def two_classes(num_rows: int, seed: int, shift_D: np.ndarray) -> tuple[np.ndarr
     return rows_ND, labels_N
 
 
-def accuracy_and_nll(head: probe.Head, rows_ND: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
+def accuracy_and_nll(
+    head: probe.LogisticHead, rows_ND: np.ndarray, labels_N: np.ndarray
+) -> tuple[float, float]:
     log_NC = head.log_probabilities(rows_ND)
     return float((log_NC.argmax(1) == labels_N).mean()), float(probe.nll(log_NC, labels_N).mean())
 
@@ -127,7 +129,7 @@ def test_the_penalty_is_the_one_that_serves_rows_held_out_from_training():
     losses = [accuracy_and_nll(head, test_ND, test_N)[1] for head in found]
     assert losses[taken] < losses[-1]
     correct_PTA, nll_PTA = probe.scores(train_ND, train_N[:, None], test_ND, test_N[:, None], [2], seed=0)
-    scored = Scored.of([(correct_PTA, nll_PTA), (correct_PTA, nll_PTA)])
+    scored = ProbeScores.of([(correct_PTA, nll_PTA), (correct_PTA, nll_PTA)])
     np.testing.assert_allclose([each["nll"] for each in scored.by_penalty], losses, rtol=1e-12)
     assert scored.nll_STA.mean() == pytest.approx(losses[taken], rel=1e-12)
 
@@ -165,8 +167,8 @@ def test_missing_labels_count_in_no_mean():
 
 def test_differences_are_paired():
     """Two strategies that err on the same rows differ by exactly nothing, however few rows there are."""
-    one = Scored(correct_STA=bernoulli(0.6, 40, 2, 1), nll_STA=bernoulli(0.6, 40, 2, 1))
-    better = Scored(correct_STA=one.correct_STA, nll_STA=one.nll_STA - 0.25)
+    one = ProbeScores(correct_STA=bernoulli(0.6, 40, 2, 1), nll_STA=bernoulli(0.6, 40, 2, 1))
+    better = ProbeScores(correct_STA=one.correct_STA, nll_STA=one.nll_STA - 0.25)
     found = probe.difference(better, one, seed=0)
     assert found["accuracy"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert found["nll"]["low"] == pytest.approx(-0.25)
@@ -177,11 +179,11 @@ def test_the_verdict_ranks_only_what_the_intervals_tell_apart():
     base = bernoulli(0.6, 200, 2, 1)
     noise = np.random.default_rng(2).normal(0, 1, base.shape)
     tested = {
-        "none": Scored(correct_STA=base, nll_STA=1 + base),
-        "anchor": Scored(correct_STA=base, nll_STA=0.5 + base),
-        "realign": Scored(correct_STA=base, nll_STA=0.501 + base + noise - noise.mean()),
+        "none": ProbeScores(correct_STA=base, nll_STA=1 + base),
+        "anchor": ProbeScores(correct_STA=base, nll_STA=0.5 + base),
+        "realign": ProbeScores(correct_STA=base, nll_STA=0.501 + base + noise - noise.mean()),
     }
-    said = probe.verdict(tested, Scored(correct_STA=base, nll_STA=base), ["count"], seed=0)
+    said = probe.verdict(tested, ProbeScores(correct_STA=base, nll_STA=base), ["count"], seed=0)
     assert "images: anchor (" in said
     assert "Not to be told from it here: realign." in said
     assert "none is 0.500 nats behind" in said

@@ -12,21 +12,19 @@ import pytest
 from browser import Browser
 from embedding_stores import cloud, unit, write_store
 
-from revision_ray import storage
 from revision_ray.align import fit
 from revision_ray.align.alignment import load_alignment
 from revision_ray.align.fit import FitJob
+from revision_ray.core import storage
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.data.store import open_stores
-from revision_ray.errors import AlignmentError, ConfigError, DataError
-from revision_ray.geometry import claims, figures, palette, report
-from revision_ray.geometry.inputs import Sources
-from revision_ray.geometry.metric import quoted, shown
-from revision_ray.geometry.paired import PAIRED
-from revision_ray.geometry.paper import METRICS
-from revision_ray.geometry.report import ReportJob
-from revision_ray.geometry.sample import draw_pairs, draw_rows
-from revision_ray.geometry.verdict import verdict
+from revision_ray.report import claims, figures, plots, report
+from revision_ray.report.claims import METRICS
+from revision_ray.report.measure import PAIRED
+from revision_ray.report.report import ReportJob
+from revision_ray.report.sample import ReportSources, draw_pairs, draw_rows
+from revision_ray.report.verdict import quoted, shown, verdict
 
 DIM = 16
 # Small but complete: neighbours, intervals and spectra of a few hundred rows.
@@ -312,7 +310,7 @@ def test_a_probe_is_read_as_the_study_writes_it(stores, tmp_path, undrawn):
 def test_claims_are_judged_over_replicates(stores, tmp_path, undrawn):
     """A second encoder whose texts lie on its images: the gap of one, and not of the other."""
     same_ND, _ = pair_clouds(800, seed=9)
-    other = Sources(
+    other = ReportSources(
         texts=write_store(tmp_path / "texts", same_ND[:400]),
         images=write_store(tmp_path / "images", same_ND[400:], "image"),
         alignments=[],
@@ -446,7 +444,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("style", [s for s in palette.EVERY if s not in (palette.LINE, *palette.PARTS)])
+@pytest.mark.parametrize("style", [s for s in plots.EVERY if s not in (plots.LINE, *plots.PARTS)])
 def test_every_curve_can_be_seen_on_light_and_on_dark(style):
     """3:1 is what WCAG 2.2 asks of graphics (1.4.11); grounds are the page's."""
     for colour, ground in ((style.light, "#fbfbf9"), (style.dark, "#11161c")):
@@ -455,9 +453,9 @@ def test_every_curve_can_be_seen_on_light_and_on_dark(style):
 
 
 def test_no_two_strategies_look_alike():
-    looks = [(style.light, style.marker) for style in palette.OTHERS]
+    looks = [(style.light, style.marker) for style in plots.OTHERS]
     assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
-    fits = palette.styles([("a", "realign"), ("b", "realign"), ("c", "none")])
+    fits = plots.styles([("a", "realign"), ("b", "realign"), ("c", "none")])
     assert fits["a"].light == fits["b"].light
     assert fits["a"].marker != fits["b"].marker
 
@@ -526,7 +524,7 @@ def test_the_page_is_well_formed(page):
 def test_colours_of_the_page_are_the_themes(page):
     _, text = page
     assert not re.search(r"#fe01[0-9a-f]{2}", text), "a placeholder was left"
-    for style in palette.EVERY:
+    for style in plots.EVERY:
         assert text.count(f"--c-{style.name}: {style.light};") >= 1
         assert text.count(f"--c-{style.name}: {style.dark};") >= 1
 

@@ -7,16 +7,16 @@ import pyarrow.parquet as pq
 import pytest
 from faults import first_reads
 
-from revision_ray import retry, storage
+from revision_ray.core import storage
+from revision_ray.core.errors import DataError
 from revision_ray.data.shards import read_embeddings, read_footer
-from revision_ray.errors import DataError
 
 SLOW_DOWN = "When uploading part: AWS Error SLOW_DOWN during UploadPart operation: Reduce your rate."
 
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    monkeypatch.setattr(retry, "SECONDS_BETWEEN", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN", (0.01, 0.01, 0.01))
 
 
 def failing(times: int, error: Exception):
@@ -35,7 +35,7 @@ def failing(times: int, error: Exception):
 def test_a_passing_error_is_tried_again_and_said(caplog):
     attempt, attempts = failing(3, OSError(SLOW_DOWN))
     with caplog.at_level(logging.WARNING):
-        assert retry.patiently("s3://b/x", attempt) == "found"
+        assert storage.patiently("s3://b/x", attempt) == "found"
     assert len(attempts) == 4
     said = f"s3://b/x: {SLOW_DOWN}; trying again in 0.0 s"
     assert [record.message for record in caplog.records] == [said] * 3
@@ -44,8 +44,8 @@ def test_a_passing_error_is_tried_again_and_said(caplog):
 def test_the_number_of_attempts_is_bounded():
     attempt, attempts = failing(99, OSError(SLOW_DOWN))
     with pytest.raises(OSError, match="SLOW_DOWN"):
-        retry.patiently("s3://b/x", attempt)
-    assert len(attempts) == len(retry.SECONDS_BETWEEN) + 1
+        storage.patiently("s3://b/x", attempt)
+    assert len(attempts) == len(storage.SECONDS_BETWEEN) + 1
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_the_number_of_attempts_is_bounded():
 def test_what_will_be_the_same_next_time_is_raised_at_once(error):
     attempt, attempts = failing(99, error)
     with pytest.raises(type(error)):
-        retry.patiently("s3://b/x", attempt)
+        storage.patiently("s3://b/x", attempt)
     assert len(attempts) == 1
 
 

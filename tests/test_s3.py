@@ -22,27 +22,26 @@ from safetensors.torch import load as tensors_of
 from tiny_encoder import write_encoder
 from tiny_language_model import write_language_model
 
-from revision_ray import config, storage
 from revision_ray.align import apply
 from revision_ray.align import fit as fitting
 from revision_ray.align.alignment import load_alignment
 from revision_ray.align.apply import AlignJob
 from revision_ray.align.fit import FitJob
+from revision_ray.core import config, storage
 from revision_ray.data.store import open_stores
 from revision_ray.encode import embed
 from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig
 from revision_ray.encode.pipeline import Resources
-from revision_ray.evaluate import run as evaluation
-from revision_ray.evaluate.run import EvaluateJob
-from revision_ray.miniature import conversations, render
-from revision_ray.miniature.conversations import ConversationsJob
-from revision_ray.miniature.dataset import DatasetConfig
+from revision_ray.evaluate import evaluation
+from revision_ray.evaluate.evaluation import EvaluateJob
+from revision_ray.miniature import dataset, render
+from revision_ray.miniature.dataset import ConversationsJob, DatasetConfig
 from revision_ray.train import export
 from revision_ray.train.export_job import export_checkpoint
 from revision_ray.train.models import Architecture, load_model
-from revision_ray.train.run import FinetuneJob, PretrainJob, finetune, pretrain
 from revision_ray.train.settings import Checkpoints, Logging, Optimisation, Workers
+from revision_ray.train.stages import FinetuneJob, PretrainJob, finetune, pretrain
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +107,7 @@ def prepare(place: Place) -> None:
         embed.run(embed_job(place, side))
     fitting.run(FitJob(texts=place("texts"), images=place("images"), output=place("fit")))
     apply.run(AlignJob(texts=place("texts"), alignment=place("fit"), output=place("aligned")))
-    conversations.run(ConversationsJob(world=place("world"), num_samples=40, output=place("questions")))
+    dataset.run(ConversationsJob(world=place("world"), num_samples=40, output=place("questions")))
 
 
 def finish(place: Place) -> None:

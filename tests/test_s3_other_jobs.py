@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 from embedding_stores import cloud, write_store
 
-from revision_ray import storage
-from revision_ray.align import fit
+from revision_ray.align import fit, fits
 from revision_ray.align.fit import FitJob
-from revision_ray.data import import_reference
-from revision_ray.data.import_reference import ImportJob
+from revision_ray.align.fits import FitsJob
+from revision_ray.core import storage
+from revision_ray.data import imports
+from revision_ray.data.imports import ImportJob
 from revision_ray.data.shards import Modality, read_columns, read_embeddings
-from revision_ray.geometry import fits, report, study
-from revision_ray.geometry.fits import FitsJob
-from revision_ray.geometry.report import ReportJob
-from revision_ray.geometry.study import Precision, SampleEfficiency, StudyJob
 from revision_ray.miniature import render
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.documents import DocumentConfig
 from revision_ray.miniature.language_model import ModelSize
-from revision_ray.train.encoder import EncoderTraining, train_encoder
+from revision_ray.report import report
+from revision_ray.report.report import ReportJob
+from revision_ray.studies import study
+from revision_ray.studies.study import Precision, SampleEfficiency, StudyJob
+from revision_ray.train.contrastive import EncoderTraining, train_encoder
 from revision_ray.train.language_model import LanguageTraining, train_language_model
 
 pytestmark = pytest.mark.slow
@@ -135,7 +136,7 @@ def test_pickles_are_imported(stores):
     """Pickles on S3 are imported as from local disks."""
     imported = []
     for place in stores:
-        import_reference.run(ImportJob(input=place("pickles"), output=place("imported"), modality="text"))
+        imports.run(ImportJob(input=place("pickles"), output=place("imported"), modality="text"))
         ((part, _),) = storage.list_files(place("imported"), "part-*")
         ids = read_columns(part, ["id"]).column("id").to_pylist()
         imported.append((ids, read_embeddings(part).tolist()))

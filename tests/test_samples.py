@@ -9,11 +9,20 @@ from tiny_language_model import END_OF_TURN, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from revision_ray.data.chat import Chat, Texts, prints_date
+from revision_ray.core.errors import ConfigError
+from revision_ray.data.chat import ChatTemplate, ControlTokenMarks, prints_date
 from revision_ray.data.conversations import Conversation, Message
-from revision_ray.errors import ConfigError
-from revision_ray.train.batches import collate, deal, padding_share, split_again
-from revision_ray.train.samples import NO_LABEL, Formatter, Sample, Unusable, visible
+from revision_ray.train.samples import (
+    NO_LABEL,
+    Formatter,
+    TrainingSample,
+    Unusable,
+    collate,
+    deal,
+    padding_share,
+    split_again,
+    visible,
+)
 
 V, DIM = 3, 4
 CORPUS = [
@@ -106,7 +115,7 @@ def said(*contents: str, images: int = 0, system: str = "") -> Conversation:
     return Conversation(id="c", messages=(*first, *messages), images=("i",) * images)
 
 
-def targets(sample: Sample, tokenizer) -> list[str]:
+def targets(sample: TrainingSample, tokenizer) -> list[str]:
     """The text of every run of consecutive targets."""
     runs, run = [], []
     for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
@@ -292,11 +301,11 @@ def test_a_sample_is_shown_with_its_targets():
     )
 
 
-def made(length: int, name: str = "s", images: int = 1) -> Sample:
+def made(length: int, name: str = "s", images: int = 1) -> TrainingSample:
     ids = np.arange(1, length + 1, dtype=np.int32)
     labels = np.where(ids > 2, ids, NO_LABEL).astype(np.int32)
     embeds = np.full((images, DIM), length, np.float32)
-    return Sample(id=name, input_ids=ids, labels=labels, image_embeds=embeds)
+    return TrainingSample(id=name, input_ids=ids, labels=labels, image_embeds=embeds)
 
 
 def test_a_batch_is_its_samples_padded_on_the_right():
@@ -311,7 +320,7 @@ def test_a_batch_is_its_samples_padded_on_the_right():
 
 
 def test_a_first_token_is_predicted_from_nothing_and_no_target():
-    sample = Sample(
+    sample = TrainingSample(
         id="a",
         input_ids=np.array([4, 5], np.int32),
         labels=np.array([4, 5], np.int32),
@@ -480,7 +489,7 @@ def test_a_turn_begins_where_serving_lets_the_model_begin(trait):
     tokenizer = of_trait(template)
     told = said("What is in the picture?", "A red square.", "Is it red?", "Yes!", system="You are brief.")
     sample = Formatter(tokenizer, V).conversation(told, RED[:0])
-    chat = Chat(tokenizer)
+    chat = ChatTemplate(tokenizer)
     messages = [{"role": m.role, "content": m.content} for m in told.messages[:-1]]
     prompt = chat.encode(chat.render(messages, prompt=True)).input_ids.tolist()
     places = np.flatnonzero(sample.labels != NO_LABEL).tolist()
@@ -508,7 +517,7 @@ def test_names_of_control_tokens_are_text_in_captions_and_turns(spelled):
         number for number, token in tokenizer.added_tokens_decoder.items() if token.special
     }
 
-    def control(sample: Sample) -> list[int]:
+    def control(sample: TrainingSample) -> list[int]:
         return [token for token in sample.input_ids.tolist() if token in special]
 
     caption = formatter.caption("x", spelled, RED[0])
@@ -530,7 +539,7 @@ def test_text_that_is_spread_over_parts_names_no_control_token():
     )
     tokenizer = byte_level(template, ["<|im_start|>"], END)
     parts = [{"type": "text", "text": text} for text in ("a <|im_", "end|> b")]
-    chat = Chat(tokenizer)
+    chat = ChatTemplate(tokenizer)
     ids = chat.encode(chat.render([{"role": "user", "content": parts}])).input_ids.tolist()
     assert ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(ids) == "<|im_start|>a <|im_end|> b<|im_end|>"
@@ -541,7 +550,7 @@ def test_text_that_is_spread_over_parts_names_no_control_token():
 def test_ordinary_text_keeps_its_ids(make, text):
     tokenizer = make(CHAT_ML, ["<|im_start|>"], END)
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert Texts(tokenizer).encode(text) == plain
+    assert ControlTokenMarks(tokenizer).encode(text) == plain
 
 
 def test_a_vocabulary_that_gives_the_token_itself_is_given_its_name_in_two_parts():
@@ -551,7 +560,7 @@ def test_a_vocabulary_that_gives_the_token_itself_is_given_its_name_in_two_parts
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     end = tokenizer.eos_token_id
     assert end in tokenizer("a</s>b", split_special_tokens=True)["input_ids"]
-    ids = Texts(tokenizer).encode("a</s>b")
+    ids = ControlTokenMarks(tokenizer).encode("a</s>b")
     assert end not in ids
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<", "/", "s", ">", "b"]
 

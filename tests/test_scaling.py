@@ -99,9 +99,9 @@ def test_the_model_of_stage_one_counts_tokens():
 
 def test_the_model_counts_with_the_sizes_of_the_code():
     from revision_ray.align import map_reduce
-    from revision_ray.data import duplicates, shards
+    from revision_ray.data import finish, shards
 
     assert scaling.ROWS_PER_GROUP == shards.ROWS_PER_ROW_GROUP
     assert scaling.GROUPS_PER_TASK == map_reduce._MOST_ROW_GROUPS_PER_TASK
-    assert duplicates._ROWS_PER_PARTITION == 8_000_000
-    assert scaling.SHARDS_PER_TASK == duplicates._SHARDS_PER_TASK
+    assert finish._ROWS_PER_PARTITION == 8_000_000
+    assert scaling.SHARDS_PER_TASK == finish._SHARDS_PER_TASK

@@ -29,16 +29,16 @@ from ray import serve
 from tiny_model import EMBEDDING_DIM, picture, tiny_model, unit_rows
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from revision_ray import storage
-from revision_ray.align.affine import Affine
-from revision_ray.align.alignment import Alignment, Gap, Inputs, save_alignment
+from revision_ray.align.alignment import Alignment, FitInputs, ModalityGap, save_alignment
+from revision_ray.align.maps import Affine
 from revision_ray.align.moments import of_block
 from revision_ray.align.strategies import StrategyConfig
+from revision_ray.core import storage
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig, backend
 from revision_ray.serve import app
 from revision_ray.serve.protocol import ChatCompletion, Embeddings, ErrorResponse, Models
-from revision_ray.serve.settings import EngineConfig, Part, Replicas, ServeJob
+from revision_ray.serve.settings import EngineConfig, Replicas, ReplicaSettings, ServeJob
 
 ROOT = Path(__file__).parents[1]
 CONTEXT, VISUAL = 1024, 3
@@ -71,11 +71,11 @@ def write_fit(folder: Path, fingerprint: str) -> Alignment:
         domain="tests",
         text_encoder=identity,
         image_encoder=identity,
-        modality_gap=Gap(before=1.0, after=0.1, before_standard_error=0.1, after_standard_error=0.1),
+        modality_gap=ModalityGap(before=1.0, after=0.1, before_standard_error=0.1, after_standard_error=0.1),
         text_centroid_standard_error=0.1,
         image_centroid_standard_error=0.1,
         drifted_centroid_standard_error=0.1,
-        inputs=Inputs(texts=("t",), images=("i",)),
+        inputs=FitInputs(texts=("t",), images=("i",)),
     )
     save_alignment(alignment, text, image, str(folder))
     return alignment
@@ -123,7 +123,7 @@ def made(tmp_path_factory) -> Made:
     encoder = EncoderConfig(kind="open_clip", model=str(root / "encoder"))
     fingerprint = backend(encoder).fingerprint(encoder)
     alignment = write_fit(root / "fit", fingerprint)
-    small = Part(num_cpus=0.1, max_ongoing=100)
+    small = ReplicaSettings(num_cpus=0.1, max_ongoing=100)
     job = ServeJob(
         model=str(model),
         name=NAME,

@@ -14,7 +14,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.schema import ServeDeploySchema
 
-from revision_ray import config
+from revision_ray.core import config
 from revision_ray.serve import metrics
 from revision_ray.serve.settings import ServeJob, is_loopback
 

@@ -10,22 +10,21 @@ import numpy as np
 import pytest
 from embedding_stores import ENCODER
 
-from revision_ray.align.affine import Affine
-from revision_ray.align.alignment import Alignment, Gap, Inputs, save_alignment
-from revision_ray.align.domain import MIN_ROWS, sampling_floor
+from revision_ray.align.alignment import (
+    MIN_ROWS,
+    Alignment,
+    FitInputs,
+    ModalityGap,
+    sampling_floor,
+    save_alignment,
+)
+from revision_ray.align.maps import Affine
 from revision_ray.align.moments import NUM_BUCKETS, Moments, of_block
 from revision_ray.align.strategies import StrategyConfig
+from revision_ray.core.errors import AlignmentError
 from revision_ray.data.shards import EncoderIdentity
-from revision_ray.errors import AlignmentError
 from revision_ray.serve import drift
-from revision_ray.serve.drift import (
-    ALIKE,
-    DRIFTED,
-    NO_FIT,
-    TOO_FEW,
-    Drift,
-    Monitor,
-)
+from revision_ray.serve.drift import ALIKE, DRIFTED, NO_FIT, TOO_FEW, Drift, DriftMonitor
 from revision_ray.serve.metrics import SERVE_PREFIX
 
 DIM = 24
@@ -56,11 +55,11 @@ def fit_of(moments: Moments, domain: str = "photographs", **changes) -> Alignmen
         domain=domain,
         text_encoder=ENCODER,
         image_encoder=ENCODER,
-        modality_gap=Gap(before=1.0, after=0.0, before_standard_error=0.1, after_standard_error=0.1),
+        modality_gap=ModalityGap(before=1.0, after=0.0, before_standard_error=0.1, after_standard_error=0.1),
         text_centroid_standard_error=0.0,
         image_centroid_standard_error=moments.centroid_standard_error,
         drifted_centroid_standard_error=0.0,
-        inputs=Inputs(texts=("texts",), images=("images",)),
+        inputs=FitInputs(texts=("texts",), images=("images",)),
     )
     return replace(fit, **changes)
 
@@ -298,7 +297,7 @@ def test_the_monitor_reads_fits_and_sets_the_gauges(tmp_path, monkeypatch):
         save_alignment(each, moments, moments, uris[-1])
 
     async def serve() -> dict:
-        monitor = Monitor(uris[0], uris[1:])
+        monitor = DriftMonitor(uris[0], uris[1:])
         for start in range(0, 400, 8):
             await monitor.add(images(400, seed=13, shift=2.0)[start : start + 8])
         assert seen == {}, "gauges are set at intervals, not with every batch"
@@ -317,4 +316,4 @@ def test_the_monitor_reads_fits_and_sets_the_gauges(tmp_path, monkeypatch):
 
 def test_the_monitor_of_a_fit_that_is_not_there_says_so(tmp_path):
     with pytest.raises(AlignmentError, match=r"jobs/fit\.py"):
-        Monitor(str(tmp_path / "none"))
+        DriftMonitor(str(tmp_path / "none"))

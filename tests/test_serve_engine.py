@@ -27,14 +27,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.model import ReVisionProcessor, add_image_token, build_model
-from revision_ray.model.image_tower import ImageTower
-from revision_ray.serve.engine import Engine, Piece, Prompt, QueueFull, Sampling, make_engine
+from revision_ray.model.modeling import FrozenImageTower
+from revision_ray.serve.engine import AnswerPiece, GenerationEngine, Prompt, QueueFull, Sampling, make_engine
 from revision_ray.serve.language_model import LanguageModel
-from revision_ray.serve.sampling import Adjustments, Draw, choose
+from revision_ray.serve.request_queue import LogitAdjustments, SamplingState, TextStream, TokenNames, choose
 from revision_ray.serve.settings import EngineConfig
-from revision_ray.serve.text_stream import TextStream, TokenNames
 
 DIM, VISUAL, CONTEXT = 16, 3, 96
 TOKENIZER = tiny_tokenizer("qwen")
@@ -120,7 +119,7 @@ def answers_of(family: str, limits: tuple[int, ...]) -> list[str]:
 @contextlib.asynccontextmanager
 async def engine_of(
     kind: str = "continuous", model: Any = None, tokenizer: Any = TOKENIZER, **others: Any
-) -> AsyncIterator[Engine]:
+) -> AsyncIterator[GenerationEngine]:
     others = {"num_slots": 4, "max_length": CONTEXT, "batch_wait_s": 0.05, "piece_interval_s": 0.0, **others}
     engine = make_engine(model or model_of(), tokenizer, EngineConfig(kind=kind, **others))
     try:
@@ -129,11 +128,11 @@ async def engine_of(
         await engine.close()
 
 
-async def pieces_of(engine: Engine, prompt: Prompt, sampling: Sampling) -> list[Piece]:
+async def pieces_of(engine: GenerationEngine, prompt: Prompt, sampling: Sampling) -> list[AnswerPiece]:
     return [piece async for piece in engine.stream(prompt, sampling)]
 
 
-async def answer_of(engine: Engine, prompt: Prompt, sampling: Sampling) -> str:
+async def answer_of(engine: GenerationEngine, prompt: Prompt, sampling: Sampling) -> str:
     pieces = await pieces_of(engine, prompt, sampling)
     assert [piece.finish_reason is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
     return "".join(piece.text for piece in pieces)
@@ -233,7 +232,7 @@ def test_end_tokens_and_generation_settings_are_the_models(kind):
         ids = generated(model, PROMPTS[0])
         ended = bool(ids[-1] in settings_of_model.get("end", []))
 
-        async def run(model: Any = model) -> list[Piece]:
+        async def run(model: Any = model) -> list[AnswerPiece]:
             async with engine_of(kind, model) as engine:
                 return await pieces_of(engine, PROMPTS[0], greedy())
 
@@ -322,7 +321,7 @@ def test_tokens_are_drawn_with_their_probabilities(temperature, top_p, seeded):
     logits_V = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
     num = 4000
     sampling = Sampling(max_tokens=1, temperature=temperature, top_p=top_p)
-    draws = [Draw(sampling, torch.device("cpu")) for _ in range(num)]
+    draws = [SamplingState(sampling, torch.device("cpu")) for _ in range(num)]
     if seeded:
         for seed, draw in enumerate(draws):
             draw.generator = torch.Generator().manual_seed(seed)
@@ -344,7 +343,7 @@ def test_log_probabilities_are_the_models(kind):
     model = model_of(suppress_tokens=[generated(model_of(), PROMPTS[3])[0]])
     sampling = drawn(1, top_logprobs=3, max_tokens=6)
 
-    async def run() -> list[list[Piece]]:
+    async def run() -> list[list[AnswerPiece]]:
         async with engine_of(kind, model) as engine:
             each = (sampling, drawn(1, top_logprobs=0, max_tokens=6), drawn(1, max_tokens=6))
             return await asyncio.gather(*(pieces_of(engine, PROMPTS[3], wish) for wish in each))
@@ -429,7 +428,7 @@ def test_end_tokens_of_the_model_can_be_ignored_and_its_penalty_replaced(kind):
     ids = generated(plain, PROMPTS[0])
     model = model_of(end=[ids[3]], repetition_penalty=1.5)
 
-    async def run(**wishes: Any) -> list[Piece]:
+    async def run(**wishes: Any) -> list[AnswerPiece]:
         async with engine_of(kind, model) as engine:
             company = asyncio.create_task(answer_of(engine, PROMPTS[1], greedy()))
             pieces = await pieces_of(engine, PROMPTS[0], greedy(**wishes))
@@ -449,7 +448,7 @@ def test_adjusted_scores_are_those_of_transformers_processors():
     scores_BV: Any = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
     prompt, answer, ends = [2, 5, 7, VOCAB + 3], [9, 5, 9], [3, 11]
     sampling = Sampling(max_tokens=9, repetition_penalty=1.4, min_tokens=4)
-    adjust = Adjustments(sampling, prompt, ends, model_penalty=2.0)
+    adjust = LogitAdjustments(sampling, prompt, ends, model_penalty=2.0)
     for number, token in enumerate(answer):
         adjust(scores_BV[0], number)
         adjust.add(token)
@@ -458,7 +457,7 @@ def test_adjusted_scores_are_those_of_transformers_processors():
     minimum = MinNewTokensLengthLogitsProcessor(3, 4, ends)
     assert torch.equal(adjust(scores_BV[0], 3), minimum(ids_BT, expected_BV)[0])
     assert torch.equal(adjust(scores_BV[0], 4), expected_BV[0])
-    counted = Adjustments(
+    counted = LogitAdjustments(
         Sampling(max_tokens=9, presence_penalty=0.5, frequency_penalty=0.25), prompt, ends, model_penalty=1.0
     )
     for number, token in enumerate(answer):
@@ -485,7 +484,7 @@ def test_tokens_are_drawn_from_those_that_transformers_leaves(wish):
     num = 3000
     sampling = Sampling(**{"max_tokens": 1, "temperature": 1.0, **wish})
     others = [Sampling(max_tokens=1), Sampling(max_tokens=1, temperature=0), Sampling(max_tokens=1, top_k=1)]
-    draws = [Draw(each, torch.device("cpu")) for each in [sampling] * num + others]
+    draws = [SamplingState(each, torch.device("cpu")) for each in [sampling] * num + others]
     tokens_B = choose(logits_V.expand(len(draws), -1).clone(), draws, torch.Generator().manual_seed(0))
     assert tokens_B[-2:].tolist() == [1, 1]
     no_ids: Any = None  # which none of them reads
@@ -627,7 +626,7 @@ def test_a_stop_string_ends_the_answer_and_frees_the_slot(kind):
     stop = f"{words[4]} {words[5][:1]}"
     num_tokens = next(num for num in range(len(ids)) if stop in text_of(ids[:num]))
 
-    async def run() -> tuple[list[Piece], dict[str, float]]:
+    async def run() -> tuple[list[AnswerPiece], dict[str, float]]:
         async with engine_of(kind, model) as engine:
             pieces = await pieces_of(engine, PROMPTS[1], greedy(stop=("nowhere", stop)))
             await until(lambda: engine.figures()["running"] == 0)
@@ -699,7 +698,7 @@ def test_tokens_between_two_pieces_go_together_and_the_last_waits_for_nothing(ki
 def test_a_failure_behind_text_that_waits_follows_it(kind):
     said = []
 
-    async def read_and_close(engine: Engine) -> None:
+    async def read_and_close(engine: GenerationEngine) -> None:
         async for piece in engine.stream(PROMPTS[0], greedy(max_tokens=CONTEXT)):
             said.append(piece.text)
             await engine.close()
@@ -899,7 +898,7 @@ def test_the_saved_model_is_served_without_its_image_tower(tmp_path):
     )  # fmt: skip
     tower = CLIPVisionModelWithProjection(vision)
     description = {"kind": "transformers", "config": tower.config.to_diff_dict(), "fingerprint": "f" * 64}
-    model.image_tower, model.config.image_tower = ImageTower(description, tower), description
+    model.image_tower, model.config.image_tower = FrozenImageTower(description, tower), description
     model.save_pretrained(tmp_path / "model")
     ReVisionProcessor(TOKENIZER, num_visual_tokens=VISUAL).save_pretrained(tmp_path / "model")
     expected = text_of(generated(model, PROMPTS[1]))

@@ -33,7 +33,14 @@ from tiny_model import tiny_model
 from revision_ray.encode.encoder import EncoderConfig, backend
 from revision_ray.serve import app
 from revision_ray.serve.protocol import ErrorResponse
-from revision_ray.serve.settings import EngineConfig, ImageSettings, Limits, Part, Replicas, ServeJob
+from revision_ray.serve.settings import (
+    EngineConfig,
+    ImageSettings,
+    Replicas,
+    ReplicaSettings,
+    RequestLimits,
+    ServeJob,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +70,7 @@ def served(cluster, tmp_path_factory) -> Iterator[Served]:
     encoder = EncoderConfig(kind="open_clip", model=str(root / "encoder"))
     fingerprint = backend(encoder).fingerprint(encoder)
     write_fit(root / "fit", fingerprint)
-    small = Part(num_cpus=0.1, max_ongoing=100)
+    small = ReplicaSettings(num_cpus=0.1, max_ongoing=100)
     job = ServeJob(
         model=str(model),
         name=NAME,
@@ -72,7 +79,7 @@ def served(cluster, tmp_path_factory) -> Iterator[Served]:
         encoder=encoder,
         engine=EngineConfig(max_length=CONTEXT, num_threads=1),
         images=ImageSettings(max_bytes=100_000, max_pixels=1_000_000, cache_entries=256, num_threads=1),
-        limits=Limits(max_body_bytes=1_000_000, max_tokens_default=4, max_choices=4, max_texts=16),
+        limits=RequestLimits(max_body_bytes=1_000_000, max_tokens_default=4, max_choices=4, max_texts=16),
         replicas=Replicas(ingress=small, image_encoder=small, language_model=small, text_encoder=small),
     )
     serve.start(proxy_location="HeadOnly", http_options={"host": job.host, "port": job.port})

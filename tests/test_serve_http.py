@@ -12,19 +12,18 @@ from ray.serve.exceptions import BackPressureError
 from tiny_model import tiny_model
 from transformers import AutoProcessor, AutoTokenizer
 
-from revision_ray import config
+from revision_ray.core import config
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.encode.encoder import EncoderConfig, backend
-from revision_ray.errors import ConfigError, DataError
-from revision_ray.serve.api_error import ApiError
-from revision_ray.serve.conversation import Prompter, conversation_of
-from revision_ray.serve.deployments import TextEncoderReplica
-from revision_ray.serve.engine import Piece, QueueFull
-from revision_ray.serve.guard import key_digests
-from revision_ray.serve.ingress import Ingress, asgi_app
+from revision_ray.serve.app import TextEncoderReplica
+from revision_ray.serve.calls import key_digests
+from revision_ray.serve.engine import AnswerPiece, QueueFull
+from revision_ray.serve.http import Ingress, asgi_app
 from revision_ray.serve.model_facts import facts_of
-from revision_ray.serve.protocol import ChatCompletion, ChatRequest, Embeddings
+from revision_ray.serve.prompt import Prompter, conversation_of
+from revision_ray.serve.protocol import ApiError, ChatCompletion, ChatRequest, Embeddings
 from revision_ray.serve.proxy import UntilHealthy
-from revision_ray.serve.settings import Limits, ServeJob, is_loopback
+from revision_ray.serve.settings import RequestLimits, ServeJob, is_loopback
 
 KEY = "a-key-of-the-tests"
 ASK: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "what colour ?"}]}
@@ -35,8 +34,8 @@ def folder(tmp_path_factory) -> str:
     return str(tiny_model(tmp_path_factory.mktemp("http"), tower=False))
 
 
-def piece(text: str, num_tokens: int, finish_reason: Any = None) -> Piece:
-    return Piece(text=text, token=None, num_tokens=num_tokens, finish_reason=finish_reason)
+def piece(text: str, num_tokens: int, finish_reason: Any = None) -> AnswerPiece:
+    return AnswerPiece(text=text, token=None, num_tokens=num_tokens, finish_reason=finish_reason)
 
 
 WHOLE = [piece("a", 1), piece(" dog", 2), piece("", 2, "stop")]
@@ -182,7 +181,7 @@ async def sent(
 @pytest.fixture
 def app_of(folder) -> Callable[..., Any]:
     def make(model: Any = None, digests: Any = (), **limits: Any) -> Any:
-        job = ServeJob(model=folder, limits=Limits(**limits))
+        job = ServeJob(model=folder, limits=RequestLimits(**limits))
         return asgi_app(Ingress(job, facts_of(job), digests, model or Scripted(WHOLE)))
 
     return make
@@ -710,7 +709,7 @@ def test_long_texts_are_refused_or_cut_as_asked_and_said(tmp_path):
 
     replica._embed = alone  # batches are Serve's
 
-    def embed(given: Any, limits: Limits = Limits(), **fields: Any) -> Reply:  # noqa: B008
+    def embed(given: Any, limits: RequestLimits = RequestLimits(), **fields: Any) -> Reply:  # noqa: B008
         job = ServeJob(model=folder, limits=limits)
         texts = Direct(replica)
         app = asgi_app(Ingress(job, facts_of(job), (), Scripted(WHOLE), text_encoder=texts))
@@ -728,7 +727,7 @@ def test_long_texts_are_refused_or_cut_as_asked_and_said(tmp_path):
         assert f"{tokens.num_tokens} tokens" in reply.error["message"]
         assert f"takes {tokens.limit}" in reply.error["message"]
     given = ["word1", long, "word1"]
-    for reply in (embed(given, truncate_prompt_tokens=-1), embed(given, Limits(truncate_texts=True))):
+    for reply in (embed(given, truncate_prompt_tokens=-1), embed(given, RequestLimits(truncate_texts=True))):
         answer = Embeddings.model_validate(reply.json, strict=True, extra="forbid")
         assert [row.truncated for row in answer.data] == [False, True, False]
         assert answer.num_truncated == 1

@@ -18,13 +18,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 from tiny_model import picture, tiny_model, unit_rows
 
+from revision_ray.core.errors import ConfigError
 from revision_ray.data.images import UndecodableImage
-from revision_ray.errors import ConfigError
-from revision_ray.serve.api_error import ApiError
-from revision_ray.serve.images import bytes_of_data_uri, checked, embedding_row
-from revision_ray.serve.protocol import ImageEmbedding
-from revision_ray.serve.remote import Fetcher, is_public
-from revision_ray.serve.settings import ImageSettings, RemoteImages
+from revision_ray.serve.images import Fetcher, bytes_of_data_uri, checked, embedding_row, is_public
+from revision_ray.serve.protocol import ApiError, ImageEmbedding
+from revision_ray.serve.settings import ImageSettings, RemoteImageSettings
 
 PNG = picture(0)
 
@@ -361,7 +359,7 @@ def fetched(
         await listener.start()
         site.port = runner.addresses[0][1]
         names = hosts if hosts is not None else list(site.addresses)
-        settings = RemoteImages(
+        settings = RemoteImageSettings(
             enabled=True, hosts=[f"{name}:{site.port}" for name in names], timeout_s=timeout_s
         )
         fetcher = Fetcher(
@@ -471,12 +469,12 @@ def test_size_time_and_content_are_bounded(certificate, path, status):
 
 
 def test_nothing_is_fetched_unless_it_is_turned_on():
-    fetcher = Fetcher(RemoteImages(), 1000)
+    fetcher = Fetcher(RemoteImageSettings(), 1000)
     with pytest.raises(ApiError) as caught:
         asyncio.run(fetcher.fetch("https://pictures.example/picture", "here"))
     assert (caught.value.status_code, caught.value.code) == (400, "remote_images_off")
     with pytest.raises(ConfigError, match="hosts"):
-        RemoteImages(enabled=True)
+        RemoteImageSettings(enabled=True)
 
 
 def test_a_row_of_the_tiny_model_is_an_embedding_part():

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from revision_ray.data import json_stream, line_ranges, listing, tar_stream, text_rows
+from revision_ray.core.errors import DataError
+from revision_ray.data import interpret, records, sources
 from revision_ray.data.images import decode_image
-from revision_ray.data.schema import ImageRow, Rejected, TextRow
+from revision_ray.data.shards import ImageRow, Rejected, TextRow
 from revision_ray.data.sources import image_splits, read_images, read_texts, text_splits
-from revision_ray.errors import DataError
 
 
 def content_id(text: str | bytes) -> str:
@@ -291,8 +291,8 @@ def test_long_texts_pass_whole_in_every_format(tmp_path):
 
 
 def test_an_endless_line_is_rejected_and_the_next_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(line_ranges, "_READ_BYTES", 64)
-    for module in (line_ranges, text_rows):
+    monkeypatch.setattr(records, "_READ_BYTES", 64)
+    for module in (records, interpret):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
     path = write(tmp_path / "a.txt", "x" * 1000 + "\n" + "y" * 5000 + "\nlast\n")
     first, long, last = texts(path)
@@ -354,12 +354,12 @@ def test_any_cut_of_a_line_file_gives_every_line_once(tmp_path, size):
 
 @pytest.mark.parametrize("size", [1, 100, 333, 10_000])
 def test_any_cut_of_a_json_list_gives_every_record_once(tmp_path, size, monkeypatch):
-    monkeypatch.setattr(json_stream, "_READ_BYTES", 50)  # records, escapes and numbers straddle reads
-    records = [{"id": i, "text": f'né "{i}" \\ \n' * (i % 5 + 1), "n": -12345.5e10} for i in range(80)]
-    path = write(tmp_path / "a.json", json.dumps({"n": 12345, "texts": records}, ensure_ascii=size > 100))
+    monkeypatch.setattr(records, "_READ_BYTES", 50)  # records, escapes and numbers straddle reads
+    documents = [{"id": i, "text": f'né "{i}" \\ \n' * (i % 5 + 1), "n": -12345.5e10} for i in range(80)]
+    path = write(tmp_path / "a.json", json.dumps({"n": 12345, "texts": documents}, ensure_ascii=size > 100))
     splits = text_splits([str(path)], bytes_per_split=size)
     assert len(splits) == min(16, -(-path.stat().st_size // size))
-    expected = [(str(record["id"]), record["text"]) for record in records]
+    expected = [(str(record["id"]), record["text"]) for record in documents]
     assert pairs(row for split in splits for row in read_texts(split)) == expected
 
 
@@ -375,7 +375,7 @@ def test_a_json_record_belongs_to_the_range_in_which_it_begins(tmp_path):
 
 @pytest.mark.parametrize("size", range(1, 40))
 def test_a_json_document_may_be_read_in_pieces_of_any_size(tmp_path, size, monkeypatch):
-    monkeypatch.setattr(json_stream, "_READ_BYTES", size)
+    monkeypatch.setattr(records, "_READ_BYTES", size)
     path = write(
         tmp_path / "a.json",
         '{"n": -12345.5e2, "ok": true, "texts": [{"text": "\\u00e9\\n ü"}, {"text": "b"}]}',
@@ -413,7 +413,7 @@ def peak_bytes_of_reading(split) -> int:
 
 
 def test_a_json_list_is_read_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(records, "_READ_BYTES", 2**16)
     record = json.dumps({"id": "x", "text": "word " * 500})
     path = write(tmp_path / "a.json", "[" + ",".join([record] * 2000) + "]")
     [split] = text_splits([str(path)])
@@ -422,7 +422,7 @@ def test_a_json_list_is_read_in_bounded_memory(tmp_path, monkeypatch):
 
 
 def test_a_tar_is_read_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_stream, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(records, "_READ_BYTES", 2**16)
     members = [(f"{i:06}.{end}", b"x" * 2000) for i in range(2000) for end in ("jpg", "txt")]
     [split] = text_splits([str(write_tar(tmp_path / "a.tar", members))])
     # A few buffers of 64 KiB and the ids; 4000 headers, which tarfile keeps by itself, would be about 4 MB.
@@ -858,14 +858,14 @@ def test_images_are_known_by_their_content_where_the_extension_does_not_tell(tmp
 
 
 def test_a_sample_speaks_for_many_files_of_one_extension(tmp_path, monkeypatch):
-    monkeypatch.setattr(listing, "_MOST_HEADS", 4)
+    monkeypatch.setattr(sources, "_MOST_HEADS", 4)
     for i in range(9):
         write(tmp_path / f"{i}.dat", RED)
         write(tmp_path / f"{i}.raw", "no image")
         write(tmp_path / f"{i}.mix", BLUE if i % 3 else "no image")
     opened = []
-    read_head = listing._head
-    monkeypatch.setattr(listing, "_head", lambda file: opened.append(file.extension) or read_head(file))
+    read_head = sources._head
+    monkeypatch.setattr(sources, "_head", lambda file: opened.append(file.extension) or read_head(file))
     found = [row.uri.rpartition(".")[2] for row in images(tmp_path)]
     assert (found.count("dat"), found.count("mix"), found.count("raw")) == (9, 6, 0)
     assert (opened.count(".dat"), opened.count(".raw")) == (4, 4)

@@ -12,12 +12,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from revision_ray import storage
-from revision_ray.data import conversations, import_reference
-from revision_ray.data.schema import ImageRow, TextRow
+from revision_ray.core import storage
+from revision_ray.core.errors import DataError
+from revision_ray.data import conversations, imports
+from revision_ray.data.shards import ImageRow, TextRow
 from revision_ray.data.sources import image_splits, read_images, read_texts, tar_shards, text_splits
-from revision_ray.errors import DataError
-from revision_ray.geometry.studies import labels
+from revision_ray.studies import inputs
 
 
 def test_written_bytes_are_read_back_and_parents_are_made(tmp_path):
@@ -263,7 +263,7 @@ def test_what_a_file_is_says_its_name_also_where_the_uri_has_a_query(bucket):
     table = io.BytesIO()
     pq.write_table(pa.table({"id": ["a"], "colour": ["red"], "question": ["?"]}), table)
     storage.write_bytes(bucket("labels.parquet"), table.getvalue())
-    assert [row for _, row in labels._rows(bucket("labels.parquet"))] == [
+    assert [row for _, row in inputs._rows(bucket("labels.parquet"))] == [
         {"id": "a", "colour": "red", "question": "?"}
     ]
     storage.write_bytes(bucket("pairs/0.tar"), b"")
@@ -273,4 +273,4 @@ def test_what_a_file_is_says_its_name_also_where_the_uri_has_a_query(bucket):
     (part,) = conversations.expand(conversations.source_of(bucket("meta.json")))
     assert (part.uri, part.repeat) == (bucket("one.jsonl"), 2)
     storage.write_bytes(bucket("pickles/one.pkl"), b"")
-    assert import_reference._files(bucket("pickles")) == [bucket("pickles/one.pkl")]
+    assert imports._files(bucket("pickles")) == [bucket("pickles/one.pkl")]

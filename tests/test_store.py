@@ -13,14 +13,19 @@ import pytest
 import ray
 from embedding_stores import ENCODER, cloud, write_part, write_store
 
-from revision_ray import storage
-from revision_ray.data import duplicates, shards
-from revision_ray.data.finish import Finish, claim, finish_store, read_footers
-from revision_ray.data.rejected import check_rejected, read_rejected, write_rejected
-from revision_ray.data.schema import Rejected
-from revision_ray.data.shards import EmbeddingTable, EncoderIdentity
-from revision_ray.data.store import open_stores, read_group, read_group_ids
-from revision_ray.errors import DataError
+from revision_ray.core import storage
+from revision_ray.core.errors import DataError
+from revision_ray.data import finish, shards
+from revision_ray.data.finish import FinishSettings, claim, finish_store, read_footers
+from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Rejected
+from revision_ray.data.store import (
+    check_rejected,
+    open_stores,
+    read_group,
+    read_group_ids,
+    read_rejected,
+    write_rejected,
+)
 
 ROWS_ND = cloud(5000, 6, "text")
 
@@ -293,7 +298,7 @@ def test_a_footer_that_is_not_ours_is_refused(tmp_path):
 
 # --- the end of a job -------------------------------------------------------------------------------------
 
-FINISH = Finish(domain="tests", layout="binary", max_rejected_fraction=0.5, duplicate_ids="reject")
+FINISH = FinishSettings(domain="tests", layout="binary", max_rejected_fraction=0.5, duplicate_ids="reject")
 
 
 def stored(output: Path) -> dict[str, str]:
@@ -367,24 +372,24 @@ def test_shards_that_a_manifest_lists_stay_when_data_are_added(cluster, tmp_path
 def test_ids_are_compared_across_tasks_and_partitions_of_the_shuffle(cluster, tmp_path, monkeypatch, shares):
     starts = [sum(shares[:number]) for number in range(len(shares))]
     ranges = [range(start, start + size) for start, size in zip(starts, shares, strict=True)]
-    monkeypatch.setattr(duplicates, "_shares", lambda number: ranges)
-    monkeypatch.setattr(duplicates, "_ROWS_PER_PARTITION", 100)
+    monkeypatch.setattr(finish, "_shares", lambda number: ranges)
+    monkeypatch.setattr(finish, "_ROWS_PER_PARTITION", 100)
     uris = []
     for number in range(3):
         path = tmp_path / f"part-{number}.parquet"
         ids = [f"row {row}" for row in range(100 * number, 100 * number + 150)]
         write_part(path, ROWS_ND[:150], ids, texts=[row_id if number < 2 else "new" for row_id in ids])
         uris.append(str(path))
-    found = duplicates.find_repeated(uris)
+    found = finish.find_repeated(uris)
     assert found == {1: dict.fromkeys(range(50), True), 2: dict.fromkeys(range(50), False)}
 
 
 @pytest.mark.parametrize("number", [1, 7, 8, 9, 100, 10_000])
 def test_every_shard_is_in_one_share(monkeypatch, number):
-    monkeypatch.setattr(duplicates.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    shares = duplicates._shares(number)
+    monkeypatch.setattr(finish.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    shares = finish._shares(number)
     assert [place for share in shares for place in share] == list(range(number))
-    assert max(map(len, shares)) <= duplicates._SHARDS_PER_TASK
+    assert max(map(len, shares)) <= finish._SHARDS_PER_TASK
     assert len(shares) >= min(number, 8), "enough for every CPU"
 
 
@@ -392,7 +397,7 @@ def test_images_are_compared_by_their_embeddings(cluster, tmp_path):
     write_part(tmp_path / "part-0.parquet", ROWS_ND[:2], ["a", "b"], "image")
     write_part(tmp_path / "part-1.parquet", ROWS_ND[1:3][::-1], ["a", "b"], "image")
     uris = [str(tmp_path / f"part-{number}.parquet") for number in range(2)]
-    assert duplicates.find_repeated(uris) == {1: {0: False, 1: True}}
+    assert finish.find_repeated(uris) == {1: {0: False, 1: True}}
 
 
 def test_shards_of_different_dimensions_make_no_store(cluster, tmp_path):

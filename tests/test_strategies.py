@@ -7,13 +7,18 @@ import pytest
 import scipy.linalg
 from embedding_stores import cloud, unit
 
-from revision_ray.align.affine import Affine
-from revision_ray.align.exact_sum import ExactSum
-from revision_ray.align.frame import fixed_frame, inverse_root, of_symmetric, shrunk
-from revision_ray.align.moments import Moments, of_block
-from revision_ray.align.rows import noise_rows
-from revision_ray.align.strategies import StrategyConfig, centroid_steps, fit_map
-from revision_ray.errors import AlignmentError, ConfigError
+from revision_ray.align.maps import Affine, noise_rows
+from revision_ray.align.moments import ExactSum, Moments, of_block
+from revision_ray.align.strategies import (
+    StrategyConfig,
+    centroid_steps,
+    fit_map,
+    fixed_frame,
+    inverse_root,
+    of_symmetric,
+    shrunk,
+)
+from revision_ray.core.errors import AlignmentError, ConfigError
 
 TEXT_ND, IMAGE_ND = cloud(4000, 16, "text"), cloud(3000, 16, "image")
 IDS = [f"row {number}" for number in range(len(TEXT_ND))]

@@ -11,27 +11,32 @@ import pyarrow.parquet as pq
 import pytest
 from embedding_stores import cloud, unit, write_store
 
-from revision_ray import config
 from revision_ray.align import moments
-from revision_ray.align.affine import Affine
-from revision_ray.align.map_reduce import Sample, draw_sample, moments_here, read_sampled, store_moments
+from revision_ray.align.map_reduce import (
+    UniformSample,
+    draw_sample,
+    moments_here,
+    read_sampled,
+    store_moments,
+)
+from revision_ray.align.maps import Affine
 from revision_ray.align.strategies import StrategyConfig
+from revision_ray.core import config
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError
 from revision_ray.data.store import Store, open_stores
-from revision_ray.errors import AlignmentError, ConfigError, DataError
-from revision_ray.geometry import study
-from revision_ray.geometry.studies import caption_length, domain_transfer, inputs, labels, sample_efficiency
-from revision_ray.geometry.studies.c3_sigma import C3Sigma
-from revision_ray.geometry.studies.caption_length import CaptionLength
-from revision_ray.geometry.studies.cross_modal_probe import Probe
-from revision_ray.geometry.studies.labelled_rows import labelled_rows
-from revision_ray.geometry.studies.precision import Precision, mean_errors
-from revision_ray.geometry.studies.sample_efficiency import SampleEfficiency
-from revision_ray.geometry.study import StudyJob
+from revision_ray.studies import caption_length, domain_transfer, inputs, sample_efficiency, study
+from revision_ray.studies.c3_sigma import C3Sigma
+from revision_ray.studies.caption_length import CaptionLength
+from revision_ray.studies.cross_modal_probe import CrossModalProbe
+from revision_ray.studies.inputs import labelled_rows
+from revision_ray.studies.precision import Precision, mean_errors
+from revision_ray.studies.sample_efficiency import SampleEfficiency
+from revision_ray.studies.study import StudyJob
 
 DIM = 12
 
 
-def rows_of(store: Store, sample: Sample | None) -> np.ndarray:
+def rows_of(store: Store, sample: UniformSample | None) -> np.ndarray:
     """float64 unit rows of a sample, by another way than the moments take."""
     read = [
         read_sampled(g, sample, store.embedding_dim) for g in store.row_groups if not sample or sample.size(g)
@@ -58,7 +63,7 @@ def pair(tmp_path_factory) -> tuple[Store, Store]:
     )
 
 
-def taken(store: Store, sample: Sample) -> set[tuple[str, int]]:
+def taken(store: Store, sample: UniformSample) -> set[tuple[str, int]]:
     return {(g.shard_hash, int(at)) for g in store.row_groups if sample.size(g) for at in sample.positions(g)}
 
 
@@ -286,16 +291,16 @@ LABELS = [
 
 
 def test_labels_are_the_same_from_json_lines_and_parquet(tmp_path):
-    one = labels.read_labels([jsonl(tmp_path / "a.jsonl", LABELS)])
+    one = inputs.read_labels([jsonl(tmp_path / "a.jsonl", LABELS)])
     pq.write_table(pa.Table.from_pylist([{"colour": None, **row} for row in LABELS]), tmp_path / "a.parquet")
-    other = labels.read_labels([str(tmp_path / "a.parquet")])
+    other = inputs.read_labels([str(tmp_path / "a.parquet")])
     assert one.classes == other.classes == {"colour": ["blue", "red"], "count": ["10", "2"]}
-    known_N, codes_NA = one.of(labels.id_keys(["text2", "nobody", "text1"]))
+    known_N, codes_NA = one.of(inputs.id_keys(["text2", "nobody", "text1"]))
     assert known_N.tolist() == [0, 2]
     assert codes_NA.tolist() == [[-1, 0], [1, 1]]
     np.testing.assert_array_equal(one.codes_NA, other.codes_NA)
     np.testing.assert_array_equal(one.keys_N, other.keys_N)
-    assert labels.read_labels([str(tmp_path / "a.parquet")], ["count"]).attributes == ["count"]
+    assert inputs.read_labels([str(tmp_path / "a.parquet")], ["count"]).attributes == ["count"]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +317,7 @@ def test_labels_are_the_same_from_json_lines_and_parquet(tmp_path):
 )
 def test_labels_that_cannot_be_read_are_refused(tmp_path, rows, attributes, message):
     with pytest.raises(DataError, match=message):
-        labels.read_labels([jsonl(tmp_path / "labels.jsonl", rows)], attributes)
+        inputs.read_labels([jsonl(tmp_path / "labels.jsonl", rows)], attributes)
 
 
 def test_labelled_rows_do_not_depend_on_the_shards(cluster, tmp_path):
@@ -321,7 +326,7 @@ def test_labelled_rows_do_not_depend_on_the_shards(cluster, tmp_path):
     labelled = [{"id": f"text{row}", "even": row % 2} for row in range(0, 500, 3)] + [
         {"id": "text7", "even": 1}
     ]
-    known = labels.read_labels([jsonl(tmp_path / "labels.jsonl", labelled)])
+    known = inputs.read_labels([jsonl(tmp_path / "labels.jsonl", labelled)])
     stores = [
         open_stores([write_store(tmp_path / str(size), rows_ND, rows_per_shard=size)], "text")
         for size in (37, 500)
@@ -373,7 +378,7 @@ def job(tmp_path_factory) -> StudyJob:
         labels=[str(folder / "labels.jsonl")],
         sample_efficiency=SampleEfficiency(sizes=[20, 100], trials=2),
         c3_sigma=C3Sigma(lengths=[0.0, 0.5], neighbour_rows=60, num_seeds=2),
-        probe=Probe(num_train=200, num_seeds=2),
+        probe=CrossModalProbe(num_train=200, num_seeds=2),
     )
 
 
@@ -509,7 +514,7 @@ def bad(job: StudyJob, **changes) -> StudyJob:
 def test_inputs_that_cannot_serve_are_refused(cluster, job, tmp_path):
     refused = r"labels .*, probe\.num_train is 5000; label more, or set probe\.num_train=400"
     with pytest.raises(DataError, match=refused):
-        study.run(bad(job, studies=["probe"], probe=Probe(num_train=5000)))
+        study.run(bad(job, studies=["probe"], probe=CrossModalProbe(num_train=5000)))
     large = SampleEfficiency(sizes=[1000])
     with pytest.raises(DataError, match="300 rows can be used and the smallest size asked for is 1000"):
         study.run(bad(job, studies=["sample_efficiency"], sample_efficiency=large))

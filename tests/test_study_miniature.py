@@ -7,27 +7,28 @@ from pathlib import Path
 import pytest
 import tiny_encoder
 
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.encode import embed
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.errors import ConfigError, DataError
-from revision_ray.geometry.studies.cross_modal_probe import Probe
-from revision_ray.geometry.studies.labels import read_labels
-from revision_ray.miniature import dataset, studies, world
+from revision_ray.miniature import dataset, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.render import render
-from revision_ray.miniature.studies import Miniature, MiniatureStudyJob
-from revision_ray.miniature.world import Scene, Thing
+from revision_ray.miniature.world import DrawnShape, Scene
+from revision_ray.studies import miniature
+from revision_ray.studies.cross_modal_probe import CrossModalProbe
+from revision_ray.studies.inputs import read_labels
+from revision_ray.studies.miniature import Miniature, MiniatureStudyJob
 
-THING = Thing(shape="star", colour="red", size="small", x=20, y=20, radius=9, angle=0)
+THING = DrawnShape(shape="star", colour="red", size="small", x=20, y=20, radius=9, angle=0)
 
 
 def test_attributes_are_those_in_which_all_things_agree():
     alone = Scene(background="grass", things=(THING,))
-    assert studies.attributes(alone) == {
+    assert miniature.attributes(alone) == {
         "background": "grass", "count": "1", "colour": "red", "shape": "star", "size": "small"
     }  # fmt: skip
     pair = replace(alone, things=(THING, replace(THING, colour="blue")))
-    assert studies.attributes(pair) == {
+    assert miniature.attributes(pair) == {
         "background": "grass", "count": "2", "shape": "star", "size": "small"
     }  # fmt: skip
 
@@ -40,7 +41,7 @@ def small(folder: Path) -> DatasetConfig:
 
 def test_labels_are_those_of_the_scenes_and_leave_the_training_pairs_out(tmp_path):
     here = small(tmp_path / "world")
-    uri = studies._labelled(here, str(tmp_path / "labels.jsonl"))
+    uri = miniature._labelled(here, str(tmp_path / "labels.jsonl"))
     rows = [json.loads(line) for line in Path(uri).read_text().splitlines()]
     assert len(rows) == 40 + 150 + 160
     for row in rows[::50]:
@@ -50,7 +51,7 @@ def test_labels_are_those_of_the_scenes_and_leave_the_training_pairs_out(tmp_pat
         assert (row["background"], row["count"]) == (shown.background, str(len(shown.things)))
     assert read_labels([uri]).attributes == ["background", "colour", "count", "shape", "size"]
     before = Path(uri).stat().st_mtime_ns
-    studies._labelled(here, uri)
+    miniature._labelled(here, uri)
     assert Path(uri).stat().st_mtime_ns == before
 
 
@@ -68,9 +69,9 @@ def job_of(folder: Path, **changes) -> MiniatureStudyJob:
 
 def test_a_missing_world_and_inputs_given_twice_are_refused(cluster, tmp_path):
     with pytest.raises(DataError, match=r"no world there .* run `make demo` first"):
-        studies.run(job_of(tmp_path))
+        miniature.run(job_of(tmp_path))
     with pytest.raises(ConfigError, match="labels: miniature makes its own"):
-        studies.run(job_of(tmp_path, labels=["x.jsonl"]))
+        miniature.run(job_of(tmp_path, labels=["x.jsonl"]))
 
 
 @pytest.mark.slow
@@ -90,9 +91,9 @@ def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path, m
     job = job_of(
         tmp_path,
         studies=["domain_transfer", "caption_length", "probe"],
-        probe=Probe(num_train=60, num_seeds=2, attributes=["background", "count"]),
+        probe=CrossModalProbe(num_train=60, num_seeds=2, attributes=["background", "count"]),
     )
-    said = studies.run(job)
+    said = miniature.run(job)
     transfer = json.loads((tmp_path / "study" / "domain_transfer.json").read_text())
     assert transfer["domains"] == ["day", "night"]
     lengths = json.loads((tmp_path / "study" / "caption_length.json").read_text())
@@ -102,4 +103,4 @@ def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path, m
     assert lengths["stores"][1]["probe"] is not None
     probed = json.loads((tmp_path / "study" / "probe.json").read_text())
     assert (probed["num_test"], probed["test_images_held_out"]) == (40, True)
-    assert studies.run(job) == said
+    assert miniature.run(job) == said

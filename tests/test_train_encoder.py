@@ -18,9 +18,9 @@ from PIL import Image
 from small_world import write_world
 from torch.nn.parallel import DistributedDataParallel
 
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.miniature import encoder
-from revision_ray.train.encoder import EncoderTraining, learning_rate, train_encoder
+from revision_ray.train.contrastive import EncoderTraining, learning_rate, train_encoder
 from revision_ray.train.pairs import batch_rows, drawn_captions, pixels, read_pairs
 
 CAPTIONS = ["a red circle", "A blue square, on grass", "two red stars on sand"]

@@ -22,23 +22,15 @@ from tiny_encoder import write_encoder
 from training_data import DIM, write_records, write_training_data
 from transformers import AutoTokenizer
 
-from revision_ray import config
+from revision_ray.core import config
+from revision_ray.core.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.errors import AlignmentError, CheckpointError, ConfigError, DataError
 from revision_ray.train import export
 from revision_ray.train.export_job import export_checkpoint
 from revision_ray.train.models import Architecture, new_model
-from revision_ray.train.run import (
-    FinetuneJob,
-    PretrainJob,
-    _dated,
-    describe,
-    finetune,
-    inspect,
-    pretrain,
-)
-from revision_ray.train.settings import Checkpoints, Logging, Lora, Optimisation, Workers, Zero
+from revision_ray.train.settings import Checkpoints, Logging, Lora, Optimisation, Workers, ZeroSettings
+from revision_ray.train.stages import FinetuneJob, PretrainJob, _dated, describe, finetune, inspect, pretrain
 
 ROWS = 240
 
@@ -185,7 +177,7 @@ def test_a_killed_job_goes_on_where_it_was(world, unbroken):
     """A killed job of stage 1, run again, has the losses of an unbroken one."""
     output = world / "killed-job"
     job = stage_one(world, "killed-job")
-    from revision_ray.config import to_yaml
+    from revision_ray.core.config import to_yaml
 
     (world / "job.yaml").write_text(to_yaml(job))
     command = [sys.executable, "jobs/pretrain.py", str(world / "job.yaml")]
@@ -381,7 +373,7 @@ def ends_of(folder: Path) -> list[str]:
 def test_stage_two_tunes_projector_and_language_model(world, unbroken):
     from transformers import AutoModelForImageTextToText
 
-    figures = finetune(stage_two(world, "tuned", zero=Zero(stage=3)))
+    figures = finetune(stage_two(world, "tuned", zero=ZeroSettings(stage=3)))
     assert figures["num_steps"] == 10
     assert figures["samples"] == 80
     assert figures["heldout_loss"] is None

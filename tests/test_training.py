@@ -10,7 +10,7 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from revision_ray.train.settings import Optimisation, Training, Workers, Zero
+from revision_ray.train.settings import Optimisation, Training, Workers, ZeroSettings
 
 # Workers do not have this module.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -31,7 +31,7 @@ def settings(num_workers: int, micro_batch_size: int, stage: int, global_batch_s
             projector_learning_rate=2e-2,
             weight_decay=0.1,
         ),
-        zero=Zero(stage=stage),  # type: ignore[arg-type]
+        zero=ZeroSettings(stage=stage),  # type: ignore[arg-type]
         workers=Workers(cpus_per_worker=0.5),
     )
 
@@ -42,7 +42,7 @@ OVERFIT, OVERFIT_STEPS = "overfit", 60
 
 def samples(step: int, count: int = 8) -> list:
     """Samples of very different numbers of targets; one has no image."""
-    from revision_ray.train.samples import NO_LABEL, Sample
+    from revision_ray.train.samples import NO_LABEL, TrainingSample
 
     generator = np.random.default_rng(step)
     made = []
@@ -55,7 +55,7 @@ def samples(step: int, count: int = 8) -> list:
             images = generator.standard_normal((1, DIM)).astype(np.float32)
         labels = np.where(ids == IMAGE, NO_LABEL, ids).astype(np.int32)
         labels[: length // 2] = NO_LABEL
-        made.append(Sample(id=f"{step}-{number}", input_ids=ids, labels=labels, image_embeds=images))
+        made.append(TrainingSample(id=f"{step}-{number}", input_ids=ids, labels=labels, image_embeds=images))
     return made
 
 
@@ -77,9 +77,9 @@ def make_model():
 def run_steps(configs: dict) -> dict:
     """Worker: steps for each named (settings, stage of training); losses and the weights at the end."""
     from revision_ray.train import models
-    from revision_ray.train.batches import collate
+    from revision_ray.train.loop import train_step
     from revision_ray.train.optimizer import learning_rate_factor, set_learning_rate
-    from revision_ray.train.step import train_step
+    from revision_ray.train.samples import collate
     from revision_ray.train.zero import build_engine
 
     torch.set_num_threads(1)
@@ -130,7 +130,7 @@ def on_workers(num_workers: int, configs: dict, folder) -> dict:
 
 def test_checkpointed_layers_run_again_in_the_backward_pass_also_where_they_are_frozen():
     from revision_ray.train import models
-    from revision_ray.train.batches import collate
+    from revision_ray.train.samples import collate
 
     batch = collate(samples(0), 0)
     gradients, calls = {}, {}
@@ -204,7 +204,7 @@ def check_same_steps(found, expected):
 
 
 def test_the_loss_is_over_tokens_not_a_mean_of_means(alone):
-    from revision_ray.train.batches import collate
+    from revision_ray.train.samples import collate
 
     model = make_model()
     batch = collate(samples(0), 0)

@@ -47,7 +47,7 @@ def clone(tmp_path) -> Path:
 def test_the_working_directory_is_far_below_rays_limit(clone, tmp_path):
     assert GRPC_CPP_MAX_MESSAGE_SIZE >= 16 * LIMIT, "Ray takes less than it did"
     sizes = packed(clone, tmp_path / "package.zip")
-    assert {"jobs/fit.py", "revision_ray/storage.py", "configs/fit.yaml"} <= sizes.keys()
+    assert {"jobs/fit.py", "revision_ray/core/storage.py", "configs/fit.yaml"} <= sizes.keys()
     check(tmp_path / "package.zip", sizes)
 
 

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from revision_ray import fence, storage
-from revision_ray.errors import DataError
-from revision_ray.pipeline.chain import Choice, Kind, Stage
+from revision_ray.core import artifact, storage
+from revision_ray.core.errors import DataError
+from revision_ray.pipeline.chain import Stage, StageChoice, StageKind
 from revision_ray.pipeline.ledger import open_ledger
 from revision_ray.pipeline.run import run_chain
 
@@ -50,7 +50,7 @@ def run(job: ToyJob) -> str:
     return f"{output.name} is done"
 
 
-TOY = Kind(
+TOY = StageKind(
     name="toy",
     run=run,
     reads=lambda job: {"reads": job.reads, "model": job.models},
@@ -91,11 +91,11 @@ def results(folder: Path) -> dict[str, str]:
 
 
 def go(folder: Path, stages: list[Stage], **choice) -> None:
-    run_chain(stages, open_ledger(str(folder / "run")), Choice(**choice))
+    run_chain(stages, open_ledger(str(folder / "run")), StageChoice(**choice))
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    with fence.writing(str(place / "run")):
+    with artifact.writing(str(place / "run")):
         go(place, diamond(place, seconds=float(sys.argv[2])))
     print("finished")

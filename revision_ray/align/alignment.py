@@ -1,4 +1,8 @@
-"""The fitted alignment as an artifact: a directory that any machine can read with safetensors and JSON alone.
+"""The fitted alignment as a directory of JSON and safetensors, and the test of rows against its domain.
+
+Domain: let mu, T be the centroid and trace of a fit's N rows, and m the centroid of n other rows. If all
+were drawn from one distribution, E||m - mu_true||^2 = T / n and E||mu - mu_true||^2 = T / N with independent
+errors. So the root mean square of ||m - mu|| is the *sampling floor* sqrt(T (1/n + 1/N)).
 
 Shapes: D embedding dim, K centroid steps.
 """
@@ -11,12 +15,36 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from revision_ray import storage
-from revision_ray.align.affine import Affine
+from revision_ray.align.maps import Affine
 from revision_ray.align.moments import Moments
 from revision_ray.align.strategies import StrategyConfig
+from revision_ray.core import storage
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError, quote, shorten
 from revision_ray.data.shards import EncoderIdentity
-from revision_ray.errors import AlignmentError, ConfigError, DataError, quote, shorten
+
+# With fewer, a shift of two fifths of the spread sqrt(T) could be chance.
+MIN_ROWS = 50
+# The error of a mean of that many rows is nearly Gaussian, so its squared length over the squared floor is a
+# weighted sum of chi-squares with mean 1. Of all weights a single one has the heaviest tail (Szekely and
+# Bakirov, 2003): independent rows pass three floors by chance in less than 0.3 % of cases, on any spectrum.
+FLOORS = 3.0
+
+
+def sampling_floor(trace: float, num_fitted: int, num_sampled: int) -> float:
+    """Root mean square distance between the centroid of `num_sampled` rows of the fit's own distribution and
+    the fit's centroid, whose `num_fitted` rows have this trace."""
+    return math.sqrt(unbiased_trace(trace, num_fitted) * (1 / num_sampled + 1 / num_fitted))
+
+
+def gap_floor(text_trace: float, num_texts: int, image_trace: float, num_images: int) -> float:
+    """Root mean square distance that sampling alone leaves between the centroids of texts and images."""
+    return math.sqrt(text_trace / max(num_texts - 1, 1) + image_trace / max(num_images - 1, 1))
+
+
+def unbiased_trace(trace: float, num_rows: int) -> float:
+    """The trace of a sample is N / (N - 1) too small on average."""
+    return max(trace, 0.0) * num_rows / max(num_rows - 1, 1)
+
 
 FORMAT_VERSION = 1
 DOCUMENT, TENSORS = "alignment.json", "alignment.safetensors"
@@ -25,7 +53,7 @@ TEXT_MOMENTS, IMAGE_MOMENTS = "moments/text.safetensors", "moments/image.safeten
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
+class ModalityGap:
     """Distance between the image centroid and the mean text row, Euclidean, with its standard error."""
 
     before: float
@@ -37,7 +65,7 @@ class Gap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class FitInputs:
     """What the fit was made from."""
 
     texts: tuple[str, ...]
@@ -64,11 +92,11 @@ class Alignment:
     domain: str
     text_encoder: EncoderIdentity
     image_encoder: EncoderIdentity
-    modality_gap: Gap
+    modality_gap: ModalityGap
     text_centroid_standard_error: float
     image_centroid_standard_error: float
     drifted_centroid_standard_error: float
-    inputs: Inputs
+    inputs: FitInputs
 
     @property
     def embedding_dim(self) -> int:
@@ -252,7 +280,7 @@ def _of_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Al
         domain=document["domain"],
         text_encoder=EncoderIdentity(**document["text_encoder"]),
         image_encoder=EncoderIdentity(**document["image_encoder"]),
-        modality_gap=Gap(
+        modality_gap=ModalityGap(
             before=gap["before"],
             after=gap["after"],
             before_standard_error=errors["modality_gap_before"],
@@ -261,7 +289,7 @@ def _of_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Al
         text_centroid_standard_error=errors["text_centroid"],
         image_centroid_standard_error=errors["image_centroid"],
         drifted_centroid_standard_error=errors["drifted_centroid"],
-        inputs=Inputs(**{**inputs, "texts": tuple(inputs["texts"]), "images": tuple(inputs["images"])}),
+        inputs=FitInputs(**{**inputs, "texts": tuple(inputs["texts"]), "images": tuple(inputs["images"])}),
     )
 
 

@@ -10,18 +10,18 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from revision_ray import config, storage
-from revision_ray.align.affine import Affine
 from revision_ray.align.alignment import Alignment, load_alignment
 from revision_ray.align.map_reduce import reasons
-from revision_ray.cluster import connect, data_context, one_thread, user_errors
-from revision_ray.config import MISSING
+from revision_ray.align.maps import Affine
+from revision_ray.core import config, storage
+from revision_ray.core.cluster import connect, data_context, one_thread, user_errors
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import AlignmentError, DataError
+from revision_ray.core.observe import progress
 from revision_ray.data import shards
-from revision_ray.data.finish import Finish, claim, finish_store
-from revision_ray.data.shards import EmbeddingTable, Footer, Layout
+from revision_ray.data.finish import FinishSettings, claim, finish_store
+from revision_ray.data.shards import EmbeddingTable, Layout, ShardFooter
 from revision_ray.data.store import RowGroup, Store, open_stores, read_group
-from revision_ray.errors import AlignmentError, DataError
-from revision_ray.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def run(job: AlignJob) -> str:
     alignment = load_alignment(job.alignment)
     store = open_stores([job.texts], "text")
     check_store(store, alignment, job.allow_other_encoder)
-    footer = Footer(
+    footer = ShardFooter(
         modality="text",
         embedding_dim=store.embedding_dim,
         dtype=job.dtype,
@@ -176,7 +176,7 @@ def run(job: AlignJob) -> str:
     _check_shards(list(by_shard.values()), output)
     _write_all(list(by_shard.values()), footer, alignment.affine, output, job.layout)
     config.save_resolved(job, storage.join(output, "config.yaml"))
-    finish = Finish(
+    finish = FinishSettings(
         domain=store.domain,
         layout=job.layout,
         max_rejected_fraction=job.max_rejected_fraction,
@@ -202,7 +202,7 @@ def _name(groups: list[RowGroup]) -> str:
 
 
 def _write_all(
-    work: list[list[RowGroup]], footer: Footer, affine: Affine, output: str, layout: Layout
+    work: list[list[RowGroup]], footer: ShardFooter, affine: Affine, output: str, layout: Layout
 ) -> None:
     """Every shard stands aligned in the output; one task for each that was missing."""
     connect()
@@ -222,7 +222,9 @@ def _write_all(
             shown.advance(row["num_rows"])
 
 
-def _write_shard(groups: list[RowGroup], footer: Footer, affine: Affine, output: str, layout: Layout) -> None:
+def _write_shard(
+    groups: list[RowGroup], footer: ShardFooter, affine: Affine, output: str, layout: Layout
+) -> None:
     uri = groups[0].uri
     target = storage.join(output, _name(groups))
     if storage.exists(target):

@@ -8,29 +8,35 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from revision_ray import config, storage
 from revision_ray.align import alignment as artifact
-from revision_ray.align.affine import Affine
 from revision_ray.align.alignment import (
     CONFIG,
     Alignment,
-    Gap,
-    Inputs,
+    FitInputs,
+    ModalityGap,
+    gap_floor,
     load_alignment,
     load_moments,
     save_alignment,
 )
 from revision_ray.align.apply import check_pair
-from revision_ray.align.domain import gap_floor
-from revision_ray.align.map_reduce import Sample, draw_sample, store_moments
+from revision_ray.align.map_reduce import UniformSample, draw_sample, store_moments
+from revision_ray.align.maps import Affine
 from revision_ray.align.moments import Moments, gap_standard_error, modality_gap
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
-from revision_ray.cluster import one_thread
-from revision_ray.config import MISSING
-from revision_ray.data.rejected import REJECTED, check_rejected, read_rejected, write_rejected
-from revision_ray.data.schema import Rejected
-from revision_ray.data.store import Store, open_stores
-from revision_ray.errors import AlignmentError, ConfigError
+from revision_ray.core import config, storage
+from revision_ray.core.cluster import one_thread
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import AlignmentError, ConfigError
+from revision_ray.data.shards import Rejected
+from revision_ray.data.store import (
+    REJECTED,
+    Store,
+    check_rejected,
+    open_stores,
+    read_rejected,
+    write_rejected,
+)
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +114,7 @@ def fit(
     text: Moments,
     image: Moments,
     strategy: StrategyConfig,
-    drift_sample: Sample | None = None,
+    drift_sample: UniformSample | None = None,
 ) -> Alignment:
     """The strategy fitted to these moments, its centroid steps measured on `texts`.
 
@@ -140,13 +146,13 @@ def fit(
         text_centroid_standard_error=text.centroid_standard_error,
         image_centroid_standard_error=image.centroid_standard_error,
         drifted_centroid_standard_error=drifted[-1].centroid_standard_error if drifted else 0.0,
-        inputs=Inputs(texts=texts.uris, images=images.uris),
+        inputs=FitInputs(texts=texts.uris, images=images.uris),
     )
 
 
-def _gap(text: Moments, image: Moments, after: Moments, affine: Affine) -> Gap:
+def _gap(text: Moments, image: Moments, after: Moments, affine: Affine) -> ModalityGap:
     spread = after.trace if affine.unit_output else text.trace * affine.scale**2
-    return Gap(
+    return ModalityGap(
         before=modality_gap(text, image),
         after=modality_gap(after, image),
         before_standard_error=gap_standard_error(text, image),
@@ -166,7 +172,7 @@ def _strategy(job: FitJob, base: Alignment | None) -> StrategyConfig:
     )
 
 
-def _inputs(job: FitJob, base: Alignment | None) -> Inputs:
+def _inputs(job: FitJob, base: Alignment | None) -> FitInputs:
     texts, images = ([job.texts] if isinstance(job.texts, str) else job.texts), job.images or []
     images = [images] if isinstance(images, str) else images
     if base is None and not images:
@@ -177,7 +183,7 @@ def _inputs(job: FitJob, base: Alignment | None) -> Inputs:
         raise AlignmentError(
             "append_to and max_rows do not go together: a sample cannot be extended; fit anew"
         )
-    former = base.inputs if base else Inputs(texts=(), images=())
+    former = base.inputs if base else FitInputs(texts=(), images=())
     return replace(
         former,
         texts=_joined(former.texts, texts),
@@ -192,7 +198,7 @@ def _joined(former: tuple[str, ...], added: list[str]) -> tuple[str, ...]:
 
 
 def _reuse(
-    output: str, domain: str | None, strategy: StrategyConfig, inputs: Inputs, texts: Store, images: Store
+    output: str, domain: str | None, strategy: StrategyConfig, inputs: FitInputs, texts: Store, images: Store
 ) -> str:
     """The fit at `output` stays as it is, for it is of the same shards and settings.
 
@@ -225,8 +231,8 @@ def _check_unused(output: str) -> None:
 
 
 def _both_moments(
-    job: FitJob, strategy: StrategyConfig, inputs: Inputs, texts: Store, images: Store, output: str
-) -> tuple[Moments, Moments, Inputs]:
+    job: FitJob, strategy: StrategyConfig, inputs: FitInputs, texts: Store, images: Store, output: str
+) -> tuple[Moments, Moments, FitInputs]:
     """Moments of both sides, and `inputs` with the rejected rows counted, which are listed in the output.
 
     Raises:
@@ -253,7 +259,7 @@ def _both_moments(
 
 
 def _moments(
-    store: Store, name: str, former: Moments | None, second: bool, sample: Sample | None
+    store: Store, name: str, former: Moments | None, second: bool, sample: UniformSample | None
 ) -> tuple[Moments, list[Rejected], int]:
     """Moments of all shards, those that `former` counts taken from there; rejected rows, and rows read."""
     if former is None:

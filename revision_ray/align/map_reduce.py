@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import ray
 
-from revision_ray import metrics
 from revision_ray.align import moments
-from revision_ray.align.affine import Affine
+from revision_ray.align.maps import Affine
 from revision_ray.align.moments import Moments
-from revision_ray.cluster import connect, data_context, one_thread, user_errors
+from revision_ray.core import observe
+from revision_ray.core.cluster import connect, data_context, one_thread, user_errors
+from revision_ray.core.observe import progress
 from revision_ray.data import shards
-from revision_ray.data.schema import Rejected
+from revision_ray.data.shards import Rejected
 from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids
-from revision_ray.progress import progress
 
 # A task's share. At most about 300 MB of 1280-d float16 rows, so that a lost task costs little; at least a
 # quarter of that where there is enough to do, so that scheduling does.
@@ -35,12 +35,12 @@ _FEWEST_CPUS = 8  # an autoscaling cluster starts small; plan tasks for what it 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class UniformSample:
     """A uniform sample without replacement: how many rows to take of each row group, and the seed."""
 
     rows: dict[tuple[str, int], int]
     seed: int
-    without: "Sample | None" = None  # rows of this sample are not taken
+    without: "UniformSample | None" = None  # rows of this sample are not taken
 
     def size(self, group: RowGroup) -> int:
         """How many rows of the row group are taken."""
@@ -55,7 +55,9 @@ class Sample:
         return np.sort(generator.choice(left_N, self.size(group), replace=False))
 
 
-def draw_sample(store: Store, num_rows: int, seed: int, without: Sample | None = None) -> Sample | None:
+def draw_sample(
+    store: Store, num_rows: int, seed: int, without: UniformSample | None = None
+) -> UniformSample | None:
     """`num_rows` of the store's rows, uniformly; None (take all) where it has no more.
 
     How many come from each row group is drawn here, which ones is drawn in the task from the same seed, so
@@ -68,7 +70,7 @@ def draw_sample(store: Store, num_rows: int, seed: int, without: Sample | None =
     left = [group.num_rows - (without.size(group) if without else 0) for group in groups]
     generator = np.random.default_rng(seed)
     counts = generator.multivariate_hypergeometric(left, min(num_rows, sum(left)), method="marginals")
-    return Sample(
+    return UniformSample(
         rows={(g.shard_hash, g.index): int(n) for g, n in zip(groups, counts, strict=True) if n},
         seed=seed,
         without=without,
@@ -81,7 +83,7 @@ def store_moments(
     *,
     affine: Affine | None = None,
     second: bool = False,
-    sample: Sample | None = None,
+    sample: UniformSample | None = None,
 ) -> tuple[Moments, list[Rejected]]:
     """Moments of the store's unit rows, mapped by `affine` if one is given, and the rows without a direction.
 
@@ -104,7 +106,7 @@ def store_moments(
             total.merge(Moments.from_bytes(result["moments"]))
             found = [Rejected(**row) for row in json.loads(result["rejected"])]
             rejected += found
-            metrics.record(samples=result["num_rows"] - len(found), rejected=len(found))
+            observe.record(samples=result["num_rows"] - len(found), rejected=len(found))
             shown.advance(result["num_rows"])
     total.shard_hashes = store.shard_hashes
     return total, sorted(rejected, key=lambda row: (row.uri, row.id))
@@ -130,7 +132,7 @@ def _shares(groups: Sequence[RowGroup]) -> list[Sequence[RowGroup]]:
 
 
 def moments_here(
-    store: Store, *, affine: Affine | None = None, second: bool = False, sample: Sample | None = None
+    store: Store, *, affine: Affine | None = None, second: bool = False, sample: UniformSample | None = None
 ) -> tuple[Moments, list[Rejected]]:
     """What `store_moments` gives, to the bit, computed in this process: for tasks with maps of their own."""
     total, rejected, _ = _sum_groups(store.row_groups, affine, second, sample, store.embedding_dim)
@@ -139,7 +141,12 @@ def moments_here(
 
 
 def _partial_moments(
-    item: dict[str, Any], *, affine: Affine | None, second: bool, sample: Sample | None, embedding_dim: int
+    item: dict[str, Any],
+    *,
+    affine: Affine | None,
+    second: bool,
+    sample: UniformSample | None,
+    embedding_dim: int,
 ) -> dict[str, Any]:
     groups = [RowGroup(**document) for document in json.loads(item["row_groups"])]
     total, rejected, num_rows = _sum_groups(groups, affine, second, sample, embedding_dim)
@@ -154,7 +161,7 @@ def _sum_groups(
     groups: Sequence[RowGroup],
     affine: Affine | None,
     second: bool,
-    sample: Sample | None,
+    sample: UniformSample | None,
     embedding_dim: int,
 ) -> tuple[Moments, list[Rejected], int]:
     """Moments, rows without a direction, and the number of rows read."""
@@ -177,7 +184,9 @@ def _sum_groups(
     return sums.moments(), rejected, num_rows
 
 
-def read_sampled(group: RowGroup, sample: Sample | None, embedding_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def read_sampled(
+    group: RowGroup, sample: UniformSample | None, embedding_dim: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(embeddings (N, D) as stored, positions (N,)) of the row group's rows that are in the sample."""
     block_ND = read_group(group, embedding_dim)
     if sample is None:

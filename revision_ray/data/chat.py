@@ -20,8 +20,8 @@ from transformers.utils.chat_template_utils import (
     mark_control_tokens,
 )
 
+from revision_ray.core.errors import ConfigError, shorten
 from revision_ray.data.conversations import IMAGE_MARK
-from revision_ray.errors import ConfigError, shorten
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -46,7 +46,7 @@ class UnwritableToken(ChatRefusal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendered:
+class RenderedChat:
     """A conversation as text. Private characters in it surround control tokens that are text.
 
     `marked`: where the template's `{% generation %}` marks are.
@@ -57,7 +57,7 @@ class Rendered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class EncodedText:
     """Token ids (T,), and the characters (T, 2) that each stands for; none of a tokenizer without offsets."""
 
     input_ids: np.ndarray
@@ -65,7 +65,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class TurnSpan:
     """Characters of one assistant's turn: what follows its generation prompt, and the mark of its end."""
 
     start: int
@@ -117,7 +117,7 @@ def control_tokens(tokenizer: Any, role: str = _USER) -> tuple[str, ...]:
     return tuple(sorted((name for name in names | special if is_control(name)), key=lambda n: (-len(n), n)))
 
 
-class Texts:
+class ControlTokenMarks:
     """Marks the control tokens of texts that people wrote in one role; see `control_tokens`."""
 
     def __init__(self, tokenizer: Any, role: str = _USER) -> None:
@@ -172,7 +172,7 @@ class Texts:
                 raise _unwritable(self._names[token_id])
 
 
-class Chat:
+class ChatTemplate:
     """The chat template of one tokenizer.
 
     `today` is the date that the template may print; without one it is the day on which it renders.
@@ -191,7 +191,7 @@ class Chat:
         self.tokenizer, self._today = tokenizer, today
         template = tokenizer.get_chat_template()
         try:
-            self._texts = {role: Texts(tokenizer, role) for role in (_USER, _ASSISTANT)}
+            self._texts = {role: ControlTokenMarks(tokenizer, role) for role in (_USER, _ASSISTANT)}
             self._plain = _compile_jinja_template(template)
             self.has_marks = _GENERATION_TAG.search(template) is not None
             self._marked = _compile_jinja_template(_GENERATION_TAG.sub(_visible_mark, template))
@@ -200,7 +200,9 @@ class Chat:
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
         self._takes_parts = self._needs_parts()
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = False, slots: bool = False) -> Rendered:
+    def render(
+        self, messages: Sequence[Message], *, prompt: bool = False, slots: bool = False
+    ) -> RenderedChat:
         """Return `messages` as text; with the header of an assistant's turn after them where `prompt` is set.
 
         `slots`: `<image>` in a text stands for an image; else it is text, and only parts of the type image
@@ -211,7 +213,7 @@ class Chat:
         """
         return self._rendered([self._as_text(message, slots) for message in messages], prompt)
 
-    def encode(self, rendered: Rendered) -> Encoded:
+    def encode(self, rendered: RenderedChat) -> EncodedText:
         """Return the ids of a rendered conversation.
 
         Raises:
@@ -219,7 +221,9 @@ class Chat:
         """
         return encode(self.tokenizer, rendered.text)
 
-    def turns(self, messages: Sequence[Message], *, slots: bool = False) -> tuple[Rendered, list[Turn]]:
+    def turns(
+        self, messages: Sequence[Message], *, slots: bool = False
+    ) -> tuple[RenderedChat, list[TurnSpan]]:
         """Return the conversation as text, and where the assistant's turns are in it.
 
         A turn is what the model has to write behind the generation prompt, its end included. Stand-ins for
@@ -239,7 +243,7 @@ class Chat:
         places = _places(skeleton.frame, texts, rendered.text)
         if places is not None:
             return rendered, [
-                Turn(
+                TurnSpan(
                     start=places[slot][0] - len(skeleton.frame.literals[slot]) + header,
                     content_end=places[slot][1],
                     end=places[slot][1] + closing,
@@ -270,7 +274,9 @@ class Chat:
                 one["text"] += _TEXT_AGAIN
         return {**message, "content": parts}
 
-    def _rendered(self, messages: Sequence[Message], prompt: bool = False, marks: bool = True) -> Rendered:
+    def _rendered(
+        self, messages: Sequence[Message], prompt: bool = False, marks: bool = True
+    ) -> RenderedChat:
         template = self._marked if marks else self._plain
         variables: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         if self._today is not None:
@@ -376,8 +382,8 @@ class Chat:
         return slot, header, _common(end, behind)
 
     def _joined(
-        self, texts: list[dict[str, Any]], rendered: Rendered, skeleton: "_Skeleton", before: "_Frame"
-    ) -> tuple[Rendered, list[Turn]]:
+        self, texts: list[dict[str, Any]], rendered: RenderedChat, skeleton: "_Skeleton", before: "_Frame"
+    ) -> tuple[RenderedChat, list[TurnSpan]]:
         """The generation prompt of the last turn, and that turn from the whole text."""
         prompt = self._rendered(texts[:-1], prompt=True)
         in_prompt = _places(before, texts, prompt.text)
@@ -388,7 +394,7 @@ class Chat:
         for slot, header, closing in skeleton.turns[:-1]:
             start, content_end = in_prompt[slot]
             turns.append(
-                Turn(
+                TurnSpan(
                     start=start - len(before.literals[slot]) + header,
                     content_end=content_end,
                     end=content_end + closing,
@@ -398,10 +404,10 @@ class Chat:
         start = in_whole[slot][0] - len(skeleton.frame.literals[slot]) + header
         shift = len(prompt.text) - start
         content_end = in_whole[slot][1] + shift
-        turns.append(Turn(start=start + shift, content_end=content_end, end=content_end + closing))
+        turns.append(TurnSpan(start=start + shift, content_end=content_end, end=content_end + closing))
         marked = [span for span in prompt.marked if span[1] > span[0]]
         marked += [(one + shift, end + shift) for one, end in rendered.marked if one >= start]
-        return Rendered(text=prompt.text + rendered.text[start:], marked=tuple(marked)), turns
+        return RenderedChat(text=prompt.text + rendered.text[start:], marked=tuple(marked)), turns
 
     def _looked_up(
         self,
@@ -411,7 +417,7 @@ class Chat:
         slot: int,
         header: int,
         closing: int,
-    ) -> Turn:
+    ) -> TurnSpan:
         """The turn in a text whose form depends on its contents (reasoning that is written or removed)."""
         number = frame.slots[slot]
         behind_previous = self._behind(texts, frame.slots[slot - 1])
@@ -430,7 +436,7 @@ class Chat:
         shown = _BREAKS.sub("", text[start:content_end]).strip()
         if content.strip() not in text[start:content_end] and not (answer and shown.endswith(answer)):
             raise refused
-        return Turn(start=start, content_end=content_end, end=end)
+        return TurnSpan(start=start, content_end=content_end, end=end)
 
     def _behind(self, texts: list[dict[str, Any]], number: int) -> str:
         """What stands behind the content of a turn: found with a stand-in for this content alone."""
@@ -459,7 +465,7 @@ class _Skeleton:
     turns: tuple[tuple[int, int, int], ...]
 
 
-def encode(tokenizer: Any, text: str) -> Encoded:
+def encode(tokenizer: Any, text: str) -> EncodedText:
     """Return the ids of `text`, where private characters surround the control tokens that are text.
 
     Ordinary text is encoded in one piece, as the tokenizer does by itself. Else the pieces between the
@@ -489,26 +495,26 @@ def encode(tokenizer: Any, text: str) -> Encoded:
         ids += encoded.input_ids.tolist()
         if encoded.offsets is not None:
             offsets += [(start + one, start + other) for one, other in encoded.offsets.tolist()]
-    return Encoded(
+    return EncodedText(
         input_ids=np.array(ids, np.int32),
         offsets=np.array(offsets, np.int64).reshape(-1, 2) if tokenizer.is_fast else None,
     )
 
 
-def _encoded(tokenizer: Any, text: str) -> Encoded:
+def _encoded(tokenizer: Any, text: str) -> EncodedText:
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     offsets = np.array(found["offset_mapping"], np.int64).reshape(-1, 2) if tokenizer.is_fast else None
-    return Encoded(input_ids=np.array(found["input_ids"], np.int32), offsets=offsets)
+    return EncodedText(input_ids=np.array(found["input_ids"], np.int32), offsets=offsets)
 
 
-def _behind_line_break(tokenizer: Any, piece: str) -> Encoded:
+def _behind_line_break(tokenizer: Any, piece: str) -> EncodedText:
     line_break = _encoded(tokenizer, "\n").input_ids
     found = _encoded(tokenizer, "\n" + piece)
     count = len(line_break)
     if not np.array_equal(found.input_ids[:count], line_break):
         return _encoded(tokenizer, piece)
     offsets = None if found.offsets is None else np.maximum(found.offsets[count:] - 1, 0)
-    return Encoded(input_ids=found.input_ids[count:], offsets=offsets)
+    return EncodedText(input_ids=found.input_ids[count:], offsets=offsets)
 
 
 def _as_characters(tokenizer: Any, token: str) -> list[int]:
@@ -551,10 +557,10 @@ def _visible_mark(tag: re.Match[str]) -> str:
     return f"{{%{tag[1]} if true %}}{mark}{{% endif {tag[3]}%}}"
 
 
-def _without_marks(text: str) -> Rendered:
+def _without_marks(text: str) -> RenderedChat:
     """The text without the characters of the generation marks, and where they were."""
     if _GENERATED not in text:
-        return Rendered(text=text)
+        return RenderedChat(text=text)
     pieces, spans, length, opened = [], [], 0, 0
     for piece in re.split(f"([{_GENERATED}{_WRITTEN_AGAIN}])", text):
         if piece == _GENERATED:
@@ -564,7 +570,7 @@ def _without_marks(text: str) -> Rendered:
         else:
             pieces.append(piece)
             length += len(piece)
-    return Rendered(text="".join(pieces), marked=tuple(span for span in spans if span[1] > span[0]))
+    return RenderedChat(text="".join(pieces), marked=tuple(span for span in spans if span[1] > span[0]))
 
 
 def _stand_in(number: int) -> str:

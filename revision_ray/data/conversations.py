@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from revision_ray import storage
-from revision_ray.config import MISSING
+from revision_ray.core import storage
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import ConfigError, DataError, quote
+from revision_ray.data.interpret import read_records
 from revision_ray.data.records import TEXT_IDS, DerivedIds, RowError, fields_of, image_names, known_id
-from revision_ray.data.schema import Rejected, Split
+from revision_ray.data.shards import Rejected, SourceSplit
 from revision_ray.data.sources import text_splits
-from revision_ray.data.text_rows import read_records
 from revision_ray.data.turns import (
     CONVERSATION_FIELDS,
     IMAGE_MARK,
@@ -21,7 +22,6 @@ from revision_ray.data.turns import (
     system_of,
     turns_of,
 )
-from revision_ray.errors import ConfigError, DataError, quote
 
 __all__ = ["BAD_CONVERSATION", "IMAGE_MARK", "UNREADABLE", "Conversation", "ConversationSource",
            "MatchImages", "Message", "expand", "parse_record", "read_conversations", "record_splits",
@@ -153,12 +153,12 @@ def _below(folder: str, path: str) -> str:
     return path if "://" in path or path.startswith("/") else storage.join(folder, path)
 
 
-def record_splits(source: ConversationSource, bytes_per_split: int) -> list[Split]:
+def record_splits(source: ConversationSource, bytes_per_split: int) -> list[SourceSplit]:
     """The source's files, cut into what one task reads."""
     return text_splits([source.uri], bytes_per_split=bytes_per_split)
 
 
-def read_conversations(split: Split) -> Iterator[Conversation | Rejected]:
+def read_conversations(split: SourceSplit) -> Iterator[Conversation | Rejected]:
     """Every conversation of `split`, and every record that is none with its cause, in the order of the file.
 
     Raises:

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from revision_ray.errors import DataError, quote, shorten
+from revision_ray.core.errors import DataError, quote, shorten
 
 # Pillow opens MPO (JPEG with further pictures, as phones write) through its JPEG reader.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")

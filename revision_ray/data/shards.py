@@ -1,9 +1,9 @@
-"""The embedding store: a directory of Parquet shards and a manifest, one row an embedding.
+"""Shards of an embedding store: the embedding column, the footer, the manifest, and rows on their way there.
 
 The embedding column is `fixed_size_binary` (little-endian float16 or float32), uncompressed and without
-dictionary: it reads an order of magnitude faster than any list column. Each shard's footer says what it
-is, what it was read from and what was rejected, so a shard is its own commit record and the manifest
-can always be made again from the shards.
+dictionary: it reads an order of magnitude faster than any list column. Each shard's footer says what it is,
+what it was read from and what was rejected. So a shard is its own commit record, and the manifest can always
+be made again from the shards.
 
 Shapes: N rows, D embedding_dim.
 """
@@ -17,10 +17,121 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from revision_ray import storage
-from revision_ray.data.embedding_column import binary_rows, describe_row, list_rows
-from revision_ray.data.schema import Rejected
-from revision_ray.errors import DataError, shorten
+from revision_ray.core import storage
+from revision_ray.core.errors import DataError, shorten
+
+
+def binary_rows(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
+    """The rows of a `fixed_size_binary` column that holds little-endian `dtype`; one chunk is not copied."""
+    width = column.type.byte_width
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width)
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    flat = parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, np.uint8)])
+    return flat.view(dtype.newbyteorder("<")).reshape(-1, width // dtype.itemsize)
+
+
+def list_rows(uri: str, column: pa.ChunkedArray, embedding_dim: int | None) -> np.ndarray:
+    """The rows of a list or tensor column of floats; null rows and those of another length are NaN.
+
+    `embedding_dim` None stands for the most common length. `uri` names errors.
+
+    Raises:
+        DataError: not such a column.
+    """
+    arrow_type = column.type
+    if isinstance(arrow_type, pa.BaseExtensionType):  # tensor columns of Arrow and of Ray store a list below
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], arrow_type.storage_type)
+        arrow_type = arrow_type.storage_type
+    listed = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_kind(arrow_type) for is_kind in listed) or not pa.types.is_floating(arrow_type.value_type):
+        raise DataError(
+            f"{uri}: column embedding is {arrow_type}; expected fixed_size_binary, or a list of floats"
+        )
+    rows = column.combine_chunks()
+    if pa.types.is_fixed_size_list(arrow_type):
+        rows = rows.cast(pa.large_list(arrow_type.value_type))
+    lengths = np.asarray(rows.value_lengths().fill_null(-1))
+    dim = embedding_dim
+    if dim is None:
+        dim = int(np.bincount(lengths[lengths >= 0]).argmax()) if (lengths >= 0).any() else 0
+    dtype = np.float64 if pa.types.is_float64(arrow_type.value_type) else np.float32
+    values_ND = np.full((len(lengths), dim), np.nan, dtype)
+    good_N = lengths == dim
+    flat = rows.filter(pa.array(good_N)).flatten()
+    # A null number reads as NaN.
+    values_ND[good_N] = flat.to_numpy(zero_copy_only=False).reshape(np.count_nonzero(good_N), dim)
+    return values_ND
+
+
+def describe_row(value: Sequence[float | None] | np.ndarray | None, embedding_dim: int) -> str:
+    """Why a row has no direction: null, wrong dimension, NaN, infinite, zero, or too large to be squared."""
+    if value is None or any(number is None for number in value):
+        return "null"
+    if len(value) != embedding_dim:
+        return f"dimension {len(value)}, expected {embedding_dim}"
+    row_D = np.asarray(value, np.float64)
+    if np.isnan(row_D).any():
+        return "NaN"
+    if not np.isfinite(row_D).all():
+        return "infinite"
+    return f"values up to {np.abs(row_D).max():.0e}, out of range" if row_D.any() else "zero vector"
+
+
+SplitKind = Literal["image_files", "image_tar", "image_parquet", "image_json", "text_files", "text_lines",
+                    "text_jsonl", "text_json", "text_parquet", "text_tar"]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSplit:
+    """A piece of a source that one task reads from start to end, always the same rows in the same order.
+
+    `start` and `stop` count what the kind counts: bytes of a line or JSON file (a record belongs to the range
+    where it begins), row groups of a Parquet file; both 0 where the whole file is one split. `files` lists
+    the members of an `image_files` or `text_files` split, whose `uri` is the folder that ids are relative to,
+    and is empty otherwise. `identity` changes when the content may have changed (sizes and modification
+    times).
+    """
+
+    kind: SplitKind
+    uri: str
+    start: int = 0
+    stop: int = 0
+    files: tuple[str, ...] = ()
+    identity: str = ""
+
+    @property
+    def key(self) -> str:
+        """16 hex digits, a function of what is read and not of when: names the shards made from it."""
+        parts = [self.kind, self.uri, str(self.start), str(self.stop), *self.files]
+        return storage.sha256(*(part.encode() for part in parts))[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRow:
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRow:
+    """An image as stored: `content` is the encoded file, decoded by `data.images`."""
+
+    id: str
+    uri: str
+    content: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A row that did not make it, and why. `uri` names where it was found."""
+
+    id: str
+    uri: str
+    reason: str
+
 
 FORMAT_VERSION = 1
 FOOTER_KEY = b"revision_ray"
@@ -41,7 +152,7 @@ class EncoderIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Footer:
+class ShardFooter:
     """What one shard says of itself.
 
     `split` and `index` place it: the `index`-th shard of that split, the `last` one where `last` is set.
@@ -110,7 +221,7 @@ class EmbeddingTable:
     columns: dict[str, pa.Array] = field(default_factory=dict)
 
 
-def write_shard(uri: str, rows: EmbeddingTable, footer: Footer, layout: Layout = "binary") -> ShardEntry:
+def write_shard(uri: str, rows: EmbeddingTable, footer: ShardFooter, layout: Layout = "binary") -> ShardEntry:
     """The rows stand at `uri` as one Parquet shard, which appears whole or not at all.
 
     Raises:
@@ -143,7 +254,7 @@ def write_shard(uri: str, rows: EmbeddingTable, footer: Footer, layout: Layout =
     return entry_of(storage.name_of(uri), footer)
 
 
-def entry_of(name: str, footer: Footer) -> ShardEntry:
+def entry_of(name: str, footer: ShardFooter) -> ShardEntry:
     """The manifest's line for a shard with this footer."""
     full, rest = divmod(footer.num_rows, ROWS_PER_ROW_GROUP)
     return ShardEntry(
@@ -167,7 +278,7 @@ def _content_hash(columns: dict[str, pa.Array]) -> str:
     return storage.sha256(*parts)
 
 
-def read_footer(uri: str) -> Footer:
+def read_footer(uri: str) -> ShardFooter:
     """What the shard at `uri` says of itself.
 
     Raises:
@@ -183,13 +294,13 @@ def read_footer(uri: str) -> Footer:
         ) from error
 
 
-def parse_footer(text: str | bytes) -> Footer:
+def parse_footer(text: str | bytes) -> ShardFooter:
     """The footer whose JSON is `text`."""
     document = json.loads(text)
     document["encoder"] = EncoderIdentity(**document["encoder"])
     document["rejected"] = tuple(Rejected(**entry) for entry in document["rejected"])
     document["split_files"] = tuple(document["split_files"])
-    return Footer(**document)
+    return ShardFooter(**document)
 
 
 def read_embeddings(

@@ -1,31 +1,243 @@
-"""Sources, named by URIs, to the splits that tasks read. Lists and reads footers; never the contents."""
+"""List the data files of source URIs, and cut them into the splits that tasks read.
+
+Reads listings, footers and first bytes, never whole contents. Files that tools and people put beside data
+are left out, and counted.
+"""
 
 import logging
 import math
+import mimetypes
 import posixpath
+import random
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
-from revision_ray import storage
-from revision_ray.data.image_rows import has_image_ending, read_images, without_image_ending
-from revision_ray.data.images import FORMATS, is_image
-from revision_ray.data.listing import (
-    Source,
-    SourceFile,
-    each_source,
-    judged,
-    kind_of,
-    may_be_image,
-    parquet_data,
+import pyarrow.fs as pafs
+
+from revision_ray.core import storage
+from revision_ray.core.errors import DataError, quote
+from revision_ray.data.images import FORMATS, HEAD_BYTES, is_image
+from revision_ray.data.interpret import (
+    TEXT_ENDINGS,
+    has_image_ending,
+    read_images,
+    read_texts,
+    without_image_ending,
 )
-from revision_ray.data.parquet_rows import Footer, image_columns, text_columns
-from revision_ray.data.schema import Split, SplitKind
-from revision_ray.data.text_rows import TEXT_ENDINGS, read_texts
-from revision_ray.errors import DataError, quote
+from revision_ray.data.records import (
+    ParquetFooter,
+    footer,
+    holds_image_bytes,
+    image_columns,
+    is_download_list,
+    text_columns,
+)
+from revision_ray.data.shards import SourceSplit, SplitKind
+
+_log = logging.getLogger(__name__)
+
+_FOOTERS_AT_ONCE = 16
+_HEADS_AT_ONCE = 32
+# Of more files with one unknown extension than this, so many are looked into; if they disagree, all are.
+_MOST_HEADS = 4096
+
+# Files of these extensions, and of those that `mimetypes` knows for something else, are no images.
+_NO_IMAGES = (".tar", ".parquet", ".arrow", ".feather", ".jsonl", ".ndjson", ".caption", ".npy", ".npz",
+              ".pt", ".pth", ".safetensors", ".tfrecord", ".pkl", ".db", ".sqlite", ".ini", ".yaml", ".yml",
+              ".toml", ".lock", ".log", ".md", ".crc", ".md5", ".sha256", ".idx", ".gz", ".tgz", ".bz2",
+              ".xz", ".zst", ".zip")  # fmt: skip
+_MIME_TYPES = mimetypes.MimeTypes(filenames=())  # Python's own table: not the machine's
+# What Spark, Delta, Arrow, `datasets` and people put beside data.
+_NOTES = re.compile(
+    r"(_success|_metadata|_common_metadata|_committed_.*|_started_.*|dataset_infos?\.json|dataset_dict\.json|"
+    r"state\.json|sizes\.json|thumbs\.db|desktop\.ini|(.*[-_.])?(checksums?|(md5|sha\d+)(sums?)?)(\.txt)?|"
+    r"(readme|licen[cs]e|notice|changelog|citation|contributing)(\.(txt|md|rst|html|pdf|cff|bib))?)",
+    re.IGNORECASE,
+)
+_HIDDEN_FOLDERS = ("__MACOSX", "_delta_log", "_temporary", "__pycache__")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source; ids are relative to `root`; `named` says that the user gave the file itself."""
+
+    uri: str
+    root: str
+    size: int
+    mtime_ns: int
+    named: bool = False
+
+    @property
+    def below(self) -> str:
+        """The path below `root`, without query."""
+        return storage.relative_path(self.uri, self.root)
+
+    @property
+    def extension(self) -> str:
+        return posixpath.splitext(self.below)[1].lower()
+
+    @property
+    def stem(self) -> str:
+        return posixpath.splitext(self.below)[0]
+
+
+@dataclass
+class ListedSource:
+    """The files of one URI that may be data, and how many others there are, by kind."""
+
+    uri: str
+    files: list[SourceFile]
+    passed: Counter[str] = field(default_factory=Counter)
+
+    def pass_over(self, file: SourceFile, kind: str = "") -> None:
+        self.passed[kind or kind_of(file)] += 1
+
+    def passed_over(self) -> str:
+        listed = ", ".join(f"{number} {kind}" for kind, number in self.passed.most_common(20))
+        return f"{self.passed.total()} files: {listed}" if self.passed else ""
+
+    def say_what_was_passed_over(self) -> None:
+        if self.passed:
+            _log.warning("%s: passed over %s", self.uri, self.passed_over())
+
+
+def kind_of(file: SourceFile) -> str:
+    # Behind the dot of a name without extension may stand anything.
+    return quote(file.extension, 24).strip("'") if file.extension else "without extension"
+
+
+def each_source(uris: Sequence[str]) -> Iterator[ListedSource]:
+    """Each URI with its files, without those that an earlier one named."""
+    if not uris:
+        raise DataError("no source was given; name files, directories or wildcard paths")
+    seen: set[str] = set()
+    for uri in [uris] if isinstance(uris, str) else uris:
+        source = _source(uri)
+        fresh = [file for file in source.files if file.uri not in seen]
+        if len(fresh) < len(source.files):
+            num_known = len(source.files) - len(fresh)
+            _log.warning("%s: %d files were named before and are taken once", uri, num_known)
+        seen.update(file.uri for file in fresh)
+        if fresh or not source.files:
+            source.files = fresh
+            yield source
+
+
+def _source(uri: str) -> ListedSource:
+    entry = storage.info(uri)
+    if entry.type == pafs.FileType.File:
+        absolute = storage.absolute(uri)
+        return ListedSource(uri, [_file(absolute, entry, storage.parent_of(absolute), named=True)])
+    if entry.type == pafs.FileType.Directory:
+        root, listed = storage.absolute(uri), storage.list_files(uri, recursive=True)
+    elif storage.is_wildcard(uri):
+        root, listed = storage.wildcard_root(uri), storage.glob_files(uri)
+        if not listed:
+            raise DataError(
+                f"{uri}: matches no file; wildcards match files (folder-*/** those of whole folders)"
+            )
+    else:
+        raise DataError(f"{uri}: no such file or directory")
+    source = ListedSource(uri, [])
+    for found, info in listed:
+        file = _file(found, info, root)
+        if _is_hidden(file):
+            source.pass_over(file, "hidden")
+        elif _NOTES.fullmatch(posixpath.basename(file.below)):
+            source.pass_over(file, f"{kind_of(file)} of notes")
+        else:
+            source.files.append(file)
+    return source
+
+
+def _file(uri: str, info: pafs.FileInfo, root: str, *, named: bool = False) -> SourceFile:
+    return SourceFile(uri, root, info.size or 0, info.mtime_ns or 0, named)
+
+
+def _is_hidden(file: SourceFile) -> bool:
+    return any(part.startswith(".") or part in _HIDDEN_FOLDERS for part in file.below.split("/"))
+
+
+def parquet_data(source: ListedSource) -> dict[str, ParquetFooter]:
+    """The footers of the Parquet files of `source`, which loses img2dataset's notes on its shards.
+
+    Of a shard NAME (a tar, a folder, a TFRecord file, or a table that holds the images) these are
+    NAME_stats.json, and where the images lie elsewhere the list of downloads NAME.parquet. NAME.json beside
+    NAME.tar is an index of it. Read as data they would give its rows a second time.
+    """
+    by_extension: dict[str, set[str]] = {}
+    for file in source.files:
+        by_extension.setdefault(file.extension, set()).add(file.stem)
+    tars, tables = by_extension.get(".tar", set()), by_extension.get(".parquet", set())
+    elsewhere = tars | by_extension.get(".tfrecord", set()) | _folders(source.files)
+    stats = {stem + "_stats.json" for stem in elsewhere | tables}
+    indices = {stem + ".json" for stem in tars}
+    with_stats = {file.below.removesuffix("_stats.json") for file in source.files if file.below in stats}
+    footers = _footers(source.files)
+    files, source.files = source.files, []
+    for file in files:
+        note = file.below in stats or file.below in indices
+        if file.uri in footers and file.stem in elsewhere | with_stats:
+            schema = footers[file.uri].schema
+            note = (is_download_list(schema) or file.stem in tars) and not holds_image_bytes(schema)
+        if note and not file.named:
+            source.pass_over(file, f"{kind_of(file)} of img2dataset's notes")
+            footers.pop(file.uri, None)
+        else:
+            source.files.append(file)
+    return footers
+
+
+def _folders(files: list[SourceFile]) -> set[str]:
+    """Every folder below the root that holds files, or folders of files."""
+    found = {posixpath.dirname(file.below) for file in files}
+    for folder in list(found):
+        while folder := posixpath.dirname(folder):
+            found.add(folder)
+    return found - {""}
+
+
+def may_be_image(file: SourceFile) -> bool:
+    if file.extension in _NO_IMAGES or not file.size:
+        return False
+    guess = _MIME_TYPES.types_map[True].get(file.extension, "application/octet-stream")
+    return guess.startswith("image/") or guess == "application/octet-stream"
+
+
+def judged(files: list[SourceFile], judge: Callable[[bytes], bool]) -> list[SourceFile]:
+    """Those of `files`, which are of one kind, whose first bytes pass `judge`.
+
+    Where there are very many, a sample of them speaks for all if it is of one mind: a request to an object
+    store for each of ten million files would take hours.
+    """
+    if len(files) > _MOST_HEADS:
+        verdicts = set(_verdicts(random.Random(0).sample(files, _MOST_HEADS), judge))
+        if len(verdicts) == 1:
+            return files if verdicts.pop() else []
+    return [file for file, passes in zip(files, _verdicts(files, judge), strict=True) if passes]
+
+
+def _verdicts(files: list[SourceFile], judge: Callable[[bytes], bool]) -> list[bool]:
+    with ThreadPoolExecutor(_HEADS_AT_ONCE) as pool:
+        return list(pool.map(lambda file: judge(_head(file)), files))
+
+
+def _head(file: SourceFile) -> bytes:
+    with storage.open_input(file.uri) as opened:
+        return opened.read(HEAD_BYTES)
+
+
+def _footers(files: list[SourceFile]) -> dict[str, ParquetFooter]:
+    uris = [file.uri for file in files if file.extension == ".parquet"]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        return {found.uri: found for found in pool.map(footer, uris)}
+
 
 __all__ = ["image_splits", "read_images", "read_texts", "tar_shards", "text_splits"]
 
-_log = logging.getLogger(__name__)
 
 _IMAGES_ACCEPTED = (
     f"files of {FORMATS} images, WebDataset shards (.tar), Parquet with a column image, bytes, jpg, png, "
@@ -44,8 +256,8 @@ _JSON_BYTES_PER_IMAGE = 128
 
 
 def image_splits(
-    uris: Sequence[str], *, rows_per_split: int = 1024, taken: Sequence[Split] = ()
-) -> list[Split]:
+    uris: Sequence[str], *, rows_per_split: int = 1024, taken: Sequence[SourceSplit] = ()
+) -> list[SourceSplit]:
     """The images of `uris`, cut into splits of about `rows_per_split` rows where the format allows.
 
     A URI is a file, a directory (taken whole) or a wildcard path. Ids: see `read_images`; an image file's is
@@ -62,7 +274,7 @@ def image_splits(
         DataError: nothing at a URI, or no images (the message says what was found); or a file of `taken` has
             changed.
     """
-    splits: list[Split] = []
+    splits: list[SourceSplit] = []
     for source in each_source(uris):
         listed = list(source.files)
         parquet = parquet_data(source)
@@ -92,8 +304,8 @@ def image_splits(
 
 
 def text_splits(
-    uris: Sequence[str], *, bytes_per_split: int = 64 * 2**20, taken: Sequence[Split] = ()
-) -> list[Split]:
+    uris: Sequence[str], *, bytes_per_split: int = 64 * 2**20, taken: Sequence[SourceSplit] = ()
+) -> list[SourceSplit]:
     """The texts of `uris`, cut into splits of about `bytes_per_split` where the format allows.
 
     A URI is a file, a directory (taken whole) or a wildcard path. Ids: see `read_texts`. In a directory,
@@ -107,7 +319,7 @@ def text_splits(
         DataError: nothing at a URI, or no texts; the message says what was found; or a file of `taken` has
             changed.
     """
-    splits: list[Split] = []
+    splits: list[SourceSplit] = []
     for source in each_source(uris):
         listed = list(source.files)
         parquet = parquet_data(source)
@@ -159,7 +371,7 @@ def tar_shards(uris: Sequence[str]) -> list[str]:
     return shards
 
 
-def _image_files(files: list[SourceFile], taken: Sequence[Split]) -> list[SourceFile]:
+def _image_files(files: list[SourceFile], taken: Sequence[SourceSplit]) -> list[SourceFile]:
     """Those of `files` that are images by their name, or by their content where the name does not tell."""
     known = {uri for split in taken for uri in split.files}
     unknown: dict[str, list[SourceFile]] = {}
@@ -174,7 +386,7 @@ def _image_files(files: list[SourceFile], taken: Sequence[Split]) -> list[Source
     return sorted(images, key=lambda file: file.uri)
 
 
-def _texts_of_images(source: Source) -> list[SourceFile]:
+def _texts_of_images(source: ListedSource) -> list[SourceFile]:
     """The files that hold the text of the image of the same name, one an image; `source` loses all of them.
 
     KEY.txt comes before KEY.json, unless it is empty: the rule of tar shards.
@@ -216,7 +428,7 @@ def _is_index(file: SourceFile) -> bool:
     return posixpath.basename(file.below) == "dataset.json"
 
 
-def _indexed(source: Source) -> list[SourceFile]:
+def _indexed(source: ListedSource) -> list[SourceFile]:
     """The files without the images that a dataset.json lists: under two ids each would count twice."""
     folders = tuple(file.below.removesuffix("dataset.json") for file in source.files if _is_index(file))
     kept = [
@@ -230,7 +442,7 @@ def _indexed(source: Source) -> list[SourceFile]:
     return kept
 
 
-def _without_taken(files: list[SourceFile], taken: Sequence[Split]) -> list[SourceFile]:
+def _without_taken(files: list[SourceFile], taken: Sequence[SourceSplit]) -> list[SourceFile]:
     """`files` without those of the splits `taken`, which are known to be as they were."""
     present = {file.uri: file for file in files}
     for split in taken:
@@ -248,13 +460,13 @@ def _identity(files: Sequence[SourceFile]) -> str:
     return storage.sha256(*(f"{file.size} {file.mtime_ns}".encode() for file in files))[:16]
 
 
-def _split(kind: SplitKind, file: SourceFile, start: int = 0, stop: int = 0) -> Split:
-    return Split(kind=kind, uri=file.uri, start=start, stop=stop, identity=_identity([file]))
+def _split(kind: SplitKind, file: SourceFile, start: int = 0, stop: int = 0) -> SourceSplit:
+    return SourceSplit(kind=kind, uri=file.uri, start=start, stop=stop, identity=_identity([file]))
 
 
-def _slices(kind: SplitKind, files: list[SourceFile], size: int) -> list[Split]:
+def _slices(kind: SplitKind, files: list[SourceFile], size: int) -> list[SourceSplit]:
     return [
-        Split(
+        SourceSplit(
             kind=kind,
             uri=part[0].root,
             files=tuple(file.uri for file in part),
@@ -264,7 +476,9 @@ def _slices(kind: SplitKind, files: list[SourceFile], size: int) -> list[Split]:
     ]
 
 
-def _byte_ranges(kind: SplitKind, file: SourceFile, size: int, max_parts: int | None = None) -> list[Split]:
+def _byte_ranges(
+    kind: SplitKind, file: SourceFile, size: int, max_parts: int | None = None
+) -> list[SourceSplit]:
     """Ranges of `size` bytes that cover `file`; one, for its error, of an empty JSON document."""
     if not file.size:
         return [_split(kind, file)] if file.extension == ".json" else []
@@ -272,7 +486,7 @@ def _byte_ranges(kind: SplitKind, file: SourceFile, size: int, max_parts: int | 
     return [_split(kind, file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
 
 
-def _row_group_ranges(kind: SplitKind, file: SourceFile, weights: list[int], size: int) -> list[Split]:
+def _row_group_ranges(kind: SplitKind, file: SourceFile, weights: list[int], size: int) -> list[SourceSplit]:
     """Ranges of consecutive row groups whose weights add up to `size` or just less, at least one each."""
     splits, start, total = [], 0, 0
     for group, weight in enumerate(weights):
@@ -284,12 +498,12 @@ def _row_group_ranges(kind: SplitKind, file: SourceFile, weights: list[int], siz
 
 
 def _some(
-    found: Sequence[Split],
-    source: Source,
+    found: Sequence[SourceSplit],
+    source: ListedSource,
     what: str,
     accepted: str,
     files: list[SourceFile],
-    parquet: dict[str, Footer],
+    parquet: dict[str, ParquetFooter],
 ) -> None:
     """Refuse a source of which nothing was `found`, and say what is there instead."""
     if found:

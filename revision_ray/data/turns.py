@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from revision_ray.core.errors import quote
 from revision_ray.data.records import (
     CAPTION_FIELDS,
     IMAGE_NAMES,
@@ -23,7 +24,6 @@ from revision_ray.data.records import (
     unicode,
     utf8,
 )
-from revision_ray.errors import quote
 
 Role = Literal["system", "user", "assistant"]
 IMAGE_MARK = "<image>"

@@ -1,4 +1,4 @@
-"""The way to every node: tasks pinned to each, the files they share with the driver, clocks, a stranger."""
+"""The doctor job: run the checks on every node of a cluster, and print findings with remedies."""
 
 import logging
 import os
@@ -10,19 +10,27 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from revision_ray import storage
-from revision_ray.cluster import connect
+from revision_ray.core import storage
+from revision_ray.core.cluster import connect
+from revision_ray.core.errors import ClusterError, ConfigError, DataError
 from revision_ray.doctor import probe
-from revision_ray.doctor.findings import CLUSTER, Finding
-from revision_ray.doctor.judge import Node, not_checked
-from revision_ray.errors import ClusterError, DataError
+from revision_ray.doctor.judge import (
+    CLUSTER,
+    Finding,
+    NodeRequirements,
+    ProbedNode,
+    as_json,
+    judge,
+    not_checked,
+    table,
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +109,7 @@ def started(needs: Mapping[str, Mapping[str, float]], wait_s: float) -> Iterator
                 num_gpus=resources.get("GPU", 0),
                 memory=resources.get("memory", 0),
                 resources=rest,
-            )(probe.Holder).remote()
+            )(probe.ResourceHolder).remote()
             holders.append(holder)
             came, _ = ray.wait([holder.here.remote()], timeout=wait_s)
             if not came:
@@ -112,14 +120,14 @@ def started(needs: Mapping[str, Mapping[str, float]], wait_s: float) -> Iterator
             ray.kill(holder)
 
 
-def alive() -> list[Node]:
+def alive() -> list[ProbedNode]:
     """The nodes that run now."""
     found = []
     for node in ray.nodes():
         if node["Alive"]:
             resources = node.get("Resources", {})
             kind = (node.get("Labels") or {}).get(_GROUP_LABEL) or _kind_of(resources)
-            found.append(Node(id=node["NodeID"], kind=kind, resources=resources))
+            found.append(ProbedNode(id=node["NodeID"], kind=kind, resources=resources))
     return sorted(found, key=lambda node: (node.kind, node.id))
 
 
@@ -131,13 +139,13 @@ def _kind_of(resources: Mapping[str, float]) -> str:
 
 
 def ask(
-    nodes: Sequence[Node], where: str | None, models: tuple[str, ...], timeout_s: float
-) -> tuple[list[Node], Finding | None]:
+    nodes: Sequence[ProbedNode], where: str | None, models: tuple[str, ...], timeout_s: float
+) -> tuple[list[ProbedNode], Finding | None]:
     """The nodes with what each said, and what is wrong with the storage for the driver itself."""
     token = secrets.token_hex(16)
     folder = storage.join(storage.absolute(where), f".doctor-{token[:8]}") if where else None
     refused = _write_drivers_file(folder, token) if folder else None
-    asked = probe.Asked(
+    asked = probe.ProbeRequest(
         storage=None if refused else folder,
         token=token,
         models=models,
@@ -168,7 +176,9 @@ def _write_drivers_file(folder: str, token: str) -> Finding | None:
     return None
 
 
-def _answers(nodes: Sequence[Node], asked: probe.Asked, timeout_s: float) -> list[dict[str, Any]]:
+def _answers(
+    nodes: Sequence[ProbedNode], asked: probe.ProbeRequest, timeout_s: float
+) -> list[dict[str, Any]]:
     tasks = [
         _pinned(probe.facts, node).remote(replace(asked, num_gpus=node.resources.get("GPU", 0)), node.id)
         for node in nodes
@@ -187,7 +197,7 @@ def _answers(nodes: Sequence[Node], asked: probe.Asked, timeout_s: float) -> lis
     return answers
 
 
-def _pinned(function: Any, node: Node) -> Any:
+def _pinned(function: Any, node: ProbedNode) -> Any:
     """`function` as a task that runs on that node or nowhere, also on one that offers no CPU."""
     there: Any = NodeAffinitySchedulingStrategy(node.id, soft=False)
     return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
@@ -209,7 +219,7 @@ def _remove(folder: str) -> None:
         log.warning("%s could not be removed (%s); remove it yourself", folder, error)
 
 
-def _timed(node: Node) -> Node:
+def _timed(node: ProbedNode) -> ProbedNode:
     """Its clock beside this one's: the reading whose way there and back was shortest is the best."""
     if node.facts is None:
         return node
@@ -257,3 +267,81 @@ def authentication() -> Finding:
         return Finding(check="authentication", where=CLUSTER, status="ok", found=said)
     lines = result.stderr.strip().splitlines() or ["no message"]
     return not_checked("authentication", f"a process without the token failed: {lines[-1]}", _TOKEN_REMEDY)
+
+
+_OF_NODES = ("authentication", "nodes", "versions", "clock", "disk", "storage", "gpus", "models")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorJob:
+    """Check the cluster before money is spent: reachable, guarded, its nodes alike, with disk, GPUs, shared
+    storage and models. Fails, with a remedy for each finding, where something is wrong; what could not be
+    checked is said. Changes nothing: what it writes to the storage, it removes."""
+
+    storage: str | None = None
+    """Where outputs will go: a URI that every node must read and write."""
+    models: list[str] = field(default_factory=list)
+    """Folders, URIs or hub ids that every node must be able to load."""
+    needs: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Resources that one node of each kind must offer, such as needs.gpu.GPU=1."""
+    start_nodes: bool = False
+    """Have the autoscaler start a node of each kind in `needs` that does not run, and check it, too."""
+    wait_s: float = 900.0
+    """How long to wait for nodes that are started."""
+    timeout_s: float = 180.0
+    """How long a node may take to answer."""
+    min_free_gb: float = 20.0
+    """Disk that each node must have left where Ray spills objects."""
+    format: Literal["table", "json"] = "table"
+    """How the findings are printed."""
+    strict: bool = False
+    """Fail where something could not be checked, too."""
+
+    def __post_init__(self) -> None:
+        for name in ("wait_s", "timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0 seconds")
+        for name, resources in self.needs.items():
+            if not resources:
+                raise ConfigError(f"needs.{name} names no resource; give one, as in needs.{name}.CPU=1")
+
+
+def run(job: DoctorJob) -> str:
+    """The findings, as `job.format` says.
+
+    Raises:
+        ClusterError: something is wrong, or (strict) could not be checked; the findings were printed.
+    """
+    findings = examined(job)
+    text = as_json(findings) if job.format == "json" else table(findings)
+    failed = [each for each in findings if each.status == "failed"]
+    unknown = [each for each in findings if each.status == "not checked"] if job.strict else []
+    if not failed and not unknown:
+        return text
+    sys.stdout.write(text + "\n")
+    names = ", ".join(dict.fromkeys(each.check for each in failed + unknown))
+    count = f"{len(failed)} checks failed" + (f", {len(unknown)} could not be done" if unknown else "")
+    raise ClusterError(f"{count}: {names}; the findings above say what to do")
+
+
+def examined(job: DoctorJob) -> list[Finding]:
+    """Everything that was found, in the order in which it is to be mended."""
+    findings = [reach()]
+    if findings[0].status != "ok":
+        why = "the cluster was not reached"
+        return findings + [not_checked(name, why, "mend that first") for name in _OF_NODES]
+    findings.append(authentication())
+    models = tuple(os.path.abspath(model) if os.path.exists(model) else model for model in job.models)
+    with started(job.needs if job.start_nodes else {}, job.wait_s):
+        nodes, refused = ask(alive(), job.storage, models, job.timeout_s)
+    wanted = NodeRequirements(
+        storage=None if refused else job.storage,
+        models=models,
+        min_free_gb=job.min_free_gb,
+        needs=job.needs,
+        waited_s=job.wait_s if job.start_nodes else None,
+    )
+    judged = judge(nodes, wanted)
+    if refused:  # said of the driver; the nodes were not asked
+        judged = [refused if each.check == "storage" else each for each in judged]
+    return findings + judged

@@ -1,21 +1,94 @@
-"""Facts of machines to findings: what is wrong, and what to do about it. No Ray.
+"""Judge the facts that nodes report: what is wrong, and what to do about it. No Ray.
 
-Every function gives at least one finding, also where there was nothing to look at.
+Every check gives at least one finding, also where there was nothing to look at. A check that could not be
+done never counts as passed: it has a status and a reason of its own.
 """
 
+import json
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from revision_ray.doctor.findings import CLUSTER, Finding
+from revision_ray.core.logs import without_secrets
+
+Status = Literal["ok", "failed", "not checked"]
+CLUSTER = "cluster"
+_WIDTH = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One check in one place."""
+
+    check: str
+    """Of which there are: cluster, authentication, nodes, versions, clock, disk, storage, gpus, models."""
+    where: str
+    """A node's id, or `cluster`."""
+    kind: str = ""
+    """The node's kind, as the autoscaler calls it."""
+    status: Status
+    found: str
+    """What was found, or why nothing could be."""
+    remedy: str = ""
+    """What to do; of every finding that is not ok."""
+
+    def __post_init__(self) -> None:
+        assert self.remedy or self.status == "ok", self
+        for name in ("found", "remedy"):
+            object.__setattr__(self, name, without_secrets(getattr(self, name)))
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """The findings for a person: equal ones of several nodes as one, with the remedy below what failed."""
+    together: dict[tuple[str, str, str, str], list[Finding]] = {}
+    for each in findings:
+        together.setdefault((each.check, each.status, each.found, each.remedy), []).append(each)
+    width = max(len(check) for check, *_ in together) + 2
+    lines = []
+    for (check, status, found, remedy), same in together.items():
+        lines += _wrapped(f"{check:<{width}}{status:<13}", f"{found}{_places(same)}")
+        if remedy:
+            lines += _wrapped(" " * (width + 13), f"-> {remedy}")
+    counts = Counter(each.status for each in findings)
+    said = ", ".join(f"{counts[status]} {status}" for status in ("ok", "failed", "not checked"))
+    return "\n".join([*lines, "", f"{len(findings)} checks: {said}"])
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    lines = textwrap.wrap(text, _WIDTH - len(head), break_long_words=False, break_on_hyphens=False) or [""]
+    return [(head if number == 0 else " " * len(head)) + line for number, line in enumerate(lines)]
+
+
+def _places(same: Sequence[Finding]) -> str:
+    """On which nodes: their ids where they are few and not well, else how many of each kind."""
+    nodes = [each for each in same if each.where != CLUSTER]
+    if not nodes:
+        return ""
+    if same[0].status != "ok" and len(nodes) <= 3:
+        return " (on " + ", ".join(f"{each.kind} {each.where[:12]}" for each in nodes) + ")"
+    kinds = Counter(each.kind for each in nodes)
+    return " (on " + ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())) + ")"
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """The findings for a program."""
+    counts = Counter(each.status for each in findings)
+    document = {
+        "ok": not counts["failed"],
+        "counts": {status: counts[status] for status in ("ok", "failed", "not checked")},
+        "findings": [asdict(each) for each in findings],
+    }
+    return json.dumps(document, indent=2)
+
 
 _MOST_SKEW_S = 5.0
 _GIGABYTE = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class ProbedNode:
     """A node that is alive, and what its probe said: `facts` is None where it gave no answer."""
 
     id: str
@@ -37,7 +110,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class NodeRequirements:
     """What the nodes must have."""
 
     storage: str | None = None
@@ -48,7 +121,7 @@ class Wanted:
     """How long nodes were waited for; None where none were asked for."""
 
 
-def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
+def judge(nodes: Sequence[ProbedNode], wanted: NodeRequirements) -> list[Finding]:
     """All findings that rest on the nodes."""
     answered = [node for node in nodes if node.facts is not None]
     found = [*of_needs(nodes, wanted), *of_answers(nodes)]
@@ -66,13 +139,13 @@ def not_checked(check: str, why: str, remedy: str) -> Finding:
     return Finding(check=check, where=CLUSTER, status="not checked", found=why, remedy=remedy)
 
 
-def _of(node: Node, check: str, found: str, remedy: str = "") -> Finding:
+def _of(node: ProbedNode, check: str, found: str, remedy: str = "") -> Finding:
     """Failed if there is a remedy, else ok."""
     status = "failed" if remedy else "ok"
     return Finding(check=check, where=node.id, kind=node.kind, status=status, found=found, remedy=remedy)
 
 
-def of_needs(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
+def of_needs(nodes: Sequence[ProbedNode], wanted: NodeRequirements) -> list[Finding]:
     """Of every kind of node that the jobs need there is one, or one could be had."""
     found = []
     for name, resources in wanted.needs.items():
@@ -95,7 +168,7 @@ def of_needs(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
     return found
 
 
-def of_answers(nodes: Sequence[Node]) -> list[Finding]:
+def of_answers(nodes: Sequence[ProbedNode]) -> list[Finding]:
     """Every node that is alive runs a task."""
     remedy = (
         "look at that node's raylet log; end the node if it hangs (the autoscaler starts another), and "
@@ -109,10 +182,10 @@ def of_answers(nodes: Sequence[Node]) -> list[Finding]:
     ]
 
 
-def of_versions(nodes: Sequence[Node]) -> list[Finding]:
+def of_versions(nodes: Sequence[ProbedNode]) -> list[Finding]:
     """Python, the dependencies and this package's own code are the same everywhere."""
 
-    def all_of(node: Node) -> dict[str, str]:
+    def all_of(node: ProbedNode) -> dict[str, str]:
         assert node.facts
         return {"python": node.facts["python"], "this code": node.facts["code"], **node.facts["versions"]}
 
@@ -136,7 +209,7 @@ def of_versions(nodes: Sequence[Node]) -> list[Finding]:
     return found
 
 
-def of_clocks(nodes: Sequence[Node]) -> list[Finding]:
+def of_clocks(nodes: Sequence[ProbedNode]) -> list[Finding]:
     """No clock is so far off that object stores refuse its signatures or leases seem to have ended."""
     found = []
     for node in nodes:
@@ -161,7 +234,7 @@ def of_clocks(nodes: Sequence[Node]) -> list[Finding]:
     return found
 
 
-def of_disks(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
+def of_disks(nodes: Sequence[ProbedNode], wanted: NodeRequirements) -> list[Finding]:
     """Room for objects that memory does not hold, logs, and checkpoints on their way."""
     found = []
     for node in nodes:
@@ -177,7 +250,7 @@ def of_disks(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
     return found
 
 
-def of_storage(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
+def of_storage(nodes: Sequence[ProbedNode], wanted: NodeRequirements) -> list[Finding]:
     """Every node reads what the driver wrote, writes, and the driver sees that."""
     if not wanted.storage:
         return [not_checked("storage", "no place was named", "give storage=URI, where outputs will go")]
@@ -202,7 +275,7 @@ def of_storage(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
     return found
 
 
-def of_gpus(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
+def of_gpus(nodes: Sequence[ProbedNode], wanted: NodeRequirements) -> list[Finding]:
     """Where Ray offers devices, the driver lists as many and torch computes on each of them."""
     offering = [node for node in nodes if node.resources.get("GPU", 0) > 0]
     if not offering:
@@ -239,7 +312,7 @@ def of_gpus(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
     return found
 
 
-def of_models(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
+def of_models(nodes: Sequence[ProbedNode], wanted: NodeRequirements) -> list[Finding]:
     """Every node that works can have every model."""
     if not wanted.models:
         return [not_checked("models", "none was named", "give models=[FOLDER or hub id, ...]")]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import revision_ray
-from revision_ray import storage
-from revision_ray.errors import DataError
+from revision_ray.core import storage
+from revision_ray.core.errors import DataError
 
 # The project's dependencies, by the names of their distributions: a test compares them with pyproject.toml.
 PACKAGES = (
@@ -40,7 +40,7 @@ print(json.dumps({"count": count, "cuda": torch.version.cuda, "built": torch.bac
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ProbeRequest:
     """What a machine is asked."""
 
     storage: str | None
@@ -53,7 +53,7 @@ class Asked:
     """Devices that the node offers."""
 
 
-def facts(asked: Asked, node_id: str) -> dict[str, Any]:
+def facts(asked: ProbeRequest, node_id: str) -> dict[str, Any]:
     """Everything that the checks of one machine rest on; errors are text, which is empty where it works."""
     return {
         "python": platform.python_version(),
@@ -90,7 +90,7 @@ def disk(scratch: str | None) -> dict[str, Any]:
     return {"place": place, "free": usage.free, "total": usage.total}
 
 
-def try_storage(asked: Asked, node_id: str) -> dict[str, str]:
+def try_storage(asked: ProbeRequest, node_id: str) -> dict[str, str]:
     """What reading the driver's file and writing one of this node's own came to."""
     assert asked.storage is not None
     found = {"read": "", "write": ""}
@@ -214,7 +214,7 @@ def now() -> float:
     return time.time()
 
 
-class Holder:
+class ResourceHolder:
     """An actor with what it was given of a node, which does not go while it has that."""
 
     def here(self) -> None:

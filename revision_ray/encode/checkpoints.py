@@ -16,8 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from revision_ray import storage
-from revision_ray.errors import ConfigError, DataError, quote, shorten
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError, DataError, quote, shorten
 
 METADATA = ("*.json", "*.txt", "*.model", "*.py")
 TOKENIZER_FILES = (

@@ -5,15 +5,14 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from revision_ray import config, storage
-from revision_ray.config import MISSING
+from revision_ray.core import config, storage
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.data import sources
-from revision_ray.data.finish import DuplicateIds, Finish, claim, describe, finish_store, read_footers
-from revision_ray.data.schema import Split
-from revision_ray.data.shards import EncoderIdentity, Footer, Layout, Modality
+from revision_ray.data.finish import DuplicateIds, FinishSettings, claim, describe, finish_store, read_footers
+from revision_ray.data.shards import EncoderIdentity, Layout, Modality, ShardFooter, SourceSplit
 from revision_ray.encode.encoder import EncoderConfig, backend, located
-from revision_ray.encode.pipeline import Plan, Resources, encode_splits
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.encode.pipeline import Resources, ShardPlan, encode_splits
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def run(job: EmbedJob) -> str:
     left = tuple(split for split in splits if split.key not in complete)
     if len(left) < len(splits):
         log.info("%s: %d of %d splits are embedded already", output, len(splits) - len(left), len(splits))
-    plan = Plan(
+    plan = ShardPlan(
         modality=job.modality,
         done=done,
         encoder=encoder,
@@ -107,7 +106,7 @@ def run(job: EmbedJob) -> str:
     )
     encode_splits(left, plan, job.resources)
     config.save_resolved(job, storage.join(output, "config.yaml"))
-    finish = Finish(
+    finish = FinishSettings(
         domain=job.domain,
         layout=job.layout,
         max_rejected_fraction=job.max_rejected_fraction,
@@ -121,14 +120,14 @@ def _identity(encoder: EncoderConfig) -> EncoderIdentity:
     return EncoderIdentity(name=f"{encoder.kind}:{name}", fingerprint=backend(encoder).fingerprint(encoder))
 
 
-def _splits(job: EmbedJob, rows_per_shard: int, footers: list[Footer]) -> list[Split]:
+def _splits(job: EmbedJob, rows_per_shard: int, footers: list[ShardFooter]) -> list[SourceSplit]:
     """What the sources hold, without image and text files that stand in the store already.
 
     Raises:
         DataError: no rows, or a source has changed since its rows were embedded.
     """
     taken = [
-        Split(
+        SourceSplit(
             kind="image_files" if f.modality == "image" else "text_files",
             uri=f.split_uri,
             files=f.split_files,
@@ -154,7 +153,7 @@ def _splits(job: EmbedJob, rows_per_shard: int, footers: list[Footer]) -> list[S
     return splits
 
 
-def _done(footers: dict[str, Footer]) -> dict[str, frozenset[int]]:
+def _done(footers: dict[str, ShardFooter]) -> dict[str, frozenset[int]]:
     """Indices of the shards that stand, by split."""
     found: dict[str, set[int]] = defaultdict(set)
     for footer in footers.values():
@@ -162,7 +161,7 @@ def _done(footers: dict[str, Footer]) -> dict[str, frozenset[int]]:
     return {key: frozenset(indices) for key, indices in found.items()}
 
 
-def _complete(footers: dict[str, Footer], done: dict[str, frozenset[int]]) -> set[str]:
+def _complete(footers: dict[str, ShardFooter], done: dict[str, frozenset[int]]) -> set[str]:
     """Keys of the splits of which every shard stands, up to the last."""
     return {
         footer.split

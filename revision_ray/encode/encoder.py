@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from revision_ray.config import MISSING
-from revision_ray.data.chat import Texts
-from revision_ray.errors import ConfigError
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import ConfigError
+from revision_ray.data.chat import ControlTokenMarks
 
 # One thread per tokenizer: Ray gives a task so many CPUs and counts on it, and a pool of threads does not
 # survive a fork (the tokenizers library then warns and goes on with one).
@@ -88,7 +88,7 @@ class PlainTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is one of transformers'."""
-        self._texts = Texts(tokenizer)
+        self._texts = ControlTokenMarks(tokenizer)
         whole, alone = (
             list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False)
         )

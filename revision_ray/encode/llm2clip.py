@@ -1,17 +1,18 @@
 """LLM2CLIP (arXiv 2411.04997): a CLIP image tower, and a bidirectional mean-pooled Llama with an adapter.
 
 The image checkpoint holds CLIP's `vision_model` and `visual_projection`, and the `text_adapter` that takes
-the pooled Llama state into the same space. Its own Python code imports parts that transformers 5 has removed,
-and the llm2vec package does not run there either; so both towers are built from the library's classes, and no
-code of a checkpoint runs. Only where the weights are laid out otherwise is the checkpoint's code needed
-(`trust_remote_code`): then its `get_image_features` and `get_text_features` are called.
+the pooled Llama state into the same space. Its own Python code imports parts that transformers 5 has
+removed, and the llm2vec package does not run there either; so both towers are built from the library's
+classes, and no code of a checkpoint runs. Only where the weights are laid out otherwise is the checkpoint's
+code needed (`trust_remote_code`): then its `get_image_features` and `get_text_features` are called.
 
 Differences from llm2vec, none of which changes a row of ordinary text beyond rounding: padding is on the
 right (rotary positions are relative, and padding is masked); the text is tokenised apart from the header in
 front of it, so that a leading newline never merges with the header's; a text that is too long is cut at a
 token and keeps its end token, where llm2vec drops words in a loop.
 
-Shapes: N rows, D embedding_dim, C channels, H height, W width, T tokens, S hidden size of the language model.
+Shapes: N rows, D embedding_dim, C channels, H height, W width, T tokens, S hidden size of the language
+model.
 """
 
 import os
@@ -21,8 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -30,17 +34,10 @@ from transformers import (
     LlamaModel,
 )
 
-from revision_ray.data.chat import Texts
+from revision_ray.core.errors import ConfigError, quote
+from revision_ray.data.chat import ControlTokenMarks
 from revision_ray.encode import checkpoints
-from revision_ray.encode.encoder import (
-    EncoderConfig,
-    Tokens,
-    device_of,
-    dtype_of,
-    pad_right,
-    unit_rows,
-)
-from revision_ray.encode.llm2clip_remote import RemoteAdapter, RemoteImages, remote_model
+from revision_ray.encode.encoder import EncoderConfig, Tokens, device_of, dtype_of, pad_right, unit_rows
 from revision_ray.encode.transformers import (
     ModelImages,
     ProcessorImages,
@@ -48,7 +45,68 @@ from revision_ray.encode.transformers import (
     load_tokenizer,
     pixel_scale_of,
 )
-from revision_ray.errors import ConfigError, quote
+
+
+def remote_model(config: EncoderConfig, folder: str, other_side: str) -> Any:
+    """The checkpoint's own model without the parts named `other_side*`, whose weights are not read.
+
+    Raises:
+        ConfigError: its code is not allowed to run, or does not run with this transformers.
+    """
+    if not config.trust_remote_code:
+        raise ConfigError(
+            f"{folder}: its weights are not laid out as LLM2CLIP's (vision_model, visual_projection, "
+            "text_adapter), so the Python code that it ships would have to run; read that code, then set "
+            "encoder.trust_remote_code=true"
+        )
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModel.from_config(model_config, trust_remote_code=True)
+    except (*checkpoints.DAMAGED, ImportError, AttributeError) as error:
+        raise checkpoints.damaged(f"{folder} (its own code)", error) from error
+    for name, _ in list(model.named_children()):
+        if name.startswith(other_side):
+            delattr(model, name)
+    names = set(model.state_dict())
+    weights = checkpoints.read_tensors(checkpoints.weight_files(folder), names.__contains__)
+    if missing := names - set(weights):
+        raise ConfigError(
+            f"{folder}: lacks {len(missing)} weights, among them {min(missing)}; complete the checkpoint"
+        )
+    model.load_state_dict(weights)
+    return model.to(dtype_of(config)).eval()
+
+
+def _features(output: Any) -> torch.Tensor:
+    # Models of transformers 4 return the tensor, those of 5 an output that holds it.
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+class RemoteCodeImages:
+    """Image tower of a model that has `get_image_features`."""
+
+    def __init__(self, model: Any, processor: Any, device: torch.device) -> None:
+        self.model = model.to(device)
+        self._scale = pixel_scale_of(processor)
+        blank_CHW = ProcessorImages(processor)(Image.new("RGB", (64, 64)))
+        self.embedding_dim = self.encode(blank_CHW[None]).shape[1]
+
+    @torch.inference_mode()
+    def encode(self, pixels_NCHW: np.ndarray) -> np.ndarray:
+        pixels = self._scale(pixels_NCHW, self.model.device, self.model.dtype)
+        return unit_rows(_features(self.model.get_image_features(pixels)))
+
+
+class RemoteAdapter(nn.Module):
+    """(N, S) -> (N, D) by way of a model that has `get_text_features`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, state_NS: torch.Tensor) -> torch.Tensor:
+        return _features(self.model.get_text_features(state_NS))
+
 
 _CONTEXT = 512
 _HEADER = "<|start_header_id|>user<|end_header_id|>\n\n"  # Llama 3's, of a user's turn
@@ -103,10 +161,10 @@ def _native_adapter(folder: str) -> _Adapter | None:
         return None
 
 
-class _Texts:
+class _Llm2ClipTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._plain = Texts(tokenizer)
+        self._plain = ControlTokenMarks(tokenizer)
         self._header_T = _header_ids(tokenizer)
         self._end_id = tokenizer.convert_tokens_to_ids(_END)
 
@@ -210,16 +268,16 @@ def image_preparer(config: EncoderConfig) -> ProcessorImages:
     return ProcessorImages(_processor(checkpoints.folder_of(config.model, config.revision)))
 
 
-def text_preparer(config: EncoderConfig) -> _Texts:
-    return _Texts(load_tokenizer(checkpoints.folder_of(_text_model(config), None)))
+def text_preparer(config: EncoderConfig) -> _Llm2ClipTexts:
+    return _Llm2ClipTexts(load_tokenizer(checkpoints.folder_of(_text_model(config), None)))
 
 
-def image_tower(config: EncoderConfig) -> ModelImages | RemoteImages:
+def image_tower(config: EncoderConfig) -> ModelImages | RemoteCodeImages:
     folder = checkpoints.folder_with_weights(config.model, config.revision)
     names = checkpoints.tensor_names(checkpoints.weight_files(folder))
     processor, device = _processor(folder), device_of(config)
     if "visual_projection.weight" not in names:
-        return RemoteImages(remote_model(config, folder, "text"), processor, device)
+        return RemoteCodeImages(remote_model(config, folder, "text"), processor, device)
     vision = _vision_config(folder)
     model = checkpoints.load_model(CLIPVisionModelWithProjection, folder, vision, dtype_of(config))
     return ModelImages(model, "image_embeds", vision.projection_dim, pixel_scale_of(processor), device)

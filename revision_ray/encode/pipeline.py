@@ -17,13 +17,21 @@ import pyarrow as pa
 import ray
 import torch
 
-from revision_ray import metrics, storage
-from revision_ray.cluster import connect, data_context, pipeline_rows, refusing_late, user_errors
+from revision_ray.core import observe, storage
+from revision_ray.core.cluster import connect, data_context, pipeline_rows, refusing_late, user_errors
+from revision_ray.core.observe import progress
 from revision_ray.data import images, shards, sources
-from revision_ray.data.schema import ImageRow, Rejected, Split
-from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Footer, Layout, Modality
+from revision_ray.data.shards import (
+    EmbeddingTable,
+    EncoderIdentity,
+    ImageRow,
+    Layout,
+    Modality,
+    Rejected,
+    ShardFooter,
+    SourceSplit,
+)
 from revision_ray.encode.encoder import EncoderConfig, ImagePreparer, TextPreparer, backend
-from revision_ray.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +50,7 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ShardPlan:
     """How splits become shards. `done` holds the indices of the shards that stand, by split."""
 
     modality: Modality
@@ -61,7 +69,7 @@ def shard_name(split: str, index: int) -> str:
     return f"part-{split}-{index:05d}.parquet"
 
 
-def encode_splits(splits: Sequence[Split], plan: Plan, resources: Resources) -> int:
+def encode_splits(splits: Sequence[SourceSplit], plan: ShardPlan, resources: Resources) -> int:
     """Every unit of the splits that was not done stands as a shard in the store; the number of rows encoded.
 
     Raises:
@@ -106,7 +114,7 @@ def encode_splits(splits: Sequence[Split], plan: Plan, resources: Resources) -> 
         with progress(f"encode {plan.modality}s", None, "rows") as shown, pipeline_rows(dataset) as units:
             for unit in units:
                 encoded += unit["num_rows"]
-                metrics.record(
+                observe.record(
                     samples=unit["num_rows"],
                     rejected=unit["num_rejected"],
                     truncated=unit["num_truncated"],
@@ -130,22 +138,22 @@ def _most_actors(resources: Resources, gpus: float) -> int:
 class Prepare:
     """Splits to units: rows read, decoded and resized or tokenised, as many to a unit as fit a shard."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ShardPlan) -> None:
         self.plan = plan
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for text in batch.column("split").to_pylist():
             document = json.loads(text)
-            yield from self._units(Split(**{**document, "files": tuple(document["files"])}))
+            yield from self._units(SourceSplit(**{**document, "files": tuple(document["files"])}))
 
-    def _units(self, split: Split) -> Iterator[pa.Table]:
+    def _units(self, split: SourceSplit) -> Iterator[pa.Table]:
         plan = self.plan
         done = plan.done.get(split.key, frozenset())
         reader = sources.read_images if plan.modality == "image" else sources.read_texts
         for index, last, rows in _grouped(reader(split), plan.rows_per_shard):
             if index in done:
                 continue
-            footer = Footer(
+            footer = ShardFooter(
                 modality=plan.modality,
                 embedding_dim=0,
                 dtype=plan.dtype,
@@ -160,7 +168,7 @@ class Prepare:
             )
             yield self._unit(footer, rows)
 
-    def _unit(self, footer: Footer, rows: list[Any]) -> pa.Table:
+    def _unit(self, footer: ShardFooter, rows: list[Any]) -> pa.Table:
         rejected = [row for row in rows if isinstance(row, Rejected)]
         kept: list[Any] = [row for row in rows if not isinstance(row, Rejected)]
         if footer.modality == "image":
@@ -216,7 +224,7 @@ def _text_preparer(config: EncoderConfig) -> TextPreparer:
 
 
 def _unit_table(
-    footer: Footer,
+    footer: ShardFooter,
     ids: list[str],
     extra: dict[str, list[Any]],
     payload: np.ndarray,
@@ -297,7 +305,7 @@ _COUNTED = ("num_rows", "num_rejected", "num_truncated", "num_tokens")
 class Write:
     """Units of embeddings to shards of the store."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ShardPlan) -> None:
         self.plan = plan
 
     def __call__(self, units: pa.Table) -> pa.Table:

@@ -27,6 +27,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from revision_ray.core.errors import ConfigError, quote
 from revision_ray.encode import checkpoints
 from revision_ray.encode.encoder import (
     EncoderConfig,
@@ -38,7 +39,6 @@ from revision_ray.encode.encoder import (
     pad_right,
     unit_rows,
 )
-from revision_ray.errors import ConfigError, quote
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def pixel_scale_of(processor: Any) -> PixelScale:
     )
 
 
-class _Texts:
+class _TransformersTexts:
     def __init__(self, tokenizer: Any, context: int, lowercase: bool) -> None:
         self._tokenizer, self._context, self._lowercase = tokenizer, context, lowercase
         self._plain = PlainTexts(tokenizer)
@@ -208,11 +208,11 @@ def image_preparer(config: EncoderConfig) -> ProcessorImages:
     return ProcessorImages(load_processor(folder))
 
 
-def text_preparer(config: EncoderConfig) -> _Texts:
+def text_preparer(config: EncoderConfig) -> _TransformersTexts:
     folder = checkpoints.folder_of(config.model, config.revision)
     family, model_config = _open(folder)
     context = model_config.text_config.max_position_embeddings
-    return _Texts(load_tokenizer(folder), context, family.lowercase)
+    return _TransformersTexts(load_tokenizer(folder), context, family.lowercase)
 
 
 def image_tower(config: EncoderConfig) -> ModelImages:

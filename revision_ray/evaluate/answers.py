@@ -42,7 +42,7 @@ RULES = 2
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JudgedAnswer:
     """`predicted` is None where the answer could not be parsed."""
 
     predicted: str | None
@@ -56,7 +56,7 @@ def judge(
     *,
     letters: str = ALL_LETTERS,
     options: Sequence[str] = (),
-) -> Verdict:
+) -> JudgedAnswer:
     """Whether `raw` is one of the true `answers` (one, but for open questions with several spellings).
 
     `letters` are those of the options there are. `options`, their texts in order, are given where the text
@@ -67,10 +67,10 @@ def judge(
     if scoring == "letters":
         predicted, truth = letter_set(raw, letters), letter_set(answers[0], letters)
         assert truth is not None, f"the true answer {answers[0]!r} is no set of letters"
-        return Verdict(", ".join(sorted(predicted)) if predicted else None, predicted == truth)
+        return JudgedAnswer(", ".join(sorted(predicted)) if predicted else None, predicted == truth)
     if scoring == "open":
         predicted = open_answer(raw)
-        return Verdict(predicted, predicted is not None and any(_same(predicted, a) for a in answers))
+        return JudgedAnswer(predicted, predicted is not None and any(_same(predicted, a) for a in answers))
     if scoring == "yes_no":
         predicted, truth = yes_no(raw), yes_no(answers[0])
         assert truth is not None, f"the true answer {answers[0]!r} is neither yes nor no"
@@ -81,7 +81,7 @@ def judge(
         truth = answers[0].strip().strip("()").upper()
     else:
         predicted, truth = word(raw), word(answers[0])
-    return Verdict(predicted, predicted is not None and predicted == truth)
+    return JudgedAnswer(predicted, predicted is not None and predicted == truth)
 
 
 def letter(raw: str, letters: str = ALL_LETTERS) -> str | None:

@@ -15,24 +15,24 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from revision_ray import storage
-from revision_ray.cluster import data_context, pipeline_rows, refusing_late, user_errors
-from revision_ray.errors import DataError
+from revision_ray.core import storage
+from revision_ray.core.cluster import data_context, pipeline_rows, refusing_late, user_errors
+from revision_ray.core.errors import DataError
+from revision_ray.core.observe import progress
 from revision_ray.evaluate.answers import RULES, judge
-from revision_ray.evaluate.prepare import Actors, Prepared
-from revision_ray.evaluate.tables import parquet_bytes, read_parquet
-from revision_ray.progress import progress
+from revision_ray.evaluate.benchmarks import parquet_bytes, read_parquet
+from revision_ray.evaluate.prepare import ActorSettings, PreparedBenchmark
 
 Control = Literal["blind", "shuffled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class BenchmarkCondition:
     """One benchmark under one condition: `shown` holds the key of the image each prompt is put with."""
 
     benchmark: str
     condition: str
-    prepared: Prepared
+    prepared: PreparedBenchmark
     positions: list[int]
     """Of the questions asked, in `prepared`."""
     prompts: list[str]
@@ -42,27 +42,49 @@ class Part:
     """A caption is neither right nor wrong."""
 
 
-def conditions(name: str, prepared: Prepared, controls: Sequence[Control], seed: int) -> Iterator[Part]:
+def conditions(
+    name: str, prepared: PreparedBenchmark, controls: Sequence[Control], seed: int
+) -> Iterator[BenchmarkCondition]:
     """The benchmark with its own images, then under each of the controls."""
     everything = list(range(len(prepared.questions)))
     prompts = [question.prompt for question in prepared.questions]
-    yield Part(benchmark=name, condition="image", prepared=prepared, positions=everything, prompts=prompts,
-               shown=prepared.keys)  # fmt: skip
+    yield BenchmarkCondition(
+        benchmark=name,
+        condition="image",
+        prepared=prepared,
+        positions=everything,
+        prompts=prompts,
+        shown=prepared.keys,
+    )
     if "blind" in controls:
-        yield Part(benchmark=name, condition="blind", prepared=prepared, positions=everything,
-                   prompts=prompts, shown=None)  # fmt: skip
+        yield BenchmarkCondition(
+            benchmark=name,
+            condition="blind",
+            prepared=prepared,
+            positions=everything,
+            prompts=prompts,
+            shown=None,
+        )
     if "shuffled" in controls:
         other = derangement(sorted(set(prepared.keys)), seed)
-        yield Part(benchmark=name, condition="shuffled", prepared=prepared, positions=everything,
-                   prompts=prompts, shown=[other[key] for key in prepared.keys])  # fmt: skip
+        yield BenchmarkCondition(
+            benchmark=name,
+            condition="shuffled",
+            prepared=prepared,
+            positions=everything,
+            prompts=prompts,
+            shown=[other[key] for key in prepared.keys],
+        )
 
 
-def captions(name: str, prepared: Prepared, prompt: str, keys: Sequence[str], model: str) -> Part:
+def captions(
+    name: str, prepared: PreparedBenchmark, prompt: str, keys: Sequence[str], model: str
+) -> BenchmarkCondition:
     """What the model with fingerprint `model` says to `prompt` about each of the images `keys`."""
     first = {key: position for position, key in reversed(list(enumerate(prepared.keys)))}
     # Other images, another prompt or another model are another part.
     digest = storage.sha256(model.encode(), prompt.encode(), *(key.encode() for key in keys))[:8]
-    return Part(
+    return BenchmarkCondition(
         benchmark=name,
         condition=f"captions-{digest}",
         prepared=prepared,
@@ -94,10 +116,10 @@ def answers_path(output: str, name: str, condition: str) -> str:
 
 
 @refusing_late
-class Answer:
+class AnswerPrompts:
     """Batches of prompts to what the model says."""
 
-    def __init__(self, actors: Actors) -> None:
+    def __init__(self, actors: ActorSettings) -> None:
         self.responder = actors.responder()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -110,7 +132,7 @@ class Answer:
         return pa.table({"part": [row["part"]], "rows": [row["rows"]], "said": [json.dumps(said)]})
 
 
-def answer_parts(output: str, parts: Sequence[Part], actors: Actors) -> None:
+def answer_parts(output: str, parts: Sequence[BenchmarkCondition], actors: ActorSettings) -> None:
     """The answers of every part stand below `output`; parts that did before are not asked again, but judged
     anew where their verdicts are of other rules."""
     left = [part for part in parts if not _stands(output, part)]
@@ -122,7 +144,7 @@ def answer_parts(output: str, parts: Sequence[Part], actors: Actors) -> None:
     said: list[dict[int, str]] = [{} for _ in left]
     with data_context(target_block_bytes=1) as context, user_errors():
         context.wait_for_min_actors_s = 0
-        dataset = actors.map(ray.data.from_items(batches, override_num_blocks=len(batches)), Answer)
+        dataset = actors.map(ray.data.from_items(batches, override_num_blocks=len(batches)), AnswerPrompts)
         with (
             progress("answer", sum(len(part.prompts) for part in left), "questions") as shown,
             pipeline_rows(dataset) as rows,
@@ -137,7 +159,7 @@ def answer_parts(output: str, parts: Sequence[Part], actors: Actors) -> None:
                 shown.advance(len(answers), f"{part.benchmark} {part.condition}")
 
 
-def _stands(output: str, part: Part) -> bool:
+def _stands(output: str, part: BenchmarkCondition) -> bool:
     path = answers_path(output, part.benchmark, part.condition)
     if not storage.exists(path):
         return False
@@ -148,7 +170,7 @@ def _stands(output: str, part: Part) -> bool:
     return True
 
 
-def _batches(number: int, part: Part, batch_size: int) -> Iterator[dict[str, Any]]:
+def _batches(number: int, part: BenchmarkCondition, batch_size: int) -> Iterator[dict[str, Any]]:
     """Rows of the part, those of near lengths together, so that little is padding."""
     order = sorted(range(len(part.prompts)), key=lambda row: (len(part.prompts[row]), row))
     for start in range(0, len(order), batch_size):
@@ -166,7 +188,7 @@ def _batches(number: int, part: Part, batch_size: int) -> Iterator[dict[str, Any
         }
 
 
-def _scored(part: Part, said: dict[int, str]) -> pa.Table:
+def _scored(part: BenchmarkCondition, said: dict[int, str]) -> pa.Table:
     """One row a question, in the order of the benchmark, with the raw answer and its verdict."""
     rows = []
     for row, position in enumerate(part.positions):
@@ -200,7 +222,20 @@ def _scored(part: Part, said: dict[int, str]) -> pa.Table:
 
 _RULES = b"revision_ray.evaluate.rules"
 _ANSWERS = pa.schema(
-    [(name, pa.bool_() if name == "correct" else pa.string())
-     for name in ("id", "benchmark", "condition", "prompt", "answer", "predicted", "raw", "correct", "groups",
-                  "image", "shown")]
-)  # fmt: skip
+    [
+        (name, pa.bool_() if name == "correct" else pa.string())
+        for name in (
+            "id",
+            "benchmark",
+            "condition",
+            "prompt",
+            "answer",
+            "predicted",
+            "raw",
+            "correct",
+            "groups",
+            "image",
+            "shown",
+        )
+    ],
+)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest, bootstrap, permutation_test
 
-from revision_ray import storage
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.evaluate.answers import RULES, judge
 from revision_ray.evaluate.ask import answers_path
+from revision_ray.evaluate.benchmarks import read_parquet
 from revision_ray.evaluate.prepare import load_questions
-from revision_ray.evaluate.tables import read_parquet
 
 FORMAT_VERSION = 1
 _CONDITIONS = ("image", "blind", "shuffled")
@@ -25,7 +25,7 @@ _BATCH_ENTRIES = 4_000_000  # of a matrix of resamples, so that memory stays bou
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class JudgedRun:
     """The answers of one run to a benchmark under one condition, judged by today's rules."""
 
     where: str
@@ -98,7 +98,7 @@ def _benchmarks(run: str) -> list[str]:
     return sorted(names)
 
 
-def _judged(run: str, name: str) -> dict[str, Judged]:
+def _judged(run: str, name: str) -> dict[str, JudgedRun]:
     """The answers of a run to a benchmark by condition."""
     questions = {question.id: question for question in load_questions(run, name)}
     found = {}
@@ -122,11 +122,11 @@ def _judged(run: str, name: str) -> dict[str, Judged]:
             asked[row["id"]] = (row["prompt"], " | ".join(question.answers), row["image"])
             correct[row["id"]] = verdict.correct
             num_unparsed += verdict.predicted is None
-        found[condition] = Judged(where=path, asked=asked, correct=correct, num_unparsed=num_unparsed)
+        found[condition] = JudgedRun(where=path, asked=asked, correct=correct, num_unparsed=num_unparsed)
     return found
 
 
-def paired(first: Judged, second: Judged, seed: int) -> dict[str, Any]:
+def paired(first: JudgedRun, second: JudgedRun, seed: int) -> dict[str, Any]:
     """Figures of the difference in accuracy, first minus second.
 
     McNemar's exact test takes questions for independent. Where several are about one image they are not:
@@ -160,7 +160,7 @@ def paired(first: Judged, second: Judged, seed: int) -> dict[str, Any]:
     }
 
 
-def _check_same(first: Judged, second: Judged) -> None:
+def _check_same(first: JudgedRun, second: JudgedRun) -> None:
     missing = [
         sorted(one.asked.keys() - other.asked.keys()) for one, other in ((first, second), (second, first))
     ]

@@ -8,11 +8,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from revision_ray import storage
+from revision_ray.core import storage
 from revision_ray.data.images import decode_image
-from revision_ray.evaluate.prepare import MAX_IMAGE_PIXELS, Prepared
-from revision_ray.evaluate.questions import Item, content_key
-from revision_ray.evaluate.rows import Unit, read_unit
+from revision_ray.evaluate.benchmarks import BenchmarkQuestion, ReadUnit, content_key, read_unit
+from revision_ray.evaluate.prepare import MAX_IMAGE_PIXELS, PreparedBenchmark
 
 # Pixels.
 _IMAGE_SIDE = 256
@@ -28,7 +27,7 @@ _Line = tuple[str, int, str]  # text, font size, colour
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class PictureCell:
     """An image with its caption, and (question, answer given, true answer, whether it is right) below."""
 
     image: bytes
@@ -36,7 +35,7 @@ class Cell:
     questions: tuple[tuple[str, str, str, bool], ...]
 
 
-def choose(units: Sequence[Unit], prepared: Prepared, count: int) -> dict[str, bytes]:
+def choose(units: Sequence[ReadUnit], prepared: PreparedBenchmark, count: int) -> dict[str, bytes]:
     """The first `count` different images of a benchmark that questions are about, by their key."""
     found: dict[str, bytes] = {}
     asked = set(prepared.keys)
@@ -44,7 +43,7 @@ def choose(units: Sequence[Unit], prepared: Prepared, count: int) -> dict[str, b
         if len(found) >= count:
             break
         for item in read_unit(unit):
-            if not isinstance(item, Item) or item.image is None:
+            if not isinstance(item, BenchmarkQuestion) or item.image is None:
                 continue
             key = content_key(item.image)
             if key in asked and len(found) < count:
@@ -65,12 +64,12 @@ def write(
     for key, content in images.items():
         asked = [row for row in answers if row["shown"] == key][:_QUESTIONS_PER_IMAGE]
         rows = tuple((row["prompt"], row["raw"], row["answer"], bool(row["correct"])) for row in asked)
-        cells.append(Cell(image=content, caption=caption_of.get(key, ""), questions=rows))
+        cells.append(PictureCell(image=content, caption=caption_of.get(key, ""), questions=rows))
     storage.write_bytes(uri, contact_sheet(cells, heading))
     return uri
 
 
-def contact_sheet(cells: Sequence[Cell], heading: str = "") -> bytes:
+def contact_sheet(cells: Sequence[PictureCell], heading: str = "") -> bytes:
     """A PNG: `heading`, then cells side by side on white, each row as high as its longest text."""
     columns = min(_COLUMNS, len(cells))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
@@ -111,7 +110,7 @@ def _scaled(content: bytes) -> Image.Image:
     return square
 
 
-def _lines(cell: Cell) -> list[_Line]:
+def _lines(cell: PictureCell) -> list[_Line]:
     lines = _wrapped(cell.caption or "(no caption)", _CAPTION, _BLACK)
     for question, said, truth, correct in cell.questions:
         lines += _wrapped(question.splitlines()[0] if question else "", _TEXT, _GREY)

@@ -16,24 +16,30 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from revision_ray import storage
-from revision_ray.cluster import data_context, pipeline_rows, refusing_late, user_errors
+from revision_ray.core import storage
+from revision_ray.core.cluster import data_context, pipeline_rows, refusing_late, user_errors
+from revision_ray.core.errors import DataError
+from revision_ray.core.observe import progress
 from revision_ray.data.images import UndecodableImage
 from revision_ray.data.store import Store, read_group, read_group_ids
 from revision_ray.encode import checkpoints
-from revision_ray.errors import DataError
-from revision_ray.evaluate.questions import Item, content_key
+from revision_ray.evaluate.benchmarks import (
+    BenchmarkQuestion,
+    LeftOut,
+    ReadUnit,
+    content_key,
+    parquet_bytes,
+    read_parquet,
+    read_unit,
+)
 from revision_ray.evaluate.responder import Dtype, Responder
-from revision_ray.evaluate.rows import LeftOut, Unit, read_unit
-from revision_ray.evaluate.tables import parquet_bytes, read_parquet
-from revision_ray.progress import progress
 
 MAX_IMAGE_PIXELS = 178_956_970
 _META = b"revision_ray.evaluate"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Actors:
+class ActorSettings:
     """The model in actors: how many, on what, and how it runs. `num_gpus` and `num_cpus` are those of one."""
 
     model: str
@@ -70,10 +76,10 @@ class Actors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedBenchmark:
     """A benchmark ready to be asked: its questions without images, and an embedding for every image key."""
 
-    questions: list[Item]
+    questions: list[BenchmarkQuestion]
     keys: list[str]
     """Of each question's image."""
     embeddings: dict[str, np.ndarray]
@@ -97,13 +103,13 @@ _READ_SCHEMA = pa.schema(
 def read_stage(batch: pa.Table) -> pa.Table:
     """Units to their questions and distinct images, one row a unit."""
     rows = [
-        {**row, **_read(Unit(**json.loads(row["unit"])))}
+        {**row, **_read(ReadUnit(**json.loads(row["unit"])))}
         for row in batch.select(["benchmark", "number", "unit"]).to_pylist()
     ]
     return pa.Table.from_pylist(rows, schema=_READ_SCHEMA)
 
 
-def _read(unit: Unit) -> dict[str, Any]:
+def _read(unit: ReadUnit) -> dict[str, Any]:
     questions, keys, left_out = [], [], Counter[str]()
     images: dict[str, bytes] = {}
     for item in read_unit(unit):
@@ -124,10 +130,10 @@ def _read(unit: Unit) -> dict[str, Any]:
 
 
 @refusing_late
-class Encode:
+class EncodeImages:
     """Images of a unit to the embeddings of the model's own image tower."""
 
-    def __init__(self, actors: Actors) -> None:
+    def __init__(self, actors: ActorSettings) -> None:
         self.batch_size, self.responder = actors.batch_size, actors.responder()
 
     def __call__(self, unit: pa.Table) -> pa.Table:
@@ -152,10 +158,10 @@ class Encode:
 
 def prepare(
     output: str,
-    units: Mapping[str, Sequence[Unit]],
-    actors: Actors,
+    units: Mapping[str, Sequence[ReadUnit]],
+    actors: ActorSettings,
     store: Store | None,
-    choose: Callable[[str, list[Item]], list[int]],
+    choose: Callable[[str, list[BenchmarkQuestion]], list[int]],
 ) -> None:
     """Every benchmark of `units` is prepared below `output`; those that are already are left as they are.
 
@@ -179,7 +185,7 @@ def prepare(
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             read_stage, batch_size=1, batch_format="pyarrow", num_cpus=0.5
         )
-        dataset = dataset.drop_columns(["images"]) if store else actors.map(dataset, Encode)
+        dataset = dataset.drop_columns(["images"]) if store else actors.map(dataset, EncodeImages)
         label = "read benchmarks" if store else "encode images"
         with progress(label, len(items), "units") as shown, pipeline_rows(dataset) as rows:
             for row in rows:
@@ -196,8 +202,8 @@ def _assembled(
     name: str,
     parts: list[dict[str, Any]],
     store: Store | None,
-    choose: Callable[[str, list[Item]], list[int]],
-) -> Prepared:
+    choose: Callable[[str, list[BenchmarkQuestion]], list[int]],
+) -> PreparedBenchmark:
     questions, keys, left_out = [], [], Counter[str]()
     embeddings: dict[str, np.ndarray] = {}
     for part in parts:
@@ -224,10 +230,10 @@ def _assembled(
         )
     needed = set(keys)
     kept = {key: row_D for key, row_D in embeddings.items() if key in needed}
-    return Prepared(questions=questions, keys=keys, embeddings=kept, left_out=dict(left_out))
+    return PreparedBenchmark(questions=questions, keys=keys, embeddings=kept, left_out=dict(left_out))
 
 
-def _numbered(questions: list[Item]) -> list[Item]:
+def _numbered(questions: list[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
     """The questions with ids of their own: what occurs again gets `#2`, `#3`."""
     seen = Counter[str]()
     numbered = []
@@ -238,7 +244,9 @@ def _numbered(questions: list[Item]) -> list[Item]:
     return numbered
 
 
-def _of_store(name: str, questions: list[Item], keys: list[str], store: Store) -> dict[str, np.ndarray]:
+def _of_store(
+    name: str, questions: list[BenchmarkQuestion], keys: list[str], store: Store
+) -> dict[str, np.ndarray]:
     """float32 unit rows (D,) by image key, found under the question's image id or the image's content."""
     wanted: dict[str, list[str]] = {}
     for question, key in zip(questions, keys, strict=True):
@@ -262,7 +270,7 @@ def _of_store(name: str, questions: list[Item], keys: list[str], store: Store) -
     return found
 
 
-def sample(items: Sequence[Item], max_items: int | None, seed: int) -> list[int]:
+def sample(items: Sequence[BenchmarkQuestion], max_items: int | None, seed: int) -> list[int]:
     """Positions of at most `max_items` questions, drawn uniformly, in their order."""
     if max_items is None or max_items >= len(items):
         return list(range(len(items)))
@@ -274,7 +282,7 @@ def _path(output: str, name: str) -> str:
     return storage.join(output, "questions", f"{name}.parquet")
 
 
-def _write(output: str, name: str, prepared: Prepared) -> None:
+def _write(output: str, name: str, prepared: PreparedBenchmark) -> None:
     rows = [prepared.embeddings[key].astype("<f4").tobytes() for key in prepared.embeddings]
     images = pa.table(
         {"key": pa.array(list(prepared.embeddings), pa.string()), "embedding": pa.array(rows, pa.binary())}
@@ -292,11 +300,11 @@ def _write(output: str, name: str, prepared: Prepared) -> None:
     storage.write_bytes(_path(output, name), parquet_bytes(table))
 
 
-def load_prepared(output: str, name: str) -> Prepared:
+def load_prepared(output: str, name: str) -> PreparedBenchmark:
     """The benchmark as `prepare` left it below `output`."""
     table = read_parquet(_path(output, name))
     images = read_parquet(storage.join(output, "images", f"{name}.parquet"))
-    return Prepared(
+    return PreparedBenchmark(
         questions=_questions(table),
         keys=table.column("image_key").to_pylist(),
         embeddings={row["key"]: np.frombuffer(row["embedding"], "<f4") for row in images.to_pylist()},
@@ -304,17 +312,19 @@ def load_prepared(output: str, name: str) -> Prepared:
     )
 
 
-def load_questions(output: str, name: str) -> list[Item]:
+def load_questions(output: str, name: str) -> list[BenchmarkQuestion]:
     """The questions of a benchmark alone, as `prepare` left them below `output`."""
     return _questions(read_parquet(_path(output, name)))
 
 
-def _questions(table: pa.Table) -> list[Item]:
+def _questions(table: pa.Table) -> list[BenchmarkQuestion]:
     return [
         _item({**{key: row[key] for key in row if key != "image_key"}, "groups": json.loads(row["groups"])})
         for row in table.to_pylist()
     ]
 
 
-def _item(document: dict[str, Any]) -> Item:
-    return Item(**{**document, "answers": tuple(document["answers"]), "options": tuple(document["options"])})
+def _item(document: dict[str, Any]) -> BenchmarkQuestion:
+    return BenchmarkQuestion(
+        **{**document, "answers": tuple(document["answers"]), "options": tuple(document["options"])}
+    )

@@ -7,15 +7,16 @@ from typing import Any
 
 from revision_ray.evaluate import scores
 from revision_ray.evaluate.ask import answers_path
-from revision_ray.evaluate.benchmarks import benchmark
-from revision_ray.evaluate.prepare import Prepared
+from revision_ray.evaluate.benchmarks import benchmark, read_parquet
+from revision_ray.evaluate.prepare import PreparedBenchmark
 from revision_ray.evaluate.scores import Answered
-from revision_ray.evaluate.tables import read_parquet
 
 FORMAT_VERSION = 1
 
 
-def results(output: str, prepared: Mapping[str, Prepared], conditions: Sequence[str]) -> dict[str, Any]:
+def results(
+    output: str, prepared: Mapping[str, PreparedBenchmark], conditions: Sequence[str]
+) -> dict[str, Any]:
     """The figures of every benchmark below `output`: by condition, over all questions and by group.
 
     `average` is the mean of the benchmarks' accuracies, each weighing the same (the paper's headline figure);

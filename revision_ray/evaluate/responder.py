@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from revision_ray.data.chat import Chat, as_date
+from revision_ray.data.chat import ChatTemplate, as_date
 from revision_ray.data.images import decode_image
 from revision_ray.model.ending import until_end
 
@@ -45,7 +45,7 @@ class Responder:
             tokenizer.pad_token_id = tokenizer.eos_token_id
         if not tokenizer.chat_template:
             tokenizer.chat_template = getattr(self.processor, "chat_template", None)
-        self._chat = Chat(tokenizer, as_date(today))
+        self._chat = ChatTemplate(tokenizer, as_date(today))
 
     def encode(self, images: Sequence[bytes], max_pixels: int) -> np.ndarray:
         """float32 unit rows (I, D) of encoded images, from the model's own image tower.

@@ -5,9 +5,8 @@ Shapes: N rows, D embedding dim, P pairs of rows, H histogram bins.
 
 import numpy as np
 
-from revision_ray.errors import ConfigError, DataError
-from revision_ray.geometry.rows import directions, finite_rows, same_dim, same_shape
-from revision_ray.geometry.spectra import pearson
+from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.geometry.spectra import directions, finite_rows, pearson, same_dim, same_shape
 
 NUM_PAIRS = 200_000
 # Bins of width 0.01 over -1..1.

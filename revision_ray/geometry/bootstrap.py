@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from revision_ray.errors import ConfigError, DataError
-from revision_ray.geometry.rows import finite_rows
+from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.geometry.spectra import finite_rows
 
 # Not scipy.stats.bootstrap: each resample has a seed of its own, so that tasks can share them out, rows are
 # vectors, and means are one matrix product, without a gathered copy of the rows for every resample.

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from revision_ray.errors import DataError
+from revision_ray.core.errors import DataError
 from revision_ray.geometry.fixed_frame import (
     Decomposition,
-    Frame,
+    FixedFrame,
     angle_by_chance_degrees,
     block_covariances,
     coupling,
@@ -72,7 +72,7 @@ class GapDynamics:
     late_window: int
     """Last probes, behind the freeze, over which per-step covariances are averaged."""
 
-    frame: Frame | None = None
+    frame: FixedFrame | None = None
     frozen_at: int | None = None
     _reference_D: tuple[np.ndarray, np.ndarray] | None = None  # beta and gamma at t0
     _former_gamma_D: np.ndarray | None = None
@@ -113,7 +113,9 @@ class GapDynamics:
         self._former_gamma_D = parts.gamma_D
         return record
 
-    def _frame_at(self, step: int, image_ND: np.ndarray, text_ND: np.ndarray) -> tuple[Frame, Frame]:
+    def _frame_at(
+        self, step: int, image_ND: np.ndarray, text_ND: np.ndarray
+    ) -> tuple[FixedFrame, FixedFrame]:
         """The frame to measure in, and the one estimated from these rows alone."""
         now = reference_frame(image_ND, text_ND, self.energy)
         if self.frozen_at is None:
@@ -123,7 +125,7 @@ class GapDynamics:
         assert self.frame is not None
         return self.frame, now
 
-    def _settings(self, num_probe: int, frame: Frame, now: Frame) -> dict[str, Any]:
+    def _settings(self, num_probe: int, frame: FixedFrame, now: FixedFrame) -> dict[str, Any]:
         return {
             "num_probe": num_probe,
             "embedding_dim": frame.u_DR.shape[0],
@@ -134,7 +136,7 @@ class GapDynamics:
             "frozen_at": self.frozen_at,
         }
 
-    def _motion(self, parts: Decomposition, frame: Frame, now: Frame) -> dict[str, Any]:
+    def _motion(self, parts: Decomposition, frame: FixedFrame, now: FixedFrame) -> dict[str, Any]:
         """How far frame and biases have moved. sin(theta) compares U with the leading directions now, as many
         as U has: 0 until the freeze, when both are the same."""
         leading_DR = np.concatenate([now.u_DR, now.v_DS], axis=1)[:, : frame.rank]
@@ -149,10 +151,10 @@ class GapDynamics:
             "pob_stability": None if former_D is None else pob_stability(parts.gamma_D, former_D),
         }
 
-    def _spectra(self, residuals: Residuals, frame: Frame) -> dict[str, Any]:
+    def _spectra(self, residuals: Residuals, frame: FixedFrame) -> dict[str, Any]:
         return spectral_figures(residuals, frame, self.kappa_energy, self.top_components)
 
-    def _late_figures(self, step: int, residuals: Residuals, frame: Frame) -> dict[str, Any] | None:
+    def _late_figures(self, step: int, residuals: Residuals, frame: FixedFrame) -> dict[str, Any] | None:
         """The same figures of covariances averaged over the last probes in the frozen frame; None before."""
         if self.frozen_at is None:
             return None
@@ -175,7 +177,7 @@ def averaged(window: Sequence[Residuals] | deque[Residuals]) -> Residuals:
 
 
 def spectral_figures(
-    residuals: Residuals, frame: Frame, kappa_energy: float, top_components: int
+    residuals: Residuals, frame: FixedFrame, kappa_energy: float, top_components: int
 ) -> dict[str, Any]:
     """Traces, effective condition numbers, rho_eig, the angle of gamma, and the leading eigenvalues."""
     delta, zeta = eigenvalues_of(residuals.delta_RR), eigenvalues_of(residuals.zeta_SS)
@@ -202,7 +204,7 @@ def spectral_figures(
     }
 
 
-def leak_of_moments(second_DD: np.ndarray, frame: Frame) -> float:
+def leak_of_moments(second_DD: np.ndarray, frame: FixedFrame) -> float:
     """Root of the share of the gradients' energy tr E[g g'] that lies in V: `fixed_frame.leak_ref` from
     moments, so that no gradient has to be kept. NaN without any gradient."""
     total = float(np.trace(second_DD))
@@ -210,7 +212,7 @@ def leak_of_moments(second_DD: np.ndarray, frame: Frame) -> float:
     return math.sqrt(max(inside_V, 0.0) / total) if total > 0 else math.nan
 
 
-def _residuals(parts: Decomposition, frame: Frame, gradients: Gradients | None) -> Residuals:
+def _residuals(parts: Decomposition, frame: FixedFrame, gradients: Gradients | None) -> Residuals:
     delta_RR, zeta_SS = block_covariances(parts, frame)
     return Residuals(
         gamma_S=frame.v_DS.T @ parts.gamma_D,
@@ -239,7 +241,7 @@ def _trace(rows_ND: np.ndarray) -> float:
     return float(np.mean(np.sum((rows_ND - rows_ND.mean(axis=0)) ** 2, axis=1)))
 
 
-def _leaks(gradients: Gradients | None, frame: Frame) -> dict[str, Any]:
+def _leaks(gradients: Gradients | None, frame: FixedFrame) -> dict[str, Any]:
     """leak_ref of both sides together and of each, beside what gradients without a direction would give."""
     dim, outside = frame.v_DS.shape
     sides: dict[str, np.ndarray | None] = {"leak_ref": None, "leak_ref_image": None, "leak_ref_text": None}
@@ -257,7 +259,7 @@ def _leaks(gradients: Gradients | None, frame: Frame) -> dict[str, Any]:
     }
 
 
-def _coupling(parts: Decomposition, frame: Frame) -> dict[str, Any]:
+def _coupling(parts: Decomposition, frame: FixedFrame) -> dict[str, Any]:
     found = coupling(parts.delta_ND, parts.zeta_ND, frame)
     return {
         "coupling_norm": found.spectral_norm,

@@ -1,7 +1,9 @@
-"""The gap in a fixed frame: Delta = beta + gamma + delta + zeta (arXiv 2602.07026 sec. 3, app. A-C).
+"""Decompose the gap in a fixed frame, and measure Phantom Drift.
 
-U is the principal subspace of a reference covariance, V its orthogonal complement, P_U and P_V their
-projectors, frozen from the reference time on.
+Fixed frame: Delta = beta + gamma + delta + zeta (arXiv 2602.07026 sec. 3, app. A-C). U is the principal
+subspace of a reference covariance, V its orthogonal complement, P_U and P_V their projectors, frozen from
+the reference time on. Phantom Drift (sec. 3.4, thm B.14): for z = mu + eps, Delta_pi = E[z / ||z||] - mu /
+||mu||.
 
 Shapes: N pairs or rows, D embedding dim, R dimensions of U, S = D - R dimensions of V.
 """
@@ -13,17 +15,26 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
-from revision_ray.align.frame import fixed_frame
-from revision_ray.errors import ConfigError, DataError
-from revision_ray.geometry.rows import finite_rows, same_dim, same_shape, unit_rows
-from revision_ray.geometry.spectra import covariance, leading_directions, pearson
+from revision_ray.align.strategies import fixed_frame
+from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.geometry.spectra import (
+    SMALLEST_NORM,
+    covariance,
+    directions,
+    finite_rows,
+    leading_directions,
+    pearson,
+    same_dim,
+    same_shape,
+    unit_rows,
+)
 
 # Below this a mean gap or a residual of unit rows is rounding.
 EPSILON = 1e-12
 
 
 @dataclass(frozen=True)
-class Frame:
+class FixedFrame:
     """Orthonormal bases of U and V. `num_rows` tells how many rows of the smaller side they came from."""
 
     u_DR: np.ndarray
@@ -63,7 +74,7 @@ class Coupling:
     """R / (N - 1): what R predictors without any relation explain of N samples on average, without ridge."""
 
 
-def reference_frame(image_ND: np.ndarray, text_ND: np.ndarray, energy: float) -> Frame:
+def reference_frame(image_ND: np.ndarray, text_ND: np.ndarray, energy: float) -> FixedFrame:
     """The frame of Cov(e_x) + Cov(e_y): U is spanned by the fewest eigenvectors that hold the share `energy`.
 
     The sides need not be paired. With fewer rows than dimensions V holds directions that were never seen
@@ -78,7 +89,7 @@ def reference_frame(image_ND: np.ndarray, text_ND: np.ndarray, energy: float) ->
     return frame_of(reference_DD, energy, min(len(image_ND), len(text_ND)))
 
 
-def frame_of(reference_DD: np.ndarray, energy: float, num_rows: int) -> Frame:
+def frame_of(reference_DD: np.ndarray, energy: float, num_rows: int) -> FixedFrame:
     """The frame of a reference covariance that was computed elsewhere, as from the moments of whole stores.
 
     Raises:
@@ -94,10 +105,10 @@ def frame_of(reference_DD: np.ndarray, energy: float, num_rows: int) -> Frame:
         raise ConfigError(
             f"all {len(u_DR)} dimensions are needed for the share {energy}, so V is empty; lower energy"
         )
-    return Frame(u_DR, v_DS, energy, num_rows)
+    return FixedFrame(u_DR, v_DS, energy, num_rows)
 
 
-def decompose(image_ND: np.ndarray, text_ND: np.ndarray, frame: Frame) -> Decomposition:
+def decompose(image_ND: np.ndarray, text_ND: np.ndarray, frame: FixedFrame) -> Decomposition:
     """The gap of each pair (row i of both sides) and its parts in the frame.
 
     Rows may be off the sphere, as a mean shift leaves them: the identities hold for any.
@@ -135,7 +146,7 @@ def identities(parts: Decomposition) -> dict[str, float]:
     }
 
 
-def block_covariances(parts: Decomposition, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+def block_covariances(parts: Decomposition, frame: FixedFrame) -> tuple[np.ndarray, np.ndarray]:
     """Cov(delta) (R, R) in the basis of U and Cov(zeta) (S, S) in that of V, for spectra and kappa_eff."""
     return covariance(parts.delta_ND @ frame.u_DR), covariance(parts.zeta_ND @ frame.v_DS)
 
@@ -153,7 +164,7 @@ def sin_theta(a_DR: np.ndarray, b_DS: np.ndarray) -> float:
     return float(np.sin(principal_angles(a_DR, b_DS)[-1]))
 
 
-def leak_ref(gradient_ND: np.ndarray, frame: Frame) -> float:
+def leak_ref(gradient_ND: np.ndarray, frame: FixedFrame) -> float:
     """Share of the embedding gradients' RMS that falls in V: sqrt(E||P_V g||^2 / E||g||^2), 0 to 1.
 
     A ratio of lengths, not of energies: for gradients within U_t it is at most sin(theta) of U and U_t,
@@ -225,7 +236,7 @@ def angle_by_chance_degrees(num_dims: int) -> float:
     return math.degrees(math.acos(min(math.exp(log_mean) / math.sqrt(math.pi), 1.0)))
 
 
-def coupling(delta_ND: np.ndarray, zeta_ND: np.ndarray, frame: Frame, ridge: float = 1e-3) -> Coupling:
+def coupling(delta_ND: np.ndarray, zeta_ND: np.ndarray, frame: FixedFrame, ridge: float = 1e-3) -> Coupling:
     """Ridge regression of the residual in V on that in U: L = Z D' (D D' + lambda I)^-1 (app. C).
 
     D and Z hold the residuals in the bases of U and V, a column a sample. lambda = `ridge` tr(D D') / R, so
@@ -259,3 +270,79 @@ def coupling(delta_ND: np.ndarray, zeta_ND: np.ndarray, frame: Frame, ridge: flo
         explained_variance=float(explained / variance),
         chance_explained_variance=frame.rank / (len(delta_ND) - 1),
     )
+
+
+# What is shorter is the rounding of a difference of two directions.
+_ROUNDING = 1e-14
+
+
+@dataclass(frozen=True)
+class PhantomDrift:
+    """The drift of a sample beside its second-order prediction from the same sample's mean and covariance.
+
+    Both are of the sample's own distribution, so what is between them is the orders left out, not noise.
+    `relative_error` is ||measured - predicted|| / ||measured||. It and `cosine` are NaN where a drift is
+    zero within rounding.
+    """
+
+    measured_D: np.ndarray
+    predicted_D: np.ndarray
+    measured_norm: float
+    predicted_norm: float
+    cosine: float
+    relative_error: float
+
+
+def second_order(mean_D: np.ndarray, covariance_DD: np.ndarray) -> np.ndarray:
+    """Delta_pi to second order in eps, float64 (D,): with r = ||mu|| and a = mu / r,
+
+    -(1/r^2) Sigma a - (1/(2 r^2)) a tr(Sigma) + (3/(2 r^2)) a (a' Sigma a).
+
+    Raises:
+        DataError: the mean is zero, or the dimensions differ.
+    """
+    same_dim(mean_D, covariance_DD, "mean and covariance")
+    r = _length(mean_D)
+    a_D = mean_D / r
+    spread_D = covariance_DD @ a_D
+    return (-spread_D - a_D * np.trace(covariance_DD) / 2 + 1.5 * a_D * (a_D @ spread_D)) / r**2
+
+
+def measured(rows_ND: np.ndarray) -> np.ndarray:
+    """Delta_pi of a sample of rows before normalisation, float64 (D,).
+
+    Raises:
+        DataError: rows are not finite or have no direction, or their mean is zero.
+    """
+    unit_ND = directions(rows_ND, "rows before normalisation")
+    mean_D = finite_rows(rows_ND).mean(axis=0)
+    return unit_ND.mean(axis=0) - mean_D / _length(mean_D)
+
+
+def compare(rows_ND: np.ndarray) -> PhantomDrift:
+    """The drift of a sample of rows before normalisation, measured and predicted.
+
+    Raises:
+        DataError: as `measured`, or fewer than two rows.
+    """
+    rows_ND = finite_rows(rows_ND, "rows before normalisation", minimum=2)
+    measured_D = measured(rows_ND)
+    predicted_D = second_order(rows_ND.mean(axis=0), covariance(rows_ND))
+    lengths = float(np.linalg.norm(measured_D)), float(np.linalg.norm(predicted_D))
+    moved = min(lengths) > _ROUNDING
+    error = float(np.linalg.norm(measured_D - predicted_D))
+    return PhantomDrift(
+        measured_D=measured_D,
+        predicted_D=predicted_D,
+        measured_norm=lengths[0],
+        predicted_norm=lengths[1],
+        cosine=float(np.clip(measured_D @ predicted_D / math.prod(lengths), -1, 1)) if moved else math.nan,
+        relative_error=error / lengths[0] if moved else math.nan,
+    )
+
+
+def _length(mean_D: np.ndarray) -> float:
+    length = float(np.linalg.norm(mean_D))
+    if not length >= SMALLEST_NORM:  # false for NaN, too
+        raise DataError(f"the mean has length {length:.1e}: it has no direction that could drift")
+    return length

@@ -9,8 +9,8 @@ Shapes: Q queries, N rows, K neighbours, D embedding dim, C candidates.
 
 import numpy as np
 
-from revision_ray.errors import ConfigError, DataError
-from revision_ray.geometry.rows import directions, same_dim, same_shape
+from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.geometry.spectra import directions, same_dim, same_shape
 
 # Of the cosines of a block, and of the rows that are gathered to score candidates.
 _BLOCK_BYTES = 64_000_000

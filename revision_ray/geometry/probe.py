@@ -18,7 +18,7 @@ import numpy as np
 import scipy.optimize
 from scipy.special import log_softmax
 
-from revision_ray.errors import DataError
+from revision_ray.core.errors import DataError
 
 # Strengths of the weights' penalty, strong to weak.
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -29,7 +29,7 @@ _LEVEL = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class LogisticHead:
     """Multinomial logistic regression: logits are (x - centre) sqrt(D) W + b."""
 
     centre_D: np.ndarray
@@ -48,8 +48,12 @@ def _scaled(rows_ND: np.ndarray, centre_D: np.ndarray) -> np.ndarray:
 
 
 def train_head(
-    rows_ND: np.ndarray, labels_N: np.ndarray, num_classes: int, penalty: float, start: Head | None = None
-) -> Head:
+    rows_ND: np.ndarray,
+    labels_N: np.ndarray,
+    num_classes: int,
+    penalty: float,
+    start: LogisticHead | None = None,
+) -> LogisticHead:
     """The minimum of mean negative log-likelihood + penalty / 2 * |W|^2, which is unique; no randomness.
 
     Rows are centred on their own mean, which the bias (not penalised) makes good: it only eases the search.
@@ -75,10 +79,12 @@ def train_head(
         loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": _MAX_ITERATIONS, "gtol": 1e-5}
     )
     both = found.x.reshape(dim + 1, num_classes)
-    return Head(centre_D=centre_D, weights_DC=both[:-1], bias_C=both[-1])
+    return LogisticHead(centre_D=centre_D, weights_DC=both[:-1], bias_C=both[-1])
 
 
-def heads(rows_ND: np.ndarray, labels_N: np.ndarray, num_classes: int, seed: int) -> tuple[list[Head], int]:
+def heads(
+    rows_ND: np.ndarray, labels_N: np.ndarray, num_classes: int, seed: int
+) -> tuple[list[LogisticHead], int]:
     """(a head for each of `PENALTIES`, which one is taken), trained on 80 % of the rows.
 
     Taken is the one under which the other 20 % are likeliest: who trains on text has nothing else to go by.
@@ -86,7 +92,7 @@ def heads(rows_ND: np.ndarray, labels_N: np.ndarray, num_classes: int, seed: int
     order_N = np.random.default_rng(seed).permutation(len(rows_ND))
     num_held = max(1, int(len(rows_ND) * _VALIDATION_SHARE))
     held_N, rest_N = order_N[:num_held], order_N[num_held:]
-    found: list[Head] = []
+    found: list[LogisticHead] = []
     for penalty in PENALTIES:
         start = found[-1] if found else None
         found.append(train_head(rows_ND[rest_N], labels_N[rest_N], num_classes, penalty, start))
@@ -157,7 +163,7 @@ def check_labels(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
+class ProbeScores:
     """Every test row's score under every seed, NaN where it has no label."""
 
     correct_STA: np.ndarray
@@ -165,7 +171,7 @@ class Scored:
     by_penalty: list[dict[str, float]] = field(default_factory=list)
 
     @staticmethod
-    def of(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Scored":
+    def of(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> "ProbeScores":
         """Of what `scores` gave for every seed."""
         correct_SPTA, nll_SPTA = (np.stack(parts) for parts in zip(*seeds, strict=True))
         by_penalty = [
@@ -176,7 +182,7 @@ class Scored:
             }
             for place, penalty in enumerate(PENALTIES, 1)
         ]
-        return Scored(correct_STA=correct_SPTA[:, 0], nll_STA=nll_SPTA[:, 0], by_penalty=by_penalty)
+        return ProbeScores(correct_STA=correct_SPTA[:, 0], nll_STA=nll_SPTA[:, 0], by_penalty=by_penalty)
 
 
 def resampled_means(values_STA: np.ndarray, seed: int, resamples: int = _RESAMPLES) -> np.ndarray:
@@ -207,7 +213,7 @@ def interval(values_R: np.ndarray) -> dict[str, float]:
     return {"mean": float(values_R[0]), "low": float(low), "high": float(high)}
 
 
-def summary(scored: Scored, attributes: Sequence[str], seed: int) -> dict[str, Any]:
+def summary(scored: ProbeScores, attributes: Sequence[str], seed: int) -> dict[str, Any]:
     """Accuracy and nll with intervals: mean over the attributes, and of each; and the mean of every seed."""
     accuracy_RA = resampled_means(scored.correct_STA, seed)
     nll_RA = resampled_means(scored.nll_STA, seed)
@@ -230,7 +236,7 @@ def summary(scored: Scored, attributes: Sequence[str], seed: int) -> dict[str, A
     }
 
 
-def difference(one: Scored, other: Scored, seed: int) -> dict[str, dict[str, float]]:
+def difference(one: ProbeScores, other: ProbeScores, seed: int) -> dict[str, dict[str, float]]:
     """{"accuracy", "nll"}: mean over the attributes of `one` minus `other` on the same rows and seeds."""
     return {
         name: interval((resampled_means(a, seed) - resampled_means(b, seed)).mean(1))
@@ -246,7 +252,9 @@ def best_penalty(found: Mapping[str, Any]) -> dict[str, float]:
     return min(found["by_penalty"], key=lambda each: each["nll"])
 
 
-def verdict(tested: Mapping[str, Scored], upper_bound: Scored, attributes: Sequence[str], seed: int) -> str:
+def verdict(
+    tested: Mapping[str, ProbeScores], upper_bound: ProbeScores, attributes: Sequence[str], seed: int
+) -> str:
     """Which strategy to trust on these data, and which ones cannot be told from it."""
     summaries = {name: summary(scored, attributes, seed) for name, scored in tested.items()}
     sentences = []

@@ -1,17 +1,112 @@
-"""Figures of covariance spectra (arXiv 2602.07026 sec. 6 and app. D-G; AnisoAlign, arXiv 2605.07825).
+"""Figures of covariance spectra, checks of rows, and the projection onto two leading directions.
 
-Eigenvalues come in descending order, in squared units of the embedding (dimensionless for unit rows).
+arXiv 2602.07026 sec. 6 and app. D-G; AnisoAlign, arXiv 2605.07825. Eigenvalues come in descending order, in
+squared units of the embedding (dimensionless for unit rows).
 
 Shapes: N rows, D embedding dim, Q leading directions.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 
-from revision_ray.errors import ConfigError, DataError
-from revision_ray.geometry.rows import finite_rows, same_shape
+from revision_ray.core.errors import ConfigError, DataError
+
+# Rounding to float16 changes a row's length by a factor of up to 2^-11 = 4.9e-4.
+UNIT_TOLERANCE = 1e-3
+# What is shorter has no direction, as in align/rows.py.
+SMALLEST_NORM = 1e-8
+
+
+def id_keys(ids: Sequence[str], key: bytes = b"") -> np.ndarray:
+    """uint64 (N,): a hash of every id, another one under another key."""
+    digests = (hashlib.blake2b(row_id.encode(), digest_size=8, key=key).digest() for row_id in ids)
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+def finite_rows(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) -> np.ndarray:
+    """The rows in float64 (not a copy where they are), all finite.
+
+    Raises:
+        DataError: not a matrix, fewer than `minimum` rows, no columns, or a row is NaN or infinite.
+    """
+    rows_ND = np.asarray(rows_ND)
+    if rows_ND.ndim != 2 or not rows_ND.shape[1]:
+        raise DataError(f"{what} has shape {rows_ND.shape}; expected rows by embedding dimensions")
+    if len(rows_ND) < minimum:
+        raise DataError(f"{what} has {len(rows_ND)} rows; at least {minimum} are needed for this figure")
+    rows_ND = rows_ND.astype(np.float64, copy=False)
+    finite_N = np.isfinite(rows_ND).all(axis=1)
+    if not finite_N.all():
+        raise DataError(
+            f"{what}: row {int(np.argmin(finite_N))} is NaN or infinite, as are "
+            f"{int((~finite_N).sum()) - 1} others; leave such rows out before measuring"
+        )
+    return rows_ND
+
+
+def directions(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) -> np.ndarray:
+    """The rows scaled to unit length, in float64.
+
+    Raises:
+        DataError: as `finite_rows`, or a row is zero.
+    """
+    rows_ND = finite_rows(rows_ND, what, minimum)
+    norms_N = np.linalg.norm(rows_ND, axis=1)
+    if norms_N.min() < SMALLEST_NORM:
+        raise DataError(
+            f"{what}: row {int(np.argmin(norms_N))} has length {norms_N.min():.1e}, so it has no direction; "
+            "leave such rows out before measuring"
+        )
+    return rows_ND / norms_N[:, None]
+
+
+def unit_rows(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) -> np.ndarray:
+    """The rows in float64 as they are, of unit length within the rounding of float16.
+
+    Raises:
+        DataError: as `finite_rows`, or a row is not of unit length.
+    """
+    rows_ND = finite_rows(rows_ND, what, minimum)
+    error_N = np.abs(np.linalg.norm(rows_ND, axis=1) - 1)
+    if error_N.max() > UNIT_TOLERANCE:
+        worst = int(np.argmax(error_N))
+        raise DataError(
+            f"{what}: row {worst} has length {np.linalg.norm(rows_ND[worst]):.4g}; the theory is about "
+            "embeddings of unit length: normalise them first"
+        )
+    return rows_ND
+
+
+def same_shape(one_ND: np.ndarray, other_ND: np.ndarray, what: str = "the two samples") -> None:
+    """Row i of one belongs to row i of the other.
+
+    Raises:
+        DataError: the shapes differ.
+    """
+    if np.shape(one_ND) != np.shape(other_ND):
+        raise DataError(
+            f"{what} have shapes {np.shape(one_ND)} and {np.shape(other_ND)}; "
+            "row i of one must belong to row i of the other"
+        )
+
+
+def same_dim(one_ND: np.ndarray, other_ND: np.ndarray, what: str = "the two samples") -> None:
+    """Both lie in one space.
+
+    Raises:
+        DataError: the embedding dimensions differ.
+    """
+    if np.shape(one_ND)[-1] != np.shape(other_ND)[-1]:
+        raise DataError(
+            f"{what} have dimensions {np.shape(one_ND)[-1]} and {np.shape(other_ND)[-1]}; "
+            "they must come from one encoder"
+        )
+
 
 # A covariance that was made by subtraction has negative eigenvalues of this share of the largest, not more.
 _NEGATIVE_BY_ROUNDING = 1e-8
@@ -261,3 +356,40 @@ def _covariance(covariance_DD: np.ndarray) -> np.ndarray:
     if np.abs(matrix_DD - matrix_DD.T).max() > _NEGATIVE_BY_ROUNDING * np.abs(matrix_DD).max():
         raise DataError("the matrix is not symmetric: this is not a covariance")
     return matrix_DD
+
+
+# Points of each cloud in a figure: more would hide one another.
+NUM_POINTS = 250
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """An origin and two orthonormal directions; `shares` of the variance that each of them carries."""
+
+    origin_D: np.ndarray
+    axes_D2: np.ndarray
+    shares: list[float]
+
+    def points(self, rows_ND: np.ndarray, seed: int) -> list[list[float]]:
+        """Coordinates of up to `NUM_POINTS` rows, drawn uniformly."""
+        chosen = np.random.default_rng(seed).permutation(len(rows_ND))[:NUM_POINTS]
+        return np.round((rows_ND[np.sort(chosen)] - self.origin_D) @ self.axes_D2, 5).tolist()
+
+
+def plane(image_ND: np.ndarray, text_ND: np.ndarray) -> Plane:
+    """The first two principal components of both clouds together, each weighing the same.
+
+    The sign of each direction is fixed by its largest component.
+    """
+    centres = [rows.mean(axis=0) for rows in (image_ND, text_ND)]
+    origin_D = (centres[0] + centres[1]) / 2
+    both_DD = np.zeros((image_ND.shape[1],) * 2)
+    for rows_ND in (image_ND, text_ND):
+        centred_ND = rows_ND - origin_D
+        both_DD += centred_ND.T @ centred_ND / (2 * len(rows_ND))
+    values_D, vectors_DD = scipy.linalg.eigh(both_DD)
+    axes_D2 = vectors_DD[:, ::-1][:, :2]
+    axes_D2 = axes_D2 * np.sign(axes_D2[np.argmax(np.abs(axes_D2), axis=0), [0, 1]])
+    return Plane(
+        origin_D=origin_D, axes_D2=axes_D2, shares=(values_D[::-1][:2] / max(values_D.sum(), 1e-300)).tolist()
+    )

@@ -1,4 +1,4 @@
-"""A world on disk: which scenes go where, and the bytes of every file. No Ray.
+"""Write the miniature world to disk: scenes, the bytes of every file, and conversations. No Ray.
 
 Layout below the output URI (KEY is the scene's id, in it domain, seed and index):
 
@@ -23,9 +23,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from revision_ray import storage
-from revision_ray.config import MISSING
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core import config, storage
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.miniature import language, world
 from revision_ray.miniature.language import CaptionLength
 from revision_ray.miniature.world import WorldConfig
@@ -74,7 +74,7 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class SceneRange:
     """Scenes `first` to `first + num_rows - 1` of a split, written by one task."""
 
     split: str
@@ -83,7 +83,7 @@ class Part:
     num_rows: int
 
 
-def parts(config: DatasetConfig) -> list[Part]:
+def parts(config: DatasetConfig) -> list[SceneRange]:
     """All parts of the dataset, in order."""
     step = config.rows_per_file
     planned = []
@@ -91,7 +91,9 @@ def parts(config: DatasetConfig) -> list[Part]:
         total = getattr(config, f"num_{split}")
         for number, offset in enumerate(range(0, total, step)):
             first = block * SCENES_PER_SPLIT + offset
-            planned.append(Part(split=split, number=number, first=first, num_rows=min(step, total - offset)))
+            planned.append(
+                SceneRange(split=split, number=number, first=first, num_rows=min(step, total - offset))
+            )
     return planned
 
 
@@ -116,7 +118,7 @@ def questions(config: DatasetConfig, index: int) -> list[dict[str, str]]:
     ]
 
 
-def contents(config: DatasetConfig, part: Part) -> dict[str, bytes]:
+def contents(config: DatasetConfig, part: SceneRange) -> dict[str, bytes]:
     """path below the output -> bytes of every file of `part`; the same bytes in every process."""
     stem = f"{part.split}/part-{part.number:05d}"
     indices = range(part.first, part.first + part.num_rows)
@@ -181,7 +183,7 @@ def settings(config: DatasetConfig) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in ("output", "cpus_per_task")}
 
 
-def write_part(config: DatasetConfig, part: Part) -> list[dict[str, Any]]:
+def write_part(config: DatasetConfig, part: SceneRange) -> list[dict[str, Any]]:
     """The files of `part` stand below the output; their entries for the manifest."""
     entries = []
     for path, content in contents(config, part).items():
@@ -244,3 +246,67 @@ def write_manifest(config: DatasetConfig, entries: list[dict[str, Any]]) -> None
         "files": sorted(entries, key=lambda entry: entry["file"]),
     }
     storage.write_json(storage.join(config.output, "manifest.json"), document)
+
+
+FILE = "conversations.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationsJob:
+    """Write questions about the images of a rendered world, with their answers, as conversations."""
+
+    world: str = MISSING
+    """Output of jobs/render.py."""
+    split: Literal["pairs", "heldout", "images", "texts"] = "images"
+    """Whose scenes are asked about, from the first one on."""
+    num_samples: int = 500
+    """Questions, each of them a conversation."""
+    output: str = MISSING
+    """Directory of conversations.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ConfigError(f"num_samples={self.num_samples}; expected 1 or more")
+
+
+def run(job: ConversationsJob) -> str:
+    """The conversations stand at the job's output; how many, about how many images.
+
+    Raises:
+        DataError: there is no finished world.
+    """
+    manifest = storage.join(job.world, "manifest.json")
+    if not storage.exists(manifest):
+        raise DataError(f"{job.world}: no manifest.json there; name the output of jobs/render.py")
+    settings = storage.read_json(manifest)["settings"]
+    world = config.from_mapping(DatasetConfig, {**settings, "output": job.world}, manifest)
+    output = storage.join(storage.absolute(job.output), FILE)
+    num_images = write_conversations(world, job.split, job.num_samples, output)
+    return f"{job.num_samples} questions about {num_images} images: {output}"
+
+
+def write_conversations(world: DatasetConfig, split: str, num_samples: int, output: str) -> int:
+    """The JSONL file `output` holds `num_samples` records, a question and its answer each, about the first
+    scenes of `split`; returns how many images they are about. A file that holds them already is not touched.
+
+    `image` is the scene's id, which is the image's id in an embedding store of that split.
+    """
+    first = SPLITS.index(split) * SCENES_PER_SPLIT
+    records: list[dict] = []
+    num_images = 0
+    while len(records) < num_samples:
+        for asked in questions(world, first + num_images):
+            turns = [("human", f"<image>\n{asked['text']}"), ("gpt", asked["answer"])]
+            records.append(
+                {
+                    "id": asked["id"],
+                    "image": asked["scene"],
+                    "conversations": [{"from": speaker, "value": value} for speaker, value in turns],
+                }
+            )
+        num_images += 1
+    content = "".join(json.dumps(record) + "\n" for record in records[:num_samples]).encode()
+    # Its time says to later stages whether it has changed.
+    if not storage.exists(output) or storage.read_bytes(output) != content:
+        storage.write_bytes(output, content)
+    return num_images

@@ -13,7 +13,7 @@ Its scenes are in no split of `dataset.py`: training begins at index 10^12, the 
 import random
 from dataclasses import dataclass, field
 
-from revision_ray.errors import ConfigError
+from revision_ray.core.errors import ConfigError
 from revision_ray.miniature import language, world
 from revision_ray.miniature.language import CaptionLength, QuestionKind
 from revision_ray.miniature.world import Scene, WorldConfig

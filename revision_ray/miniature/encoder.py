@@ -23,8 +23,8 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from revision_ray import storage
-from revision_ray.errors import ConfigError, quote
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError, quote
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
 

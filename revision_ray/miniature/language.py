@@ -5,15 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from revision_ray.miniature.world import (
-    DOMAINS,
-    DomainName,
-    Relation,
-    Scene,
-    Thing,
-    place,
-    relation,
-)
+from revision_ray.miniature.world import DOMAINS, DomainName, DrawnShape, Relation, Scene, place, relation
 
 CaptionLength = Literal["short", "long"]
 QuestionKind = Literal["colour", "shape", "count", "existence", "background", "relation"]
@@ -133,7 +125,7 @@ def _pair(scene: Scene, rng: random.Random, sized: bool, placed: bool) -> str:
     return " and ".join(_noun(thing, rng, sized) for thing in things)
 
 
-def _related(things: Sequence[Thing], rng: random.Random, sized: bool, article: str = "a") -> str:
+def _related(things: Sequence[DrawnShape], rng: random.Random, sized: bool, article: str = "a") -> str:
     where = relation(things[0], things[1])
     assert where is not None, "things of a pair stand in a relation"
     first, second = (_noun(thing, rng, sized, article) for thing in things)
@@ -146,7 +138,7 @@ def _group(scene: Scene, rng: random.Random, sized: bool) -> str:
     return f"{_say(_NUMBERS, count, rng)} {_adjective(thing, rng, sized)}{_name(thing, rng, plural=True)}"
 
 
-def _noun(thing: Thing, rng: random.Random, sized: bool, article: str = "a") -> str:
+def _noun(thing: DrawnShape, rng: random.Random, sized: bool, article: str = "a") -> str:
     words = f"{_adjective(thing, rng, sized)}{_name(thing, rng)}"
     return f"{_article(words) if article == 'a' else article} {words}"
 
@@ -155,11 +147,11 @@ def _article(words: str) -> str:
     return "an" if words[0] in "aeiou" else "a"
 
 
-def _adjective(thing: Thing, rng: random.Random, sized: bool) -> str:
+def _adjective(thing: DrawnShape, rng: random.Random, sized: bool) -> str:
     return f"{_say(_SIZES, thing.size, rng)} " if sized else ""
 
 
-def _name(thing: Thing, rng: random.Random, plural: bool = False) -> str:
+def _name(thing: DrawnShape, rng: random.Random, plural: bool = False) -> str:
     shape = _say(_SHAPES, thing.shape, rng)
     return f"{_say(_COLOURS, thing.colour, rng)} {_plural(shape) if plural else shape}"
 

@@ -18,7 +18,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from revision_ray.errors import ConfigError
+from revision_ray.core.errors import ConfigError
 from revision_ray.miniature.documents import (
     ANSWER,
     ANSWER_WEIGHT,
@@ -147,21 +147,21 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class PackedDocuments:
     """Documents side by side in rows of one length, each with positions from 0, then padding of weight 0."""
 
     token_RT: torch.Tensor
     position_RT: torch.Tensor
     weight_RT: torch.Tensor
 
-    def take(self, rows: np.ndarray, device: torch.device) -> "Rows":
+    def take(self, rows: np.ndarray, device: torch.device) -> "PackedDocuments":
         """These of the rows, on `device`."""
         parts = (self.token_RT[rows], self.position_RT[rows], self.weight_RT[rows])
         token_BT, position_BT, weight_BT = (part.to(device) for part in parts)
-        return Rows(token_RT=token_BT.long(), position_RT=position_BT.long(), weight_RT=weight_BT)
+        return PackedDocuments(token_RT=token_BT.long(), position_RT=position_BT.long(), weight_RT=weight_BT)
 
 
-def pack(encoded: Sequence[Tokens], row_length: int) -> Rows:
+def pack(encoded: Sequence[Tokens], row_length: int) -> PackedDocuments:
     """All documents in as few rows as best fit finds: the longest first, each where the least room is left.
 
     Raises:
@@ -191,10 +191,10 @@ def pack(encoded: Sequence[Tokens], row_length: int) -> Rows:
             first += len(ids)
         position_RT[r, first:] = np.arange(row_length - first)
     token, position, weight = (torch.from_numpy(array) for array in (token_RT, position_RT, weight_RT))
-    return Rows(token_RT=token, position_RT=position, weight_RT=weight)
+    return PackedDocuments(token_RT=token, position_RT=position, weight_RT=weight)
 
 
-def weighted_loss(model: Any, batch: Rows) -> torch.Tensor:
+def weighted_loss(model: Any, batch: PackedDocuments) -> torch.Tensor:
     """Mean cross entropy in nats of the next token, over all tokens of `batch` by their weights."""
     # Positions that begin anew tell transformers where documents end, and no token attends across.
     logits_BTV = model(input_ids=batch.token_RT, position_ids=batch.position_RT, use_cache=False).logits

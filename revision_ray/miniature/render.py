@@ -4,11 +4,11 @@ import dataclasses
 
 import ray
 
-from revision_ray import config, storage
-from revision_ray.cluster import connect, user_errors
+from revision_ray.core import config, storage
+from revision_ray.core.cluster import connect, user_errors
+from revision_ray.core.observe import progress
 from revision_ray.miniature import dataset
 from revision_ray.miniature.dataset import DatasetConfig
-from revision_ray.progress import progress
 
 
 def run(job: DatasetConfig) -> str:

@@ -80,7 +80,7 @@ class WorldConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
+class DrawnShape:
     """One shape in the picture; `radius` in pixels, `angle` in degrees, (x, y) its centre."""
 
     shape: str
@@ -97,7 +97,7 @@ class Scene:
     """One thing, 2 to 4 things of one shape, colour and size, or two that differ in shape or colour."""
 
     background: str
-    things: tuple[Thing, ...]
+    things: tuple[DrawnShape, ...]
 
 
 def stream(*key: object) -> random.Random:
@@ -126,14 +126,16 @@ def scene(config: WorldConfig, index: int) -> Scene:
             return Scene(background=background, things=things)
 
 
-def _thing(rng: random.Random, shape: str, colour: str, size: Size, count: int) -> Thing:
+def _thing(rng: random.Random, shape: str, colour: str, size: Size, count: int) -> DrawnShape:
     largest = 15.0 if count < 3 else 12.5
     radius = rng.uniform(8.0, 10.0) if size == "small" else rng.uniform(12.0, largest)
     x, y = (rng.uniform(radius + 1, SIZE - radius - 1) for _ in range(2))
-    return Thing(shape=shape, colour=colour, size=size, x=x, y=y, radius=radius, angle=rng.uniform(-15, 15))
+    return DrawnShape(
+        shape=shape, colour=colour, size=size, x=x, y=y, radius=radius, angle=rng.uniform(-15, 15)
+    )
 
 
-def _apart(things: tuple[Thing, ...]) -> bool:
+def _apart(things: tuple[DrawnShape, ...]) -> bool:
     return all(
         math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius + 1
         for i, a in enumerate(things)
@@ -141,7 +143,7 @@ def _apart(things: tuple[Thing, ...]) -> bool:
     )
 
 
-def relation(a: Thing, b: Thing) -> Relation | None:
+def relation(a: DrawnShape, b: DrawnShape) -> Relation | None:
     """Where `a` is as seen from `b`; None where neither direction clearly dominates."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) >= 1.5 * abs(dy):
@@ -151,7 +153,7 @@ def relation(a: Thing, b: Thing) -> Relation | None:
     return None
 
 
-def place(thing: Thing) -> str:
+def place(thing: DrawnShape) -> str:
     """The third of the picture, each way, that holds the centre: "top left", "top", ..., "middle"."""
     vertical = "top" if thing.y < SIZE * 3 / 8 else "bottom" if thing.y > SIZE * 5 / 8 else ""
     horizontal = "left" if thing.x < SIZE * 3 / 8 else "right" if thing.x > SIZE * 5 / 8 else ""
@@ -175,7 +177,7 @@ def render(config: WorldConfig, index: int) -> Image.Image:
     return Image.fromarray(np.clip(small_HWC + noise + light, 0, 255).astype(np.uint8))
 
 
-def _draw(draw: ImageDraw.ImageDraw, thing: Thing, rng: random.Random) -> None:
+def _draw(draw: ImageDraw.ImageDraw, thing: DrawnShape, rng: random.Random) -> None:
     fill = tuple(min(255, max(0, channel + rng.randrange(-20, 21))) for channel in COLOURS[thing.colour])
     edge = tuple(channel // 2 for channel in fill)
     x, y, r = (_SUPERSAMPLING * value for value in (thing.x, thing.y, thing.radius))

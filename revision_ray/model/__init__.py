@@ -12,9 +12,13 @@ from transformers import (
 from revision_ray.model.build import build_model
 from revision_ray.model.configuration import ReVisionConfig, check_encoder
 from revision_ray.model.ending import declare_ends
-from revision_ray.model.image_processing import OpenClipImageProcessor
 from revision_ray.model.modeling import ReVisionForConditionalGeneration, target_positions
-from revision_ray.model.processing import IMAGE_TOKEN, ReVisionProcessor, add_image_token
+from revision_ray.model.processing import (
+    IMAGE_TOKEN,
+    OpenClipImageProcessor,
+    ReVisionProcessor,
+    add_image_token,
+)
 
 __all__ = [
     "IMAGE_TOKEN",

@@ -3,14 +3,17 @@
 import dataclasses
 from typing import Any
 
+from revision_ray.core.errors import ConfigError
 from revision_ray.encode.encoder import EncoderConfig, backend
-from revision_ray.encode.open_clip_source import source_of
+from revision_ray.encode.open_clip import source_of
 from revision_ray.encode.transformers import ModelImages, ProcessorImages
-from revision_ray.errors import ConfigError
 from revision_ray.model.configuration import check_encoder
-from revision_ray.model.image_processing import OpenClipImageProcessor
-from revision_ray.model.image_tower import ImageTower, open_clip_description
-from revision_ray.model.modeling import ReVisionForConditionalGeneration
+from revision_ray.model.modeling import (
+    FrozenImageTower,
+    ReVisionForConditionalGeneration,
+    open_clip_description,
+)
+from revision_ray.model.processing import OpenClipImageProcessor
 
 
 def attach_image_tower(model: ReVisionForConditionalGeneration, encoder: EncoderConfig) -> Any:
@@ -56,6 +59,6 @@ def attach_image_tower(model: ReVisionForConditionalGeneration, encoder: Encoder
             "hold; give image_embeds to this model"
         )
     description["fingerprint"] = fingerprint
-    model.image_tower = ImageTower(description, tower.model).to(model.device, model.dtype)
+    model.image_tower = FrozenImageTower(description, tower.model).to(model.device, model.dtype)
     model.config.image_tower = description
     return processor

@@ -6,8 +6,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from revision_ray.core.errors import ConfigError, quote, shorten
 from revision_ray.encode import checkpoints
-from revision_ray.errors import ConfigError, quote, shorten
 from revision_ray.model.configuration import ReVisionConfig
 from revision_ray.model.modeling import ReVisionForConditionalGeneration
 

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from revision_ray.errors import AlignmentError, ConfigError
+from revision_ray.core.errors import AlignmentError, ConfigError
 
 _MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
 

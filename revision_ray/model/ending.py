@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from revision_ray.core.errors import ConfigError
 from revision_ray.data import chat as chats  # not its names: it may be importing this package (transformers)
-from revision_ray.errors import ConfigError
 
 _SYSTEM = {"role": "system", "content": "!"}
 _QUESTION = {"role": "user", "content": "?"}
@@ -28,7 +28,7 @@ def turn_ends(tokenizer: Any) -> list[int]:
     if tokenizer.chat_template is None:
         return []
     try:
-        chat = chats.Chat(tokenizer)
+        chat = chats.ChatTemplate(tokenizer)
     except ConfigError:  # Jinja cannot read it, which is an error where conversations are rendered
         return []
     ends: list[int] = []
@@ -38,7 +38,7 @@ def turn_ends(tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(ends))
 
 
-def _ends_in(chat: "chats.Chat", messages: list[dict[str, str]]) -> Iterator[int]:
+def _ends_in(chat: "chats.ChatTemplate", messages: list[dict[str, str]]) -> Iterator[int]:
     """The end of each turn of the assistant, where it has one."""
     try:
         rendered, turns = chat.turns(messages)

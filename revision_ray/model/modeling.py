@@ -1,7 +1,9 @@
-"""Projector and causal language model: one unit embedding an image, projected once, in place of its tokens.
+"""The multimodal model: a frozen image tower, a projector, and a causal language model.
 
-arXiv 2602.07026 sec. 5. Shapes: B samples, T tokens, I images of the whole batch, V visual tokens an image,
-D embedding dim, H width of the token embeddings, C channels, N slots of the whole batch (N = I V).
+Each image is one unit embedding, projected once, in place of its tokens (arXiv 2602.07026 sec. 5).
+
+Shapes: B samples, T tokens, I images of the whole batch, V visual tokens an image, D embedding dim, H width
+of the token embeddings, C channels, N slots of the whole batch (N = I V).
 """
 
 import itertools
@@ -14,17 +16,93 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Cache,
+    CLIPVisionModelWithProjection,
     GenerationMixin,
     PreTrainedModel,
+    SiglipVisionModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.encode import checkpoints
-from revision_ray.errors import ConfigError, DataError
 from revision_ray.model.configuration import ReVisionConfig
-from revision_ray.model.image_tower import ImageTower
+
+# model_type of the tower's configuration -> its class, and what it calls the embedding.
+_TRANSFORMERS: dict[str, tuple[type[PreTrainedModel], str]] = {
+    "clip_vision_model": (CLIPVisionModelWithProjection, "image_embeds"),
+    "siglip_vision_model": (SiglipVisionModel, "pooler_output"),
+}
+
+
+class FrozenImageTower(nn.Module):
+    """Unit rows of preprocessed images; always frozen, always in evaluation mode."""
+
+    def __init__(self, description: dict[str, Any], model: nn.Module | None = None) -> None:
+        """`model` holds the weights already; without one the architecture is built from `description`.
+
+        Raises:
+            ConfigError: a kind of tower, or a model type, that is not known here.
+        """
+        super().__init__()
+        kind, config = description["kind"], description["config"]
+        self._output: str | None = None
+        if kind == "open_clip":
+            self.model = model or _open_clip_visual(config)
+            # transformers builds a model without memory and fills in what the checkpoint holds: what
+            # open_clip and timm compute once and do not save (rotary tables) would be lost.
+            for module in self.model.modules():
+                module._non_persistent_buffers_set.clear()
+        elif kind == "transformers" and config.get("model_type") in _TRANSFORMERS:
+            model_class, self._output = _TRANSFORMERS[config["model_type"]]
+            assert model_class.config_class is not None
+            # Without its dtype: parts of the tower would be built in it, whatever the model is loaded in.
+            known = {key: value for key, value in config.items() if key != "dtype"}
+            self.model = model or model_class(model_class.config_class.from_dict(known))
+        else:
+            raise ConfigError(
+                f"image_tower of kind {kind!r} and model_type {config.get('model_type')!r}: expected kind "
+                f"'open_clip', or 'transformers' with model_type one of {sorted(_TRANSFORMERS)}"
+            )
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenImageTower":
+        """Frozen, and in evaluation mode: its embeddings must stay those of the encoder.
+
+        Freezing belongs here because `from_pretrained` makes new parameters, which train, and then calls
+        `eval()`.
+        """
+        self.requires_grad_(False)
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """float32 unit rows (I, D) of (I, C, H, W), normalised in float32 whatever the weights are."""
+        weight = next(self.model.parameters())
+        features = self.model(pixel_values.to(weight.device, weight.dtype))
+        if self._output is not None:
+            features = getattr(features, self._output)
+        elif isinstance(features, tuple):  # with patch tokens behind
+            features = features[0]
+        return nn.functional.normalize(features.float(), dim=-1)
+
+
+def open_clip_description(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The part of open_clip's `model_cfg` that the image tower is built from."""
+    keys = ("embed_dim", "vision_cfg", "quick_gelu")
+    config = {key: model_cfg[key] for key in keys if key in model_cfg}
+    # No weights but the checkpoint's are ever fetched.
+    config["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}
+    return {"kind": "open_clip", "config": config}
+
+
+def _open_clip_visual(config: dict[str, Any]) -> nn.Module:
+    # Imported here: it costs a second, and most models are loaded without a tower of this kind.
+    from open_clip.model import _build_vision_tower
+
+    return _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
+
 
 _IGNORED = -100
 
@@ -63,7 +141,7 @@ class ReVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeddings = self.language_model.get_input_embeddings()
         # Not the configuration's hidden_size: some models (OPT) have narrower token embeddings.
         self.projector = _projector(config, embeddings.embedding_dim)
-        self.image_tower = None if config.image_tower is None else ImageTower(config.image_tower)
+        self.image_tower = None if config.image_tower is None else FrozenImageTower(config.image_tower)
         self.post_init()
 
     @classmethod

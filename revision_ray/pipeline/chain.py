@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from revision_ray import storage
-from revision_ray.errors import ConfigError, shorten
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError, shorten
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class StageKind:
     """What a chain knows of a job."""
 
     name: str
@@ -35,7 +35,7 @@ class Stage:
     """A job in a chain, under a name of its own."""
 
     name: str
-    kind: Kind
+    kind: StageKind
     job: Any
     title: str = ""
 
@@ -65,7 +65,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class StageChoice:
     """Which stages of a chain a run looks at."""
 
     first: str | None = None
@@ -113,7 +113,7 @@ def _related(one: str, other: str) -> bool:
     return inside(one, other) or inside(other, one)
 
 
-def chosen(stages: Sequence[Stage], choice: Choice) -> list[Stage]:
+def chosen(stages: Sequence[Stage], choice: StageChoice) -> list[Stage]:
     """The stages that `choice` names, in the order of the chain.
 
     Raises:
@@ -144,7 +144,7 @@ def _check_name(stages: Sequence[Stage], option: str, name: str) -> None:
         )
 
 
-def _check_makers(stages: Sequence[Stage], found: Sequence[Stage], choice: Choice) -> None:
+def _check_makers(stages: Sequence[Stage], found: Sequence[Stage], choice: StageChoice) -> None:
     by_name = {stage.name: stage for stage in stages}
     running = {stage.name for stage in found}
     made_by = makers(stages)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from revision_ray import fence, logs, storage
-from revision_ray.errors import DataError, RevisionError, quote
-from revision_ray.pipeline import content, ledger
-from revision_ray.pipeline.chain import Choice, Stage, chosen, inside
-from revision_ray.pipeline.content import Contents
-from revision_ray.pipeline.ledger import Identified, Ledger, Record
+from revision_ray.core import artifact, logs, storage
+from revision_ray.core.errors import DataError, RevisionError, quote
+from revision_ray.pipeline import ledger
+from revision_ray.pipeline.chain import Stage, StageChoice, chosen, inside
+from revision_ray.pipeline.ledger import Contents, Identified, Ledger, StageRecord
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ Measured = dict[str, Any]  # rows, tokens, gpus of a finished stage
 def run_chain(
     stages: Sequence[Stage],
     book: Ledger,
-    choice: Choice,
+    choice: StageChoice,
     measure: Callable[[Stage], Measured] | None = None,
 ) -> None:
     """Every chosen stage has run, or was found unchanged; `measure` says how much a finished one did.
@@ -72,12 +71,12 @@ def _there(uri: str) -> bool:
 def inputs_of(stage: Stage, contents: Contents) -> dict[str, Identified]:
     """What the stage reads, as it stands now."""
     return {
-        key: [[uri, content.listed(uri) if key in stage.kind.sources else contents.of(uri)] for uri in uris]
+        key: [[uri, ledger.listed(uri) if key in stage.kind.sources else contents.of(uri)] for uri in uris]
         for key, uris in stage.reads.items()
     }
 
 
-def why(stage: Stage, record: Record | None, inputs: dict[str, Identified], contents: Contents) -> str:
+def why(stage: Stage, record: StageRecord | None, inputs: dict[str, Identified], contents: Contents) -> str:
     """The reason why a stage has to run; empty where nothing it is made from has changed and it stands."""
     if record is None or record.job != stage.kind.name:
         return "runs for the first time"
@@ -94,7 +93,7 @@ def why(stage: Stage, record: Record | None, inputs: dict[str, Identified], cont
     return ""
 
 
-def changes(record: Record, stage: Stage, inputs: dict[str, Identified]) -> list[str]:
+def changes(record: StageRecord, stage: Stage, inputs: dict[str, Identified]) -> list[str]:
     """What differs from the stage's last run, one line each."""
     former, now = _flat(record.settings), _flat(stage.settings)
     lines = [
@@ -105,7 +104,7 @@ def changes(record: Record, stage: Stage, inputs: dict[str, Identified]) -> list
     return lines + [f"what {stage.key_of(key)} reads has changed" for key in _changed_inputs(record, inputs)]
 
 
-def _changed_inputs(record: Record, inputs: dict[str, Identified]) -> list[str]:
+def _changed_inputs(record: StageRecord, inputs: dict[str, Identified]) -> list[str]:
     """Keys under which other content is read than at the last run, wherever it lies."""
     return [
         key
@@ -143,7 +142,7 @@ def _run_stage(
         _refuse_stale(stage, former, inputs)
     with _alone(stage):
         unbroken = not stage.finished and (former is None or former.state == "finished")
-        record = Record(
+        record = StageRecord(
             job=stage.kind.name,
             settings=stage.settings,
             inputs=inputs,
@@ -180,13 +179,13 @@ def _alone(stage: Stage) -> ExitStack:
     """This process is the only writer to the stage's output, until what is returned is left."""
     held = ExitStack()
     try:
-        held.enter_context(fence.writing(stage.output))
+        held.enter_context(artifact.writing(stage.output))
     except DataError as error:
         raise DataError(f"stage {stage.name}: {error}") from error
     return held
 
 
-def _refuse_stale(stage: Stage, former: Record, inputs: dict[str, Identified]) -> None:
+def _refuse_stale(stage: Stage, former: StageRecord, inputs: dict[str, Identified]) -> None:
     """The job does not go on with an output that it could not know to be of other inputs.
 
     Raises:

@@ -1,4 +1,8 @@
-"""The application: its parts as Serve deployments, run until it is stopped, or built for `serve deploy`."""
+"""The Serve application: its deployments, run until it is stopped, or built for `serve deploy`.
+
+Serve logs each raised exception with its trace. So a deployment returns a refusal that the request itself
+caused as a value: it must cost little under load and say nothing about the prompt.
+"""
 
 import glob
 import logging
@@ -9,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,28 +24,63 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from transformers import AutoTokenizer
 
-from revision_ray import cluster, config, storage
 from revision_ray.align.alignment import load_alignment
+from revision_ray.core import cluster, config, storage
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError, RevisionError, shorten
 from revision_ray.encode import checkpoints
-from revision_ray.errors import AlignmentError, ConfigError, DataError, shorten
 from revision_ray.model import ReVisionConfig
 from revision_ray.model.ending import unknown_ends
 from revision_ray.serve import proxy
-from revision_ray.serve.calls import RETRY_AFTER_S
-from revision_ray.serve.conversation import Prompter
-from revision_ray.serve.deployments import ImageEncoderReplica, LanguageModelReplica, TextEncoderReplica
-from revision_ray.serve.drift import Drift, Monitor
-from revision_ray.serve.guard import key_digests
-from revision_ray.serve.ingress import Ingress
+from revision_ray.serve.calls import RETRY_AFTER_S, key_digests
+from revision_ray.serve.drift import Drift, DriftMonitor
+from revision_ray.serve.engine import AnswerPiece, Prompt, QueueFull, Sampling
+from revision_ray.serve.http import Ingress
+from revision_ray.serve.image_encoder import ImageEncoder
+from revision_ray.serve.language_model import LanguageModel
 from revision_ray.serve.model_facts import facts_of
-from revision_ray.serve.settings import Part, Replicas, ServeJob, is_loopback
+from revision_ray.serve.prompt import Prompter
+from revision_ray.serve.settings import Replicas, ReplicaSettings, ServeJob, is_loopback
+from revision_ray.serve.text_encoder import TextEncoder
+
+_REFUSALS = (RevisionError, QueueFull, TimeoutError)
+
+
+class LanguageModelReplica(LanguageModel):
+    async def stream(  # type: ignore[override]
+        self, prompt: Prompt, sampling: Sampling
+    ) -> AsyncGenerator[AnswerPiece | Exception, None]:
+        pieces = super().stream(prompt, sampling)
+        try:
+            async for piece in pieces:
+                yield piece
+        except _REFUSALS as refusal:
+            yield refusal
+        finally:
+            await pieces.aclose()
+
+
+class ImageEncoderReplica(ImageEncoder):
+    async def encode(self, content: bytes) -> Any:
+        try:
+            return await super().encode(content)
+        except _REFUSALS as refusal:
+            return refusal
+
+
+class TextEncoderReplica(TextEncoder):
+    async def encode(self, texts: Sequence[str], align: bool, truncate: bool) -> Any:
+        try:
+            return await super().encode(texts, align, truncate)
+        except _REFUSALS as refusal:
+            return refusal
+
 
 log = logging.getLogger(__name__)
 
 # On a terminal; a cluster's Serve file says what it wants logged.
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _PROXY_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-_MONITOR = Part(num_cpus=0.05, max_ongoing=100, max_queued=1000)
+_MONITOR = ReplicaSettings(num_cpus=0.05, max_ongoing=100, max_queued=1000)
 # Serve tries a replica that cannot load its model so often, then the deployment has failed.
 _ATTEMPTS_TO_START = 3
 
@@ -102,7 +141,7 @@ def application(job: ServeJob, digests: Sequence[str]) -> serve.Application:
     facts = facts_of(job)
     monitor = image_encoder = text_encoder = None
     if job.alignment:
-        monitor = _deployed(Monitor, "Monitor", _MONITOR, replicas).bind(job.alignment, job.fits)
+        monitor = _deployed(DriftMonitor, "Monitor", _MONITOR, replicas).bind(job.alignment, job.fits)
     if facts.image_input:
         image_encoder = _deployed(ImageEncoderReplica, "ImageEncoder", replicas.image_encoder, replicas).bind(
             job.model, job.images, monitor
@@ -119,7 +158,7 @@ def application(job: ServeJob, digests: Sequence[str]) -> serve.Application:
     )
 
 
-def _deployed(part_class: Any, name: str, part: Part, replicas: Replicas) -> Any:
+def _deployed(part_class: Any, name: str, part: ReplicaSettings, replicas: Replicas) -> Any:
     """`part_class` as a Serve deployment with the replicas of `part`."""
     number: dict[str, Any] = {"num_replicas": part.min_replicas}
     if part.max_replicas > part.min_replicas:
@@ -141,7 +180,7 @@ def _deployed(part_class: Any, name: str, part: Part, replicas: Replicas) -> Any
     )
 
 
-def _autoscaling(part: Part, replicas: Replicas) -> AutoscalingConfig:
+def _autoscaling(part: ReplicaSettings, replicas: Replicas) -> AutoscalingConfig:
     # Load is seen as often as the delay needs; Serve's default is 10 s, and it warns of every other value.
     interval_s = min(10.0, max(0.5, replicas.upscale_delay_s / 2))
     with warnings.catch_warnings():

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from revision_ray.align.alignment import Alignment, load_alignment
-from revision_ray.align.domain import FLOORS, MIN_ROWS, sampling_floor
+from revision_ray.align.alignment import FLOORS, MIN_ROWS, Alignment, load_alignment, sampling_floor
 from revision_ray.align.moments import NUM_BUCKETS, Moments, jackknife_standard_error, merged, of_block
-from revision_ray.errors import AlignmentError
+from revision_ray.core.errors import AlignmentError
 from revision_ray.serve.metrics import instruments
 
 TOO_FEW, ALIKE, DRIFTED, NO_FIT = "too few images", "like the fit's images", "drifted", "no fit"
@@ -161,7 +160,7 @@ def _named(fit: Alignment) -> str:
     return f"domain {fit.domain!r}" if fit.domain else f"content hash {fit.content_hash[:12]}"
 
 
-class Monitor:
+class DriftMonitor:
     """The Serve deployment that knows what was served, in a single replica: image encoders send it their
     embeddings and do not wait for an answer. A replica that is replaced starts counting again.
 

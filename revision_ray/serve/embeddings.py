@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from revision_ray.serve.api_error import ApiError
 from revision_ray.serve.calls import patiently
-from revision_ray.serve.conversation import Shown
-from revision_ray.serve.protocol import EmbeddingsRequest, ImageUrlPart
-from revision_ray.serve.served_images import ServedImages
-from revision_ray.serve.settings import Limits
+from revision_ray.serve.images import ServedImages
+from revision_ray.serve.prompt import ImagePartPlace
+from revision_ray.serve.protocol import ApiError, EmbeddingsRequest, ImageUrlPart
+from revision_ray.serve.settings import RequestLimits
 from revision_ray.serve.text_encoder import EncodedTexts, TextTooLong
 
 
 class EmbeddingInputs:
     """Embeds what requests name. `texts` is the text encoder's handle, None without one."""
 
-    def __init__(self, model: str, texts: Any, images: ServedImages, has_fit: bool, limits: Limits) -> None:
+    def __init__(
+        self, model: str, texts: Any, images: ServedImages, has_fit: bool, limits: RequestLimits
+    ) -> None:
         self._model, self._texts, self._images, self._limits = model, texts, images, limits
         self._has_fit = has_fit
         self._described: dict[str, Any] | None = None
@@ -35,7 +36,7 @@ class EmbeddingInputs:
         self._check(request, items)
         texts = [item for item in items if isinstance(item, str)]
         shown = [
-            Shown(param=f"input[{position}]", part=item)
+            ImagePartPlace(param=f"input[{position}]", part=item)
             for position, item in enumerate(items)
             if isinstance(item, ImageUrlPart)
         ]
@@ -83,7 +84,7 @@ class EmbeddingInputs:
         if request.align and not self._has_fit:
             raise ApiError(400, "align: this server has no fit; leave it out", param="align")
 
-    async def _space(self, with_texts: bool, shown: list[Shown]) -> dict[str, Any]:
+    async def _space(self, with_texts: bool, shown: list[ImagePartPlace]) -> dict[str, Any]:
         """embedding_dim and fingerprint of the encoder that answers; texts and images must share one."""
         facts = self._images.facts
         of_images = {"embedding_dim": facts.embedding_dim, "fingerprint": facts.fingerprint}

@@ -72,7 +72,7 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class AnswerPiece:
     """What one step adds to an answer, or several together."""
 
     text: str
@@ -91,11 +91,11 @@ class QueueFull(Exception):  # noqa: N818  (it is not an error of the caller's)
     """As many prompts wait as may."""
 
 
-class Engine(Protocol):
+class GenerationEngine(Protocol):
     context_length: int
     """Tokens of prompt and answer together."""
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[AnswerPiece, None]:
         """Pieces of the answer as they are made; closing the generator frees its slot before the next step.
 
         Raises:
@@ -115,7 +115,7 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(model: Any, tokenizer: Any, config: EngineConfig) -> Engine:
+def make_engine(model: Any, tokenizer: Any, config: EngineConfig) -> GenerationEngine:
     """The engine of `config.kind` over `model`, which it has to itself from now on.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from revision_ray.serve.request_queue import QueuedEngine, Request
+from revision_ray.serve.request_queue import QueuedEngine, QueuedRequest
 
 
 class GroupedEngine(QueuedEngine):
@@ -32,7 +32,7 @@ class GroupedEngine(QueuedEngine):
         """Each batch has a cache of its own."""
 
     @torch.inference_mode()
-    def _generate(self, group: Sequence[Request]) -> None:
+    def _generate(self, group: Sequence[QueuedRequest]) -> None:
         """Every answer of `group` has ended. Padding is on the left, as `generate` wants it."""
         longest = max(len(request.prompt.input_ids) for request in group)
         ids_BT = torch.full((len(group), longest), self._pad)
@@ -66,7 +66,9 @@ class GroupedEngine(QueuedEngine):
         finally:
             own.remove()
 
-    def _step(self, group: Sequence[Request], scores_BV: torch.Tensor, logits_BV: torch.Tensor) -> list[int]:
+    def _step(
+        self, group: Sequence[QueuedRequest], scores_BV: torch.Tensor, logits_BV: torch.Tensor
+    ) -> list[int]:
         self._step_began = time.monotonic()
         return self._choose(group, scores_BV, logits_BV)
 
@@ -85,7 +87,7 @@ class _OwnLogits:
 class _Choose(LogitsProcessor):
     """Leaves one token in each row: the one that was chosen and handed to the reader."""
 
-    def __init__(self, engine: GroupedEngine, group: Sequence[Request], own: _OwnLogits) -> None:
+    def __init__(self, engine: GroupedEngine, group: Sequence[QueuedRequest], own: _OwnLogits) -> None:
         self._engine, self._group, self._own = engine, group, own
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -99,7 +101,7 @@ class _Choose(LogitsProcessor):
 class _Ended(StoppingCriteria):
     """Which rows need no more tokens: finished, stopped, or without a reader."""
 
-    def __init__(self, group: Sequence[Request]) -> None:
+    def __init__(self, group: Sequence[QueuedRequest]) -> None:
         self._group = group
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:

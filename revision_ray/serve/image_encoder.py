@@ -14,15 +14,14 @@ import torch
 from ray import serve
 from transformers import AutoProcessor
 
-from revision_ray import storage
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.data.images import UndecodableImage, decode_image
 from revision_ray.encode.checkpoints import read_tensors, weight_files
-from revision_ray.errors import ConfigError, DataError
 from revision_ray.model import ReVisionConfig
-from revision_ray.model.image_tower import ImageTower
+from revision_ray.model.modeling import FrozenImageTower
 from revision_ray.serve.images import digest
-from revision_ray.serve.metrics import instruments
-from revision_ray.serve.reporting import DriftReporter
+from revision_ray.serve.metrics import DriftReporter, instruments
 from revision_ray.serve.settings import ImageSettings
 
 _PREFIX = "image_tower."
@@ -30,7 +29,7 @@ _PREFIX = "image_tower."
 _MAX_REASON = 200
 
 
-def load_image_tower(model: str) -> ImageTower:
+def load_image_tower(model: str) -> FrozenImageTower:
     """The image tower of a saved model, without the rest of it; on the GPU where this process has one.
 
     In the saved dtype on a GPU, in float32 on the CPU.
@@ -42,7 +41,7 @@ def load_image_tower(model: str) -> ImageTower:
     config = ReVisionConfig.from_pretrained(folder)
     if config.image_tower is None:
         raise ConfigError(f"{model}: the model holds no image tower")
-    tower = ImageTower(config.image_tower)
+    tower = FrozenImageTower(config.image_tower)
     named = read_tensors(weight_files(folder), lambda name: name.startswith(_PREFIX))
     tower.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in named.items()})
     on_gpu = torch.cuda.is_available()

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from revision_ray import storage
-from revision_ray.errors import ConfigError
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError
 from revision_ray.model import ReVisionConfig, ReVisionForConditionalGeneration
-from revision_ray.serve.engine import Piece, Prompt, Sampling, make_engine
+from revision_ray.serve.engine import AnswerPiece, Prompt, Sampling, make_engine
 from revision_ray.serve.metrics import instruments
 from revision_ray.serve.settings import EngineConfig
 
@@ -52,7 +52,7 @@ class LanguageModel:
         self._description["context_length"] = self._engine.context_length
         self._timeout_s = engine.token_timeout_s
 
-    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    async def stream(self, prompt: Prompt, sampling: Sampling) -> AsyncGenerator[AnswerPiece, None]:
         """As `Engine.stream`, and the queue's metrics are up to date when it begins, speaks and ends."""
         begun = False
         self._report()

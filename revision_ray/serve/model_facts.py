@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from revision_ray import storage
+from revision_ray.core import storage
 from revision_ray.model import ReVisionConfig
 from revision_ray.serve.protocol import Model
 from revision_ray.serve.settings import ServeJob

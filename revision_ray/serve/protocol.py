@@ -1,26 +1,156 @@
-"""What clients send and get: requests and responses of the OpenAI API, and the parts that are our own.
+"""Requests, responses and error objects of the OpenAI API, and the extensions of this server.
 
-Requests are strict (no number in a string, no NaN). Every field acts, cannot change the answer, or is refused
-by name: fields that are not named here, and values of known fields (`Only`) that this server does not do.
+Requests are strict (no number in a string, no NaN). Every field either acts, or cannot change the answer, or
+is refused by name. That holds for fields that are not listed here, and for values of known fields
+(`OnlyValues`) that this server does not support.
 """
 
+import logging
+import os
+import traceback
 from typing import Annotated, Any, Literal
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
-from revision_ray.serve.api_error import MANY, ONE, Only
+from revision_ray.core.errors import shorten_words
+
+log = logging.getLogger(__name__)
+
+# Tags of a union's branches; the sign keeps them apart from field names in the path of a validation error.
+ONE, MANY = "~one", "~many"
+
+# Type of the validation error of a field that is known, with a value that this server does not do.
+UNSUPPORTED = "unsupported_parameter"
+# Characters of a field's name that a message repeats: clients choose the names of unknown ones.
+MAX_NAME = 100
+
+# OpenAI's name for a kind of error, by status. The official client raises by status alone.
+_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(HTTPException):
+    """An answer other than 200; the message says what to change, and never quotes what the client sent."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        headers = dict(headers or {})
+        if retry_after_s is not None:
+            headers["Retry-After"] = str(retry_after_s)
+        super().__init__(status, shorten_words(message), headers or None)
+        self.param, self.code = param, code
+
+    def body(self) -> dict[str, Any]:
+        return error_body(self.status_code, self.detail, self.param, self.code)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status_code, headers=self.headers)
+
+
+def starting() -> ApiError:
+    """503 for what comes before the models are loaded."""
+    message = "the server is starting: its models are being loaded; try again"
+    return ApiError(503, message, code="starting", retry_after_s=5)
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def internal(error: BaseException) -> ApiError:
+    """500 for what nobody foresaw. The log says what and where, no message: it may quote a prompt."""
+    at = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
+    where = f"{os.path.basename(at[0].filename)}:{at[0].lineno}" if at else "an unknown place"
+    log.error("%s at %s", type(error).__name__, where)
+    return ApiError(500, "the server failed; nothing in the request needs to change", code="internal_error")
+
+
+class OnlyValues:
+    """Annotation of a field that this server does not have, of which null and `values` are taken.
+
+    They ask for nothing, and clients send them as defaults. Any other value is refused with `advice`.
+    """
+
+    def __init__(self, *values: Any, advice: str = "leave it out") -> None:
+        self._values, self._advice = (None, *values), advice
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"enum": list(self._values)}
+
+    def _checked(self, value: Any) -> Any:
+        # 0 is 0.0 in JSON, and false is neither.
+        for taken in self._values:
+            if value == taken and isinstance(value, bool) == isinstance(taken, bool):
+                return value
+        raise PydanticCustomError(UNSUPPORTED, "{advice}", {"advice": self._advice})
+
+
+_PART_TYPES = ("text", "image_url", "image_embedding")
+
+
+def invalid(error: RequestValidationError) -> ApiError:
+    """422 that names the first field that is wrong, 400 for a field that is not here; no value is quoted."""
+    first = error.errors()[0]
+    unknown = first["type"] == "extra_forbidden"
+    where, steps = "", first["loc"][1:]  # behind "body"
+    for place, (before, step) in enumerate(zip((None, *steps), steps, strict=False), 1):
+        if isinstance(step, int):
+            where += f"[{step}]"
+        elif (unknown and place == len(steps)) or not (
+            step.startswith("~") or (step in _PART_TYPES and _follows_a_list(before))
+        ):
+            where += f".{step[:MAX_NAME]}" if where else step[:MAX_NAME]
+    if unknown:
+        message = f"{where}: this server knows no such field; leave it out (/openapi.json lists the fields)"
+        return ApiError(400, message, param=where, code="unknown_parameter")
+    if first["type"] == UNSUPPORTED:
+        message = f"{where} is not supported by this server; {first['msg']}"
+        return ApiError(400, message, param=where, code=UNSUPPORTED)
+    if first["type"] == "union_tag_invalid":
+        said = f"its type is none of {first['ctx']['expected_tags']}"
+    elif first["type"] == "union_tag_not_found":
+        said = "it has no type"
+    else:
+        said = first["msg"]
+    return ApiError(422, f"{where or 'the body'}: {said}", param=where or None, code=first["type"])
+
+
+def _follows_a_list(before: Any) -> bool:
+    """Parts are told apart by their type, which then stands behind their index, or behind a branch's tag."""
+    return isinstance(before, int) or before == MANY
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
-_Off = Annotated[Any, Only()]
-_OffOrFalse = Annotated[Any, Only(False)]
-_OffOrTrue = Annotated[Any, Only(True)]
-_OffOrEmpty = Annotated[Any, Only([])]
-_OffOrNothing = Annotated[Any, Only({})]
+_Off = Annotated[Any, OnlyValues()]
+_OffOrFalse = Annotated[Any, OnlyValues(False)]
+_OffOrTrue = Annotated[Any, OnlyValues(True)]
+_OffOrEmpty = Annotated[Any, OnlyValues([])]
+_OffOrNothing = Annotated[Any, OnlyValues({})]
 
 
 def _one_or_many(value: Any) -> str:
@@ -38,7 +168,7 @@ class TextPart(_Strict):
 
 class ImageUrl(_Strict):
     url: str = Field(description="data:image/...;base64,... or, where the server allows it, https://...")
-    detail: Annotated[Any, Only("auto")] = None
+    detail: Annotated[Any, OnlyValues("auto")] = None
 
 
 class ImageUrlPart(_Strict):
@@ -66,7 +196,7 @@ class ImageEmbeddingPart(_Strict):
 Part = Annotated[TextPart | ImageUrlPart | ImageEmbeddingPart, Field(discriminator="type")]
 
 
-class Message(_Strict):
+class RequestMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[str, Tag(ONE)] | Annotated[list[Part], Field(min_length=1), Tag(MANY)],
@@ -95,7 +225,7 @@ _Label = Annotated[str, Field(max_length=512)]
 
 class ChatRequest(_Strict):
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[RequestMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     temperature: float | None = Field(None, ge=0, le=2)
@@ -126,32 +256,32 @@ class ChatRequest(_Strict):
     safety_identifier: _Label | None = None
     prompt_cache_key: _Label | None = None
     metadata: dict[str, str] | None = None
-    service_tier: Annotated[Any, Only("auto", "default")] = None
+    service_tier: Annotated[Any, OnlyValues("auto", "default")] = None
     store: _OffOrFalse = None
     # Not here; the values that ask for nothing are taken.
     tools: _OffOrEmpty = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, Only(True, False)] = None
+    tool_choice: Annotated[Any, OnlyValues("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, OnlyValues(True, False)] = None
     functions: _OffOrEmpty = None
-    function_call: Annotated[Any, Only("none", "auto")] = None
-    response_format: Annotated[Any, Only({"type": "text"})] = None
-    modalities: Annotated[Any, Only(["text"])] = None
+    function_call: Annotated[Any, OnlyValues("none", "auto")] = None
+    response_format: Annotated[Any, OnlyValues({"type": "text"})] = None
+    modalities: Annotated[Any, OnlyValues(["text"])] = None
     audio: _Off = None
     prediction: _Off = None
     web_search_options: _Off = None
-    reasoning_effort: Annotated[Any, Only("none")] = None
-    verbosity: Annotated[Any, Only("medium")] = None
+    reasoning_effort: Annotated[Any, OnlyValues("none")] = None
+    verbosity: Annotated[Any, OnlyValues("medium")] = None
     logit_bias: _OffOrNothing = None
-    best_of: Annotated[Any, Only(1, advice="ask for n answers")] = None
+    best_of: Annotated[Any, OnlyValues(1, advice="ask for n answers")] = None
     use_beam_search: _OffOrFalse = None
-    length_penalty: Annotated[Any, Only(1)] = None
+    length_penalty: Annotated[Any, OnlyValues(1)] = None
     early_stopping: _OffOrFalse = None
     echo: _OffOrFalse = None
     suffix: _Off = None
-    max_new_tokens: Annotated[Any, Only(advice="use max_completion_tokens")] = None
+    max_new_tokens: Annotated[Any, OnlyValues(advice="use max_completion_tokens")] = None
     add_generation_prompt: _OffOrTrue = None
     continue_final_message: Annotated[
-        Any, Only(False, advice="leave it out, and end the messages with the user's")
+        Any, OnlyValues(False, advice="leave it out, and end the messages with the user's")
     ] = None
     add_special_tokens: _OffOrFalse = None
     chat_template: _Off = None
@@ -173,7 +303,7 @@ class ChatRequest(_Strict):
     include_stop_str_in_output: _OffOrFalse = None
     return_token_ids: _OffOrFalse = None
     return_tokens_as_token_ids: _OffOrFalse = None
-    priority: Annotated[Any, Only(0)] = None
+    priority: Annotated[Any, OnlyValues(0)] = None
 
     @property
     def stops(self) -> tuple[str, ...]:

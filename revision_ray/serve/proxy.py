@@ -10,7 +10,7 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from revision_ray.serve.api_error import starting
+from revision_ray.serve.protocol import starting
 
 IMPORT_PATH = "revision_ray.serve.proxy:middlewares"
 """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, where Ray runs this application alone."""

@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from revision_ray import storage
-from revision_ray.config import MISSING
+from revision_ray.core import storage
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import ConfigError
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.errors import ConfigError
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
@@ -74,7 +74,7 @@ class ImageSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoteImages:
+class RemoteImageSettings:
     """Images that are named by their https address."""
 
     enabled: bool = False
@@ -98,7 +98,7 @@ class RemoteImages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """What one request may ask for."""
 
     max_body_bytes: int = 64 * 2**20
@@ -138,7 +138,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ReplicaSettings:
     """Replicas of one part of the application. Above min_replicas it scales with its load."""
 
     min_replicas: int = 1
@@ -173,15 +173,21 @@ class Replicas:
     """How many replicas each part has and what they ask of the cluster."""
 
     # Two: while one is replaced, connections find the other.
-    ingress: Part = field(default_factory=lambda: Part(min_replicas=2, max_replicas=2, max_ongoing=256))
+    ingress: ReplicaSettings = field(
+        default_factory=lambda: ReplicaSettings(min_replicas=2, max_replicas=2, max_ongoing=256)
+    )
     """HTTP, validation, streaming."""
-    image_encoder: Part = field(default_factory=lambda: Part(num_cpus=0.2, max_ongoing=128))
+    image_encoder: ReplicaSettings = field(
+        default_factory=lambda: ReplicaSettings(num_cpus=0.2, max_ongoing=128)
+    )
     """Images to embeddings."""
-    language_model: Part = field(
-        default_factory=lambda: Part(num_cpus=0.8, max_ongoing=80, max_queued=64, target_ongoing=12.0)
+    language_model: ReplicaSettings = field(
+        default_factory=lambda: ReplicaSettings(
+            num_cpus=0.8, max_ongoing=80, max_queued=64, target_ongoing=12.0
+        )
     )
     """Prompts to answers. max_ongoing is best the engine's num_slots + max_waiting."""
-    text_encoder: Part = field(default_factory=Part)
+    text_encoder: ReplicaSettings = field(default_factory=ReplicaSettings)
     """The dual encoder behind /v1/embeddings."""
     upscale_delay_s: float = 5.0
     """Load must last this long before replicas are added."""
@@ -237,9 +243,9 @@ class ServeJob:
     """Generation."""
     images: ImageSettings = field(default_factory=ImageSettings)
     """Images of a request."""
-    remote_images: RemoteImages = field(default_factory=RemoteImages)
+    remote_images: RemoteImageSettings = field(default_factory=RemoteImageSettings)
     """Images by https address."""
-    limits: Limits = field(default_factory=Limits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     """Bounds of a request."""
     replicas: Replicas = field(default_factory=Replicas)
     """Replicas and resources."""

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from ray import serve
 
-from revision_ray import storage
 from revision_ray.align.alignment import load_alignment
+from revision_ray.core import storage
+from revision_ray.core.errors import AlignmentError, DataError
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.encode.encoder import EncoderConfig, Tokens, backend
-from revision_ray.errors import AlignmentError, DataError
 from revision_ray.serve.metrics import instruments
 
 _BATCH_SIZE, _BATCH_WAIT_S = 64, 0.005

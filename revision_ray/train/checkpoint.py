@@ -1,8 +1,8 @@
-"""Sharded checkpoints of a run: what trains, the optimizer's shards, and where in the data it stands.
+"""Sharded checkpoints of a run (weights that train, optimizer shards, position), and the best one kept apart.
 
-Every rank writes its own shard to a directory of its own; Ray Train merges those of all ranks into one
+Every rank writes its shard to a directory of its own; Ray Train merges those of all ranks into one
 checkpoint in the run's storage. Random numbers and the order of data are functions of (seed, step), so the
-step is all of the position there is to keep.
+step is the whole position.
 """
 
 import hashlib
@@ -16,15 +16,55 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from ray.train import Checkpoint
 
-from revision_ray.errors import CheckpointError, shorten
-from revision_ray.train.zero import Engine
+from revision_ray.core import storage
+from revision_ray.core.errors import CheckpointError, shorten
+from revision_ray.train.zero import ZeroEngine
+
+BEST = "best"
+_RECORD = "best.json"
+
+
+def lowest_loss(output: str) -> float:
+    """Held-out loss of the best checkpoint of this run so far; infinite without one."""
+    uri = storage.join(output, BEST, _RECORD)
+    return float(storage.read_json(uri)["heldout_loss"]) if storage.exists(uri) else float("inf")
+
+
+def best_checkpoint(output: str) -> str | None:
+    """URI of the best checkpoint of the run at `output`, if one was kept."""
+    uri = storage.join(output, BEST, _RECORD)
+    return storage.join(output, BEST, storage.read_json(uri)["checkpoint"]) if storage.exists(uri) else None
+
+
+def keep(folder: Path, output: str, step: int, heldout_loss: float) -> None:
+    """Every rank's shard, as it lies in its `folder`, stands in OUTPUT/best; all ranks must call it.
+
+    The record names the new one before the files of the former one go, so there is a whole one at any time.
+    """
+    former, name = best_checkpoint(output), f"checkpoint-{step:08d}"
+    dist.barrier()  # every rank has read the former record
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            uri = storage.join(output, BEST, name, path.relative_to(folder).as_posix())
+            with pa.memory_map(str(path)) as file:
+                storage.write_bytes(uri, file.read_buffer())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        record = {"checkpoint": name, "step": step, "heldout_loss": heldout_loss}
+        storage.write_json(storage.join(output, BEST, _RECORD), record)
+        if former is not None and storage.name_of(former) != name:
+            for uri, _ in storage.list_files(former, recursive=True):
+                storage.delete_file(uri)
+
 
 FORMAT_VERSION = 1
 TAG = "state"
@@ -38,7 +78,7 @@ _DAMAGED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Position:
+class RunPosition:
     """Where a run stands: everything before `step` has been trained on."""
 
     step: int
@@ -52,7 +92,7 @@ class Position:
     format_version: int = FORMAT_VERSION
 
 
-def save(engine: Engine, position: Position, folder: Path, rank: int) -> None:
+def save(engine: ZeroEngine, position: RunPosition, folder: Path, rank: int) -> None:
     """This rank's shard of the state lies in `folder`, with hashes of its files; all ranks must call it.
 
     Frozen weights are left out: they are in the model that the run started from.
@@ -77,7 +117,7 @@ def written(where: str) -> Iterator[None]:
         ) from error
 
 
-def read_position(checkpoint: Checkpoint, identity: dict[str, Any], num_workers: int) -> Position:
+def read_position(checkpoint: Checkpoint, identity: dict[str, Any], num_workers: int) -> RunPosition:
     """Where `checkpoint` stands; it is one of this very run.
 
     Raises:
@@ -86,7 +126,7 @@ def read_position(checkpoint: Checkpoint, identity: dict[str, Any], num_workers:
     where = checkpoint.path
     with checkpoint.as_directory() as folder:
         try:
-            position = Position(**json.loads(Path(folder, "position.json").read_text()))
+            position = RunPosition(**json.loads(Path(folder, "position.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{where}: its position cannot be read ({error}); {_ADVICE}") from error
     if position.format_version != FORMAT_VERSION:
@@ -112,7 +152,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ", ".join(f"{key} is {found.get(key)}, asked for {wanted.get(key)}" for key in keys)
 
 
-def load(engine: Engine, checkpoint: Checkpoint) -> None:
+def load(engine: ZeroEngine, checkpoint: Checkpoint) -> None:
     """Weights that train and optimizer state are those of `checkpoint`, to the bit; all ranks must call it.
 
     Raises:

@@ -20,8 +20,8 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from revision_ray import logs
-from revision_ray.errors import RevisionError, user_error
+from revision_ray.core import logs
+from revision_ray.core.errors import RevisionError, user_error
 
 
 def scaling(num_workers: int, gpus_per_worker: int | None, cpus_per_worker: float) -> ScalingConfig:

@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from revision_ray import storage
-from revision_ray.errors import CheckpointError
+from revision_ray.core import storage
+from revision_ray.core.errors import CheckpointError
 from revision_ray.model.ending import declare_ends, generation_settings
 from revision_ray.train import checkpoint, models
-from revision_ray.train.zero import Engine
+from revision_ray.train.zero import ZeroEngine
 
 log = logging.getLogger(__name__)
 MODEL = "model"
 
 
-def export(engine: Engine, processor: Any, output: str, rank: int) -> None:
+def export(engine: ZeroEngine, processor: Any, output: str, rank: int) -> None:
     """The model stands in OUTPUT/model, adapters merged; all ranks must call it, the first writes."""
     state = _whole_state(engine, rank)
     if rank == 0:
@@ -35,7 +35,7 @@ def export(engine: Engine, processor: Any, output: str, rank: int) -> None:
     dist.barrier()
 
 
-def _whole_state(engine: Engine, rank: int) -> dict[str, torch.Tensor] | None:
+def _whole_state(engine: ZeroEngine, rank: int) -> dict[str, torch.Tensor] | None:
     """All weights in main memory of the first rank, gathered one by one where ZeRO-3 shards them."""
     if engine.deepspeed.zero_optimization_stage() < 3:
         return dict(engine.model.state_dict())

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from ray.train import Checkpoint
 
-from revision_ray import config, storage
-from revision_ray.config import MISSING
-from revision_ray.errors import CheckpointError
+from revision_ray.core import config, storage
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import CheckpointError
 from revision_ray.train import export, models
-from revision_ray.train.best import BEST, best_checkpoint
-from revision_ray.train.run import RESULTS, FinetuneJob, PretrainJob, alignment_identity
+from revision_ray.train.checkpoint import BEST, best_checkpoint
+from revision_ray.train.stages import RESULTS, FinetuneJob, PretrainJob, alignment_identity
 from revision_ray.train.zero import dtype_of
 
 _PREFIX = "checkpoint-"

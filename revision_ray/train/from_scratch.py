@@ -1,7 +1,7 @@
 """The dual encoder and the miniature's language model as jobs: trained from scratch, or found finished."""
 
-from revision_ray import cluster, config, storage
-from revision_ray.train.encoder import EncoderTraining, train_encoder
+from revision_ray.core import cluster, config, storage
+from revision_ray.train.contrastive import EncoderTraining, train_encoder
 from revision_ray.train.language_model import LanguageTraining, train_language_model
 
 

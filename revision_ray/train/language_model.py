@@ -22,14 +22,14 @@ from ray.train.torch import TorchTrainer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from revision_ray import storage
-from revision_ray.config import MISSING
-from revision_ray.errors import ConfigError, DataError
+from revision_ray.core import storage
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.core.observe import progress
 from revision_ray.miniature import language_model
 from revision_ray.miniature.documents import Document, DocumentConfig, document
-from revision_ray.miniature.language_model import ModelSize, Rows
+from revision_ray.miniature.language_model import ModelSize, PackedDocuments
 from revision_ray.model.ending import declare_ends
-from revision_ray.progress import progress
 from revision_ray.train import worker
 from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.pairs import batch_rows
@@ -181,7 +181,10 @@ def read_documents(config: DocumentConfig) -> list[Document]:
 
 
 def fit(
-    training: LanguageTraining, tokenizer: PreTrainedTokenizerFast, rows: Rows, device: torch.device
+    training: LanguageTraining,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: PackedDocuments,
+    device: torch.device,
 ) -> tuple[LlamaForCausalLM, list[float]]:
     """(trained model, loss of each step); a function of settings and rows alone."""
     torch.manual_seed(training.seed)

@@ -1,9 +1,12 @@
-"""What every training worker does: build, resume, step, measure, checkpoint, export.
+"""The training loop of one worker: build, resume, step, measure, checkpoint, export.
 
-The loop is the same for both stages. Everything that a step needs is a function of (data, seed, step), so a
-run that died goes on from its last checkpoint as if nothing had happened.
+Both stages use the same loop. Everything that a step needs is a function of (data, seed, step), so a run
+that died continues from its last checkpoint with the same results.
+
+Shapes: B samples of a micro batch, T tokens, I images, D embedding dim.
 """
 
+import json
 import logging
 import tempfile
 import time
@@ -18,23 +21,213 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
 
+from revision_ray.core import observe, storage
+from revision_ray.core.errors import DataError
+from revision_ray.core.observe import Progress, progress
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.errors import DataError
 from revision_ray.model.ending import until_end
-from revision_ray.progress import Progress, progress
-from revision_ray.train import best, checkpoint, export, ingest, models, worker
-from revision_ray.train.checkpoint import Position
-from revision_ray.train.ingest import Source, Step
-from revision_ray.train.metrics import Writer, open_writer
+from revision_ray.train import checkpoint, export, ingest, models, worker
+from revision_ray.train.checkpoint import RunPosition
+from revision_ray.train.ingest import PreparedStep, Source
 from revision_ray.train.models import Architecture, Stage
 from revision_ray.train.optimizer import learning_rate_factor, set_learning_rate
-from revision_ray.train.plan import Order
-from revision_ray.train.rejections import Rejections
-from revision_ray.train.samples import Formatter
+from revision_ray.train.samples import NO_LABEL, Batch, Formatter
 from revision_ray.train.settings import Lora, Training
-from revision_ray.train.step import heldout_loss, train_step
-from revision_ray.train.window import Window
-from revision_ray.train.zero import Engine, build_engine, dtype_of, sharded_loading
+from revision_ray.train.sources import StepOrder
+from revision_ray.train.trackers import MetricsWriter, open_writer
+from revision_ray.train.zero import ZeroEngine, build_engine, dtype_of, sharded_loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Sums over all workers."""
+
+    loss: float  # mean over the valid target tokens of the global batch
+    num_targets: int
+    num_tokens: int  # without padding
+    num_slots: int  # with padding
+    num_samples: int
+    gradient_norm: float
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.num_tokens / self.num_slots if self.num_slots else 0.0
+
+
+def train_step(engine: ZeroEngine, micro_batches: Sequence[Batch]) -> StepResult:
+    """The weights have moved once, by the gradient of the mean loss over the global batch's target tokens.
+
+    Not a mean of means: every target token weighs the same, whichever worker and micro batch it is in.
+    A batch without any target moves nothing.
+    """
+    totals = _totals(engine, micro_batches)
+    if not totals["targets"]:
+        return _result(totals, 0.0, 0.0)
+    loss_sum, norm = torch.zeros((), dtype=torch.float64), 0.0
+    even = _evened(engine, micro_batches)
+    for index, batch in enumerate(even):
+        last = index == len(even) - 1
+        engine.deepspeed.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over the workers; here they are to be summed.
+        loss = _loss(engine, batch, totals["targets"] / _world_size())
+        engine.deepspeed.backward(loss, scale_wrt_gas=False)
+        norm = engine.step(last)
+        loss_sum += loss.detach().double().cpu()
+    return _result(totals, _sum(engine, [float(loss_sum) / _world_size()])[0], norm)
+
+
+@torch.no_grad()
+def heldout_loss(engine: ZeroEngine, steps: Sequence[Sequence[Batch]]) -> float:
+    """Mean loss over the target tokens of the steps' micro batches, of all workers."""
+    sums = [0.0, 0.0]
+    for micro_batches in steps:
+        totals = _totals(engine, micro_batches)
+        sums[1] += totals["targets"]
+        sums[0] += sum(float(_loss(engine, batch, 1.0)) for batch in _evened(engine, micro_batches))
+    total = _sum(engine, [sums[0]])[0]
+    return total / sums[1] if sums[1] else float("nan")
+
+
+def _evened(engine: ZeroEngine, micro_batches: Sequence[Batch]) -> list[Batch]:
+    """As many micro batches as any worker has, empty ones behind: all must go through the model equally
+    often, because ZeRO-3 gathers weights from all of them as it goes."""
+    rounds = torch.tensor(len(micro_batches), device=engine.device)
+    dist.all_reduce(rounds, dist.ReduceOp.MAX)
+    nothing = Batch(
+        input_ids=torch.zeros((1, 2), dtype=torch.int64),
+        attention_mask=torch.ones((1, 2), dtype=torch.int64),
+        labels=torch.full((1, 2), NO_LABEL),
+        image_embeds=torch.zeros((0, engine.model.config.embedding_dim)),
+        num_targets=0,
+        num_tokens=0,
+    )
+    return [*micro_batches, *[nothing] * (int(rounds) - len(micro_batches))]
+
+
+def _loss(engine: ZeroEngine, batch: Batch, num_items: float) -> torch.Tensor:
+    """Sum of the cross entropies of the batch's targets over `num_items`."""
+    moved: dict[str, Any] = {
+        "input_ids": batch.input_ids.to(engine.device),
+        "attention_mask": batch.attention_mask.to(engine.device),
+        "labels": batch.labels.to(engine.device),
+    }
+    if len(batch.image_embeds):
+        moved["image_embeds"] = batch.image_embeds.to(engine.device, engine.dtype)
+    return engine.deepspeed(**moved, num_items_in_batch=num_items, use_cache=False).loss
+
+
+def _totals(engine: ZeroEngine, micro_batches: Sequence[Batch]) -> dict[str, int]:
+    """Counts over all workers."""
+    counted = [
+        sum(batch.num_targets for batch in micro_batches),
+        sum(batch.num_tokens for batch in micro_batches),
+        sum(batch.input_ids.numel() for batch in micro_batches),
+        sum(len(batch.ids) for batch in micro_batches),
+    ]
+    names = ("targets", "tokens", "slots", "samples")
+    return dict(zip(names, map(int, _sum(engine, counted)), strict=True))
+
+
+def _sum(engine: ZeroEngine, values: Sequence[float]) -> list[float]:
+    summed = torch.tensor(values, dtype=torch.float64, device=engine.device)
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
+def _world_size() -> int:
+    return dist.get_world_size()
+
+
+def _result(totals: dict[str, int], loss: float, gradient_norm: float) -> StepResult:
+    return StepResult(
+        loss=loss,
+        num_targets=totals["targets"],
+        num_tokens=totals["tokens"],
+        num_slots=totals["slots"],
+        num_samples=totals["samples"],
+        gradient_norm=gradient_norm,
+    )
+
+
+@dataclass
+class MetricsWindow:
+    """Sums over the steps since the last line of metrics, of all workers; times of this one."""
+
+    losses: list[float] = field(default_factory=list)
+    targets: int = 0
+    tokens: int = 0
+    slots: int = 0
+    samples: int = 0
+    ingest_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    gradient_norm: float = 0.0
+
+    def add(self, result: StepResult, ingest_seconds: float, compute_seconds: float) -> None:
+        self.losses.append(result.loss)
+        self.targets += result.num_targets
+        self.tokens += result.num_tokens
+        self.slots += result.num_slots
+        self.samples += result.num_samples
+        self.ingest_seconds += ingest_seconds
+        self.compute_seconds += compute_seconds
+        self.gradient_norm = result.gradient_norm
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.tokens / self.slots if self.slots else 0.0
+
+    def figures(self, engine: ZeroEngine) -> dict[str, float]:
+        seconds = max(self.ingest_seconds + self.compute_seconds, 1e-9)
+        return {
+            "loss": sum(self.losses) / len(self.losses),
+            "learning_rate": max(group["lr"] for group in engine.deepspeed.optimizer.param_groups),
+            "gradient_norm": self.gradient_norm,
+            "tokens_per_second": self.tokens / seconds,
+            "samples_per_second": self.samples / seconds,
+            "padding_share": self.padding_share,
+            "ingest_share": self.ingest_seconds / seconds,
+        }
+
+    def note(self, engine: ZeroEngine) -> str:
+        figures = self.figures(engine)
+        return (
+            f"loss {figures['loss']:.3f}, {figures['tokens_per_second']:.0f} tokens/s, "
+            f"{figures['samples_per_second']:.1f} samples/s, padding {figures['padding_share']:.0%}, "
+            f"ingest {figures['ingest_share']:.0%}, lr {figures['learning_rate']:.1e}, "
+            f"|g| {figures['gradient_norm']:.2f}"
+        )
+
+    def record(self) -> None:
+        """Prometheus has the window's tokens: for one worker to call, since they are sums over all."""
+        observe.record(samples=self.samples, tokens=self.tokens, padding_share=self.padding_share)
+
+
+class Rejections:
+    """OUTPUT/rejected/rank-*.jsonl: what happened before `first_step` is kept when a run goes on."""
+
+    def __init__(self, output: str, rank: int, first_step: int) -> None:
+        self._uri = storage.join(output, "rejected", f"rank-{rank:05d}.jsonl")
+        former = storage.read_bytes(self._uri).decode().splitlines() if storage.exists(self._uri) else []
+        self._lines = [line for line in former if json.loads(line)["step"] < first_step]
+        self._changed = len(self._lines) != len(former)
+
+    def add(self, step: PreparedStep) -> int:
+        """The step's samples that were left out or cut off are on the list; how many there are."""
+        found = [*step.rejected, *step.truncated]
+        for row_id, cause, detail in found:
+            self._lines.append(
+                json.dumps({"step": step.step, "id": row_id, "cause": cause, "detail": detail})
+            )
+        self._changed = self._changed or bool(found)
+        observe.record(rejected=len(step.rejected), truncated=len(step.truncated))
+        return len(found)
+
+    def flush(self) -> None:
+        """The list stands in the output."""
+        if self._changed:
+            storage.write_bytes(self._uri, "".join(line + "\n" for line in self._lines).encode())
+            self._changed = False
+
 
 log = logging.getLogger(__name__)
 _HELDOUT_STEPS = 4  # global batches, kept in memory by each worker
@@ -42,7 +235,7 @@ _SAMPLE_TOKENS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class TrainingTask:
     """A run, as the driver prepared it."""
 
     stage: Stage
@@ -62,7 +255,7 @@ class Task:
 
 
 @dataclass
-class State:
+class TrainingState:
     """What changes from step to step."""
 
     step: int = 0
@@ -72,7 +265,7 @@ class State:
     lowest_loss: float = float("inf")  # held out, of the best checkpoint
 
 
-def train(task: Task) -> dict[str, Any]:
+def train(task: TrainingTask) -> dict[str, Any]:
     """The trained model stands in OUTPUT/model; returns the run's figures (of the first worker)."""
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
@@ -86,7 +279,7 @@ def train(task: Task) -> dict[str, Any]:
         model.activation_checkpointing_enable({"use_reentrant": False})
     engine = build_engine(model, training, device)
     state = _resume(engine, task, num_workers)
-    state.lowest_loss = best.lowest_loss(task.output)
+    state.lowest_loss = checkpoint.lowest_loss(task.output)
     formatter = Formatter(
         processor.tokenizer,
         processor.num_visual_tokens,
@@ -94,11 +287,15 @@ def train(task: Task) -> dict[str, Any]:
         on_too_long=training.on_too_long,
         today=task.today,
     )
-    share = ingest.Share(
+    share = ingest.WorkerShare(
         rank=rank, num_workers=num_workers, micro_batch_size=training.optimisation.micro_batch_size
     )
     heldout = _heldout(task, formatter, share)
-    writer = open_writer(task.output, training.logging, state.step, task.resolved) if rank == 0 else Writer()
+    writer = (
+        open_writer(task.output, training.logging, state.step, task.resolved)
+        if rank == 0
+        else MetricsWriter()
+    )
     rejections = Rejections(task.output, rank, state.step)
     try:
         with progress(
@@ -117,7 +314,7 @@ def train(task: Task) -> dict[str, Any]:
     }
 
 
-def _model(task: Task, device: torch.device) -> tuple[Any, Any]:
+def _model(task: TrainingTask, device: torch.device) -> tuple[Any, Any]:
     training = task.training
     with sharded_loading(training):
         if task.architecture is not None:
@@ -133,22 +330,24 @@ def _model(task: Task, device: torch.device) -> tuple[Any, Any]:
         return models.load_model(training.model, dtype=dtype_of(training), attention=training.attention)
 
 
-def _resume(engine: Engine, task: Task, num_workers: int) -> State:
+def _resume(engine: ZeroEngine, task: TrainingTask, num_workers: int) -> TrainingState:
     former = ray.train.get_checkpoint()
     if former is None:
-        return State()
+        return TrainingState()
     position = checkpoint.read_position(former, task.identity, num_workers)
     checkpoint.load(engine, former)
     log.info("resumed at step %d of %d from %s", position.step, task.num_steps, former.path)
-    return State(
+    return TrainingState(
         step=position.step,
-        counters={**State().counters, **position.counters},
+        counters={**TrainingState().counters, **position.counters},
         last_loss=position.losses.get("last"),
         heldout_loss=position.losses.get("heldout"),
     )
 
 
-def _stream(task: Task, formatter: Formatter, share: ingest.Share, start_step: int) -> Iterator[Step]:
+def _stream(
+    task: TrainingTask, formatter: Formatter, share: ingest.WorkerShare, start_step: int
+) -> Iterator[PreparedStep]:
     return ingest.steps(
         task.source,
         formatter,
@@ -159,9 +358,9 @@ def _stream(task: Task, formatter: Formatter, share: ingest.Share, start_step: i
     )
 
 
-def order_of(training: Training) -> Order:
+def order_of(training: Training) -> StepOrder:
     """How the samples follow one another."""
-    return Order(
+    return StepOrder(
         global_batch_size=training.optimisation.global_batch_size,
         batches_per_window=training.batches_per_window,
         seed=training.seed,
@@ -169,7 +368,7 @@ def order_of(training: Training) -> Order:
     )
 
 
-def _heldout(task: Task, formatter: Formatter, share: ingest.Share) -> list[Step]:
+def _heldout(task: TrainingTask, formatter: Formatter, share: ingest.WorkerShare) -> list[PreparedStep]:
     if task.heldout is None:
         return []
     order = replace(order_of(task.training), batches_per_window=_HELDOUT_STEPS)
@@ -178,19 +377,19 @@ def _heldout(task: Task, formatter: Formatter, share: ingest.Share) -> list[Step
 
 
 def _run(
-    task: Task,
-    engine: Engine,
-    state: State,
-    stream: Iterator[Step],
-    heldout: list[Step],
-    writer: Writer,
+    task: TrainingTask,
+    engine: ZeroEngine,
+    state: TrainingState,
+    stream: Iterator[PreparedStep],
+    heldout: list[PreparedStep],
+    writer: MetricsWriter,
     rejections: Rejections,
     shown: Progress,
     processor: Any,
 ) -> None:
     """Steps until there are none left."""
     training, settings = task.training, task.training.optimisation
-    window, saved, warned = Window(), state.step, False
+    window, saved, warned = MetricsWindow(), state.step, False
     while state.step < task.num_steps:
         begun = time.monotonic()
         step = next(stream)
@@ -220,7 +419,7 @@ def _run(
             if dist.get_rank() == 0:
                 window.record()
             rejections.flush()
-            window = Window()
+            window = MetricsWindow()
             _check_rejected(state, training, last)
         if heldout and (state.step % training.logging.heldout_every_steps == 0 or due):
             state.heldout_loss = _measure(engine, heldout)
@@ -232,7 +431,7 @@ def _run(
             saved = state.step
 
 
-def _measure(engine: Engine, heldout: list[Step]) -> float:
+def _measure(engine: ZeroEngine, heldout: list[PreparedStep]) -> float:
     engine.model.eval()
     loss = heldout_loss(engine, [step.micro_batches for step in heldout])
     log.info("held-out loss %.4f", loss)
@@ -256,7 +455,7 @@ def _warn_of_endless(without_end: int, num_samples: int, step: int, tokenizer: A
         )  # fmt: skip
 
 
-def _check_rejected(state: State, training: Training, last: bool) -> None:
+def _check_rejected(state: TrainingState, training: Training, last: bool) -> None:
     """Raises DataError where too many samples could not be used; judged on a thousand, or at the end."""
     rejected, seen = state.counters["rejected"], state.counters["samples"] + state.counters["rejected"]
     if (seen >= 1000 or last) and rejected > training.max_rejected_fraction * seen:
@@ -267,7 +466,7 @@ def _check_rejected(state: State, training: Training, last: bool) -> None:
 
 
 @torch.no_grad()
-def _sample(engine: Engine, step: Step, processor: Any, output: str, number: int) -> None:
+def _sample(engine: ZeroEngine, step: PreparedStep, processor: Any, output: str, number: int) -> None:
     """What the model says about one sample's image is in the log: something for a person to read."""
     batch = next(iter(step.micro_batches), None)
     if batch is None or (dist.get_rank() != 0 and engine.deepspeed.zero_optimization_stage() < 3):
@@ -297,9 +496,9 @@ def _sample(engine: Engine, step: Step, processor: Any, output: str, number: int
     )
 
 
-def _checkpoint(task: Task, engine: Engine, state: State) -> None:
+def _checkpoint(task: TrainingTask, engine: ZeroEngine, state: TrainingState) -> None:
     rank = dist.get_rank()
-    position = Position(
+    position = RunPosition(
         step=state.step,
         num_workers=dist.get_world_size(),
         identity=task.identity,
@@ -310,7 +509,7 @@ def _checkpoint(task: Task, engine: Engine, state: State) -> None:
     with tempfile.TemporaryDirectory() as folder, checkpoint.written(where):
         checkpoint.save(engine, position, Path(folder), rank)
         if state.heldout_loss is not None and state.heldout_loss < state.lowest_loss:
-            best.keep(Path(folder), task.output, state.step, state.heldout_loss)
+            checkpoint.keep(Path(folder), task.output, state.step, state.heldout_loss)
             state.lowest_loss = state.heldout_loss
         ray.train.report(
             {"step": state.step, "loss": state.last_loss, "heldout_loss": state.heldout_loss},

@@ -8,15 +8,14 @@ from transformers import AutoProcessor, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
-from revision_ray import storage
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError, shorten
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.errors import ConfigError, shorten
 from revision_ray.model.build import build_model
 from revision_ray.model.ending import declare_ends
 from revision_ray.model.modeling import ReVisionForConditionalGeneration
 from revision_ray.model.processing import ReVisionProcessor, add_image_token
-from revision_ray.train.optional import optional
-from revision_ray.train.settings import Lora
+from revision_ray.train.settings import Lora, optional
 
 # Bars of their own between our lines; a folder is read in a moment, and what takes long says so elsewhere.
 disable_progress_bar()

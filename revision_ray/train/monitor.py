@@ -1,17 +1,17 @@
-"""The gap's dynamics measured inside the training workers: a held-out probe and the gradients in between.
+"""Measure the modality gap's dynamics inside the training workers: a held-out probe, and gradients.
 
-Every worker embeds its share of the probe and sends it to the first one, which keeps the frame, the record
-and the events. All workers come to every probe, at steps that the settings alone decide, so none waits for
-one that does not come. Training sees nothing of it: modes and random numbers are as they were.
+Every worker embeds its share of the probe and sends it to the first worker, which keeps the frame, the
+record and the events. All workers take part in every probe, at steps that only the settings decide, so none
+waits forever. Training is unchanged: modes and random numbers are restored.
 
 Shapes: B rows of this worker's batch, P rows of this worker's share of the probe, N probe pairs, D embedding
-dim.
+dim, K batches, M 2, the modalities: images, then texts.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,64 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from revision_ray import storage
-from revision_ray.errors import ConfigError
-from revision_ray.geometry.dynamics import GapDynamics
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError
+from revision_ray.geometry.dynamics import GapDynamics, Gradients
 from revision_ray.miniature import encoder
-from revision_ray.train import metrics
-from revision_ray.train.gradients import GradientSums
-from revision_ray.train.pairs import Pair, pixels
+from revision_ray.train import trackers
+from revision_ray.train.pairs import ImageTextPair, pixels
+
+
+@dataclass
+class GradientSums:
+    """Sums of gradients of the loss with respect to unit embeddings, this worker's part of each batch.
+
+    A row's gradient is B times that of the mean over the worker's B rows (with several workers the gathered
+    loss has already summed it over all of them): the gradient of the sum over the global batch, whatever the
+    number of workers. It is the gradient in the surrounding space, before it goes back through the
+    normalisation, which would take away its part along the embedding itself.
+    """
+
+    sums: list[list[torch.Tensor]] = field(default_factory=lambda: [[], []])  # M lists of (D,), one a batch
+    seconds: list[torch.Tensor | None] = field(default_factory=lambda: [None, None])  # M of (D, D)
+    num_rows: int = 0
+
+    def watch(self, image_BD: torch.Tensor, text_BD: torch.Tensor) -> None:
+        """The gradients of these tensors are added when they are known; both belong to the graph."""
+        for side, rows_BD in enumerate((image_BD, text_BD)):
+            rows_BD.register_hook(lambda gradient_BD, side=side: self._add(side, gradient_BD))
+        self.num_rows += len(image_BD)
+
+    def _add(self, side: int, gradient_BD: torch.Tensor) -> None:
+        rows_BD = gradient_BD.detach().double() * len(gradient_BD)
+        former_DD = self.seconds[side]
+        second_DD = rows_BD.T @ rows_BD
+        self.seconds[side] = second_DD if former_DD is None else former_DD + second_DD
+        self.sums[side].append(rows_BD.sum(0))
+
+    def over_workers(self) -> Gradients | None:
+        """Over all workers; None where no batch was watched. All workers must call it."""
+        image_DD, text_DD = self.seconds
+        if image_DD is None or text_DD is None:
+            return None
+        num_batches = len(self.sums[0])
+        second_MDD = torch.stack([image_DD, text_DD])
+        sums_MKD = torch.stack([torch.stack(side) for side in self.sums])
+        count = torch.tensor(float(self.num_rows), dtype=torch.float64, device=image_DD.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for total in (second_MDD, sums_MKD, count):
+                dist.all_reduce(total)
+        rows = float(count)
+        mean_MKD = (sums_MKD / (rows / num_batches)).cpu().numpy()
+        second = (second_MDD / rows).cpu().numpy()
+        means_DD = np.einsum("mkd,mke->de", mean_MKD, mean_MKD) / num_batches
+        return Gradients(
+            image_DD=second[0],
+            text_DD=second[1],
+            covariance_DD=second.sum(0) - means_DD,
+            num_batches=num_batches,
+        )
+
 
 DYNAMICS = "dynamics.jsonl"
 FIGURE = "dynamics"
@@ -99,7 +150,7 @@ class MonitorConfig:
             )
 
 
-class Monitor:
+class GapMonitor:
     """One worker's part. `watch` before and `probe` between the steps; `finish` behind the last."""
 
     def __init__(
@@ -107,7 +158,7 @@ class Monitor:
         config: MonitorConfig,
         model: Any,
         tokenizer: Tokenizer,
-        heldout: Sequence[Pair],
+        heldout: Sequence[ImageTextPair],
         *,
         image_size: int,
         num_steps: int,
@@ -160,19 +211,19 @@ class Monitor:
         """The figure stands beside the record; nothing more is written."""
         if self.writer is not None:
             # Only here: no worker without a monitor needs matplotlib.
-            from revision_ray.geometry.dynamics_figure import draw_file
+            from revision_ray.report.figures import draw_file
 
             self.writer.close()
             draw_file(storage.join(self.output, DYNAMICS), storage.join(self.output, FIGURE))
 
 
-def _open_writer(output: str, config: MonitorConfig) -> metrics.Writer:
+def _open_writer(output: str, config: MonitorConfig) -> trackers.MetricsWriter:
     """Sinks of a run that begins: training is not resumed, so a record left by one that died begins anew."""
-    writer = metrics.Writer()
-    writer.sinks.append(metrics.json_lines(storage.join(output, DYNAMICS), steps_done=-1))
+    writer = trackers.MetricsWriter()
+    writer.sinks.append(trackers.json_lines(storage.join(output, DYNAMICS), steps_done=-1))
     if config.tensorboard:
-        events = metrics.Writer()
-        metrics.add_tensorboard(events, output, purge_step=0)
+        events = trackers.MetricsWriter()
+        trackers.add_tensorboard(events, output, purge_step=0)
         writer.sinks += [
             lambda step, values, sink=sink: sink(step, scalars("dynamics", values)) for sink in events.sinks
         ]
@@ -196,7 +247,7 @@ def scalars(prefix: str, values: dict[str, Any]) -> dict[str, float]:
 
 @torch.no_grad()
 def embed_pairs(
-    model: Any, tokenizer: Tokenizer, pairs: Sequence[Pair], image_size: int
+    model: Any, tokenizer: Tokenizer, pairs: Sequence[ImageTextPair], image_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit rows (P, D) of the images and of the first captions of `pairs`, on the model's device."""
     device = next(model.parameters()).device

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from revision_ray.errors import ConfigError
+from revision_ray.core.errors import ConfigError
 from revision_ray.train.settings import Optimisation
 
 

@@ -7,22 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from revision_ray import storage
-from revision_ray.data.image_rows import IMAGE_EXTENSIONS, images_in
+from revision_ray.core import storage
+from revision_ray.core.errors import DataError, quote
 from revision_ray.data.images import decode_image, is_image
-from revision_ray.data.records import RowError
+from revision_ray.data.interpret import IMAGE_EXTENSIONS, TEXT_ENDINGS, images_in, record_of_sample
+from revision_ray.data.records import RowError, samples
 from revision_ray.data.sources import tar_shards
-from revision_ray.data.tar_stream import samples
-from revision_ray.data.text_rows import TEXT_ENDINGS, record_of_sample
 from revision_ray.data.turns import captions_of
-from revision_ray.errors import DataError, quote
 
 _MAX_BYTES = 2**28
 _MAX_PIXELS = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class ImageTextPair:
     """An image file's bytes and what may be said about it, at least one caption."""
 
     key: str
@@ -30,7 +28,7 @@ class Pair:
     captions: list[str]
 
 
-def read_pairs(uris: Sequence[str]) -> list[Pair]:
+def read_pairs(uris: Sequence[str]) -> list[ImageTextPair]:
     """All pairs of the tar shards at `uris` (directories or files), in the order of shards and members.
 
     A sample holds KEY.jpg (or another image) and KEY.txt, or KEY.json with a caption or a list of them.
@@ -42,7 +40,7 @@ def read_pairs(uris: Sequence[str]) -> list[Pair]:
     return [pair for shard in tar_shards(uris) for pair in _pairs(shard)]
 
 
-def _pairs(shard: str) -> Iterator[Pair]:
+def _pairs(shard: str) -> Iterator[ImageTextPair]:
     wanted = {*IMAGE_EXTENSIONS, *TEXT_ENDINGS, "json"}
     for sample in samples(shard, wanted, _MAX_BYTES, by_content=is_image):
         image = next((member.content for member in images_in(sample)), None)
@@ -58,10 +56,10 @@ def _pairs(shard: str) -> Iterator[Pair]:
                 f"{shard}: sample {quote(sample.key, 80)} has no caption in .txt or .json: {error}; "
                 "remove it or complete it"
             ) from error
-        yield Pair(key=sample.key, image=image, captions=captions)
+        yield ImageTextPair(key=sample.key, image=image, captions=captions)
 
 
-def content_hash(pairs: Sequence[Pair]) -> str:
+def content_hash(pairs: Sequence[ImageTextPair]) -> str:
     """Hex digest of everything that training reads, whatever the shards it was cut into."""
     return storage.sha256(
         *(
@@ -72,7 +70,7 @@ def content_hash(pairs: Sequence[Pair]) -> str:
     )
 
 
-def pixels(pair: Pair, size: int) -> np.ndarray:
+def pixels(pair: ImageTextPair, size: int) -> np.ndarray:
     """uint8 (size, size, 3): the image, its shorter side resized to `size`, cut to its middle.
 
     Raises:
@@ -98,7 +96,7 @@ def batch_rows(num_pairs: int, step: int, batch_size: int, seed: int) -> np.ndar
     return rows
 
 
-def drawn_captions(chosen: Sequence[Pair], step: int, seed: int) -> list[str]:
+def drawn_captions(chosen: Sequence[ImageTextPair], step: int, seed: int) -> list[str]:
     """One caption of each of the pairs of step `step`, drawn anew every time."""
     share = np.random.default_rng([seed, step, 1]).random(len(chosen))
     return [pair.captions[int(u * len(pair.captions))] for pair, u in zip(chosen, share, strict=True)]

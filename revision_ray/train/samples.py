@@ -1,9 +1,10 @@
-"""What the model reads of one example: token ids, the labels among them, and the embeddings of its images.
+"""Training samples (token ids, labels, image embeddings) and padded batches of them. No Ray.
 
 Stage 1 (paper sec. 5): image slot, caption, end token; loss on caption and end token. Stage 2: the chat
-template of the tokenizer; loss on the assistant's turns and their end token. No Ray.
+template of the tokenizer; loss on the assistant's turns and their end token. Samples are dealt to ranks so
+that little is padding.
 
-Shapes: T tokens, I images, D embedding dim, V visual tokens.
+Shapes: B samples, T tokens, I images, D embedding dim, V visual tokens.
 """
 
 from collections.abc import Sequence
@@ -12,20 +13,21 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from revision_ray.core.errors import ConfigError
 from revision_ray.data.chat import (
-    Chat,
     ChatRefusal,
-    Rendered,
+    ChatTemplate,
+    ControlTokenMarks,
+    RenderedChat,
     Span,
-    Texts,
-    Turn,
+    TurnSpan,
     UnwritableToken,
     as_date,
 )
 from revision_ray.data.conversations import BAD_CONVERSATION, IMAGE_MARK, Conversation
-from revision_ray.errors import ConfigError
 from revision_ray.model.ending import control_token_ids, turn_ends
 
 Cause = Literal["no_target", "missing_embedding", "too_long", "bad_conversation"]
@@ -45,7 +47,7 @@ class Unusable(Exception):  # noqa: N818  # a verdict on the data, not a failure
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class TrainingSample:
     """One example as the model reads it; `num_cut` tokens at its end were cut off by the length limit."""
 
     id: str
@@ -88,11 +90,11 @@ class Formatter:
         special |= self._ends | set(tokenizer.all_special_ids)
         self._special_ids = special & control_token_ids(tokenizer)
         self._bos = _bos_ids(tokenizer)
-        self._texts = Texts(tokenizer)
+        self._texts = ControlTokenMarks(tokenizer)
         self._today = as_date(today)
-        self._chat: Chat | None = None
+        self._chat: ChatTemplate | None = None
 
-    def caption(self, id: str, text: str, embedding: np.ndarray) -> Sample:
+    def caption(self, id: str, text: str, embedding: np.ndarray) -> TrainingSample:
         """The image slot with this embedding, then the caption and the end token, which are the targets.
 
         Raises:
@@ -112,7 +114,7 @@ class Formatter:
         labels[: len(prompt)] = NO_LABEL
         return self._sample(id, input_ids, labels, np.reshape(embedding, (1, -1)))
 
-    def conversation(self, conversation: Conversation, image_embeds: np.ndarray) -> Sample:
+    def conversation(self, conversation: Conversation, image_embeds: np.ndarray) -> TrainingSample:
         """The conversation as the chat template writes it; targets are the assistant's turns and their ends,
         but for turns that are not to be trained on (`Message.is_target`).
 
@@ -147,9 +149,9 @@ class Formatter:
         sample = self._sample(conversation.id, input_ids, labels, image_embeds)
         return replace(sample, ended=int(labels[labels != NO_LABEL][-1]) in self._ends)
 
-    def _the_chat(self) -> Chat:
+    def _the_chat(self) -> ChatTemplate:
         if self._chat is None:
-            self._chat = Chat(self.tokenizer, self._today)
+            self._chat = ChatTemplate(self.tokenizer, self._today)
         return self._chat
 
     def _target(self, text: str, span: tuple[int, int], input_ids: np.ndarray, offsets: np.ndarray) -> slice:
@@ -167,7 +169,9 @@ class Formatter:
             return slice(first, end + 1)  # the end token stands behind the template's marks
         return slice(first, end)
 
-    def _sample(self, id: str, input_ids: np.ndarray, labels: np.ndarray, image_embeds: np.ndarray) -> Sample:
+    def _sample(
+        self, id: str, input_ids: np.ndarray, labels: np.ndarray, image_embeds: np.ndarray
+    ) -> TrainingSample:
         """The sample with V visual tokens an image, cut to the length limit, known to have a target."""
         num_images = int((input_ids == self.image_token_id).sum())
         if num_images != len(image_embeds):
@@ -190,7 +194,7 @@ class Formatter:
         if not (labels[1:] != NO_LABEL).any():
             cause: Cause = "too_long" if num_cut else "no_target"
             raise Unusable(cause, f"none of the {len(labels)} tokens is a target")
-        return Sample(
+        return TrainingSample(
             id=id,
             input_ids=input_ids.astype(np.int32),
             labels=labels.astype(np.int32),
@@ -218,7 +222,7 @@ def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if ids[:1] == [bos] else []
 
 
-def _spans(rendered: Rendered, turn: Turn) -> list[Span]:
+def _spans(rendered: RenderedChat, turn: TurnSpan) -> list[Span]:
     """The characters of the turn that are targets: those that the template marks, where it marks the content.
 
     A turn whose content it does not mark is a target as a whole. What the generation prompt holds is none.
@@ -248,7 +252,7 @@ def _lies_in(text: str, offset: Sequence[int], span: tuple[int, int]) -> bool:
     return span[0] <= start and end <= span[1]
 
 
-def visible(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
+def visible(sample: TrainingSample, tokenizer: PreTrainedTokenizerBase) -> str:
     """The sample as the model reads it: targets in [[ ]], V visual tokens in a row as `<image>xV`."""
     image_id = image_token_id(tokenizer)
     kinds = np.where(sample.input_ids == image_id, 2, (sample.labels != NO_LABEL).astype(np.int64))
@@ -261,3 +265,72 @@ def visible(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
         text = str(tokenizer.decode(sample.input_ids[start:end].tolist(), skip_special_tokens=False))
         shown.append(f"[[{text}]]" if kinds[start] else text)
     return "".join(shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro batch on the CPU, padded on the right. `num_targets` counts labels that the model predicts."""
+
+    input_ids: torch.Tensor  # int64 (B, T)
+    attention_mask: torch.Tensor  # int64 (B, T)
+    labels: torch.Tensor  # int64 (B, T)
+    image_embeds: torch.Tensor  # float32 (I, D), in the order of the samples
+    num_targets: int
+    num_tokens: int  # without padding
+    ids: tuple[str, ...] = ()
+
+
+def collate(samples: Sequence[TrainingSample], pad_id: int) -> Batch:
+    """The samples, at least one, as one batch."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    shape = (len(samples), max(lengths))
+    input_ids = np.full(shape, pad_id, np.int64)
+    labels = np.full(shape, NO_LABEL, np.int64)
+    attention_mask = np.zeros(shape, np.int64)
+    for row, sample in enumerate(samples):
+        input_ids[row, : lengths[row]] = sample.input_ids
+        labels[row, : lengths[row]] = sample.labels
+        attention_mask[row, : lengths[row]] = 1
+    return Batch(
+        ids=tuple(sample.id for sample in samples),
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        labels=torch.from_numpy(labels),
+        image_embeds=torch.from_numpy(np.concatenate([sample.image_embeds for sample in samples])),
+        num_targets=int((labels[:, 1:] != NO_LABEL).sum()),
+        num_tokens=sum(lengths),
+    )
+
+
+def padding_share(batches: Batch | Sequence[Batch]) -> float:
+    """Share of the places of these batches that hold padding, 0 to 1."""
+    listed = [batches] if isinstance(batches, Batch) else list(batches)
+    places = sum(batch.input_ids.numel() for batch in listed)
+    return 1.0 - sum(batch.num_tokens for batch in listed) / places if places else 0.0
+
+
+def deal(
+    lengths: Sequence[int] | np.ndarray, num_ranks: int, micro_batch_size: int
+) -> list[list[np.ndarray]]:
+    """[rank][micro batch] -> positions: near lengths together, as many micro batches for every rank.
+
+    The longest come first, so that a batch that does not fit shows at once, and the ranks' n-th micro batches
+    have near lengths, so that no rank waits long for another. Micro batches hold `micro_batch_size` positions
+    at most and are as equal in number as can be; some are empty where there are fewer positions than micro
+    batches.
+    """
+    order = longest_first(lengths)
+    per_rank = -(-len(order) // (micro_batch_size * num_ranks))
+    micro_batches = np.array_split(order, per_rank * num_ranks) if per_rank else []
+    return [micro_batches[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def longest_first(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Positions by falling length, those of equal length in their order."""
+    return np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+
+
+def split_again(samples: Sequence[TrainingSample], num_micro_batches: int) -> list[list[TrainingSample]]:
+    """A rank's samples by their true lengths, in as many micro batches as it was dealt."""
+    order = longest_first([len(sample.input_ids) for sample in samples])
+    return [[samples[place] for place in part] for part in np.array_split(order, num_micro_batches)]

@@ -1,10 +1,27 @@
-"""How a multimodal model is trained: typed settings of both stages, beside what they mean."""
+"""Typed settings of training, for both stages, and packages that only some settings need."""
 
+import importlib
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Literal
 
-from revision_ray.config import MISSING
-from revision_ray.errors import ConfigError
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import ConfigError
+
+
+def optional(package: str, setting: str) -> ModuleType:
+    """The package that `setting` asks for.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"{setting} is set, but the package {package} cannot be imported ({error}); install it in the "
+            "environment of the workers, or leave the setting out"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +80,7 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Zero:
+class ZeroSettings:
     """What DeepSpeed shards over the workers, and where it lies."""
 
     stage: Literal[0, 1, 2, 3] = 2
@@ -152,7 +169,7 @@ class Training:
     if not given."""
     optimisation: Optimisation = field(default_factory=Optimisation)
     """Steps, batches, learning rates."""
-    zero: Zero = field(default_factory=Zero)
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
     """DeepSpeed."""
     workers: Workers = field(default_factory=Workers)
     """Ray Train."""

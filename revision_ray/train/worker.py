@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from revision_ray import logs
+from revision_ray.core import logs
 
 
 def set_up(stage: str, output: str, rank: int, num_cpus: float) -> None:

@@ -25,7 +25,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class ZeroEngine:
     """DeepSpeed's engine and what the loop asks it for."""
 
     deepspeed: Any
@@ -99,7 +99,7 @@ def sharded_loading(training: Training) -> Iterator[None]:
     del kept  # transformers looks for it by a weak reference
 
 
-def build_engine(model: torch.nn.Module, training: Training, device: torch.device) -> Engine:
+def build_engine(model: torch.nn.Module, training: Training, device: torch.device) -> ZeroEngine:
     """`model` under DeepSpeed with AdamW over what trains; torch.distributed is up."""
     groups = parameter_groups(model.named_parameters(), training.optimisation)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.optimisation.betas)
@@ -109,7 +109,7 @@ def build_engine(model: torch.nn.Module, training: Training, device: torch.devic
         config=deepspeed_config(training),
         dist_init_required=False,
     )
-    return Engine(
+    return ZeroEngine(
         deepspeed=engine,
         device=device,
         dtype=dtype_of(training),

@@ -1,0 +1,403 @@
+"""Registry of fits by name, and the single-file form of a fit.
+
+A registry is any directory below which fits lie; a fit's name is its path below that directory. Nothing is
+stored beside the fits, so copying, moving or removing a directory is enough to change the registry.
+
+A fit file is one safetensors file that holds the fit and its moments, and gives the same bits back. Its
+tensors are those of the fit's directory: the alignment's under their own names, the moments' below
+`moments.text.` and `moments.image.`. Its metadata have one key, `revision_ray_fit` (safetensors writes
+several in no fixed order): a JSON document of alignment.json, the shard hashes, the fit job's settings where
+known, and a digest of everything. Lists of rejected rows are left out.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.fs as pafs
+import safetensors
+import safetensors.numpy
+
+from revision_ray.align.alignment import (
+    CONFIG,
+    DOCUMENT,
+    IMAGE_MOMENTS,
+    TENSORS,
+    TEXT_MOMENTS,
+    Alignment,
+    load_alignment,
+    load_moments,
+    parse_alignment,
+    save_alignment,
+)
+from revision_ray.align.moments import Moments
+from revision_ray.core import storage
+from revision_ray.core.errors import AlignmentError, DataError, RevisionError, quote
+
+UNFINISHED = f"unfinished: no {DOCUMENT}; run the job that makes it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitPlace:
+    """Where a fit, or what is left of one, lies in a registry."""
+
+    name: str  # path below the registry; "." for the registry itself
+    uri: str
+    finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryEntry:
+    """A place with its fit, or with what is wrong with that."""
+
+    place: FitPlace
+    fit: Alignment | None
+    damage: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredFit:
+    """A sound fit with the moments that it was made from."""
+
+    alignment: Alignment
+    text: Moments
+    image: Moments
+
+
+def places(registry: str) -> list[FitPlace]:
+    """Every finished or unfinished fit below `registry`, by name. Lists all files there, reads none.
+
+    Raises:
+        DataError: no such directory, or no fit in it.
+    """
+    root = storage.absolute(registry)
+    if storage.info(root).type == pafs.FileType.File:
+        raise DataError(f"{root}: is a file; a registry is a directory of fits (import reads a file)")
+    finished: dict[str, bool] = {}
+    for uri, _ in storage.list_files(root, recursive=True):
+        if _ends_with(uri, DOCUMENT):
+            finished[storage.parent_of(uri)] = True
+        elif _ends_with(uri, TENSORS):
+            finished.setdefault(storage.parent_of(uri), False)
+        elif _ends_with(uri, TEXT_MOMENTS) or _ends_with(uri, IMAGE_MOMENTS):
+            finished.setdefault(storage.parent_of(storage.parent_of(uri)), False)
+    if not finished:
+        what = "no fit lies below it" if storage.exists(root) else "no such directory"
+        raise DataError(f"{root}: {what}; name a directory of fits, or make one with jobs/fit.py")
+    found = [
+        FitPlace(name="." if uri == root else storage.relative_path(uri, root), uri=uri, finished=done)
+        for uri, done in finished.items()
+    ]
+    return sorted(found, key=lambda place: place.name)
+
+
+def _ends_with(uri: str, path: str) -> bool:
+    pieces = path.split("/")
+    for piece in reversed(pieces):
+        if storage.name_of(uri) != piece:
+            return False
+        uri = storage.parent_of(uri)
+    return True
+
+
+def entries(registry: str) -> list[RegistryEntry]:
+    """Every fit below `registry`, read and verified with its moments, by name; damaged ones with the reason.
+
+    Raises:
+        DataError: as `places`.
+    """
+    found = places(registry)
+    with ThreadPoolExecutor(min(8, len(found))) as pool:
+        return list(pool.map(_entry, found))
+
+
+def _entry(place: FitPlace) -> RegistryEntry:
+    if not place.finished:
+        return RegistryEntry(place=place, fit=None, damage=UNFINISHED)
+    try:
+        return RegistryEntry(place=place, fit=read(place.uri).alignment)
+    except RevisionError as error:
+        return RegistryEntry(place=place, fit=None, damage=str(error).removeprefix(f"{place.uri}: "))
+
+
+def read(uri: str) -> RegisteredFit:
+    """The fit at directory `uri`, its files verified against each other.
+
+    Raises:
+        AlignmentError: none there, unfinished, or damaged.
+    """
+    alignment = load_alignment(uri)
+    try:
+        text, image = load_moments(uri)
+    except DataError as error:
+        raise AlignmentError(
+            f"{uri}: the fit is damaged ({error}); make it again with jobs/fit.py"
+        ) from error
+    fit = RegisteredFit(alignment=alignment, text=text, image=image)
+    check_consistent(fit, uri)
+    return fit
+
+
+def check_consistent(fit: RegisteredFit, where: str) -> None:
+    """The alignment's arrays have one dimension, and its statistics are those of the moments beside it.
+
+    Raises:
+        AlignmentError: they do not.
+    """
+    alignment, dim = fit.alignment, fit.alignment.embedding_dim
+    for name, array in alignment.tensors().items():
+        if array.shape not in ((dim,), (len(alignment.drifted_centroids), dim), (dim, dim)):
+            raise AlignmentError(f"{where}: {name} has shape {array.shape}, the fit's dimension is {dim}")
+    for side, moments, centroid, trace, count in (
+        ("text", fit.text, alignment.text_centroid, alignment.text_trace, alignment.num_texts),
+        ("image", fit.image, alignment.image_centroid, alignment.image_trace, alignment.num_images),
+    ):
+        # Centroids take the same steps on every machine; a trace is a sum, whose order is the machine's.
+        same = (
+            moments.embedding_dim == dim
+            and moments.count == count
+            and np.array_equal(moments.centroid, centroid)
+            and np.isclose(moments.trace, trace, rtol=0, atol=1e-12)
+        )
+        if not same:
+            raise AlignmentError(
+                f"{where}: the {side} moments are not those that this fit was made from; make it again with "
+                "jobs/fit.py"
+            )
+
+
+def place_of(registry: str, name: str) -> FitPlace:
+    """The place of this name.
+
+    Raises:
+        DataError: there is none; the nearest spelling is named.
+    """
+    found = places(registry)
+    by_name = {place.name: place for place in found}
+    wanted = name.strip("/") or "."
+    if wanted in by_name:
+        return by_name[wanted]
+    raise DataError(
+        f"{storage.absolute(registry)}: no fit named {quote(name, 80)}; {_nearest(wanted, list(by_name))}"
+    )
+
+
+def _nearest(wanted: str, names: Sequence[str]) -> str:
+    last = {name.rpartition("/")[2]: name for name in reversed(names)}
+    near = [last[wanted]] if wanted in last else difflib.get_close_matches(wanted, names, n=1)
+    near = near or [last[word] for word in difflib.get_close_matches(wanted, list(last), n=1)]
+    if near:
+        return f"did you mean {near[0]!r}?"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"there are {', '.join(names[:5])}{more}"
+
+
+def summary(entry: RegistryEntry) -> dict[str, Any]:
+    """A line of the list; `damage` is empty where the fit is sound."""
+    line: dict[str, Any] = {"name": entry.place.name, "uri": entry.place.uri, "damage": entry.damage}
+    if entry.fit is None:
+        return line
+    document = entry.fit.document()
+    kept = (
+        "strategy", "domain", "embedding_dim", "num_texts", "num_images", "text_encoder", "image_encoder",
+        "modality_gap", "content_hash",
+    )  # fmt: skip
+    errors = {name: document["standard_errors"][f"modality_gap_{name}"] for name in ("before", "after")}
+    return line | {key: document[key] for key in kept} | {"modality_gap_standard_error": errors}
+
+
+def details(place: FitPlace) -> dict[str, Any]:
+    """Everything that the fit says of itself, and what its moments hold.
+
+    Raises:
+        AlignmentError: unfinished or damaged.
+    """
+    if not place.finished:
+        raise AlignmentError(f"{place.uri}: {UNFINISHED}")
+    fit = read(place.uri)
+    moments = {
+        side: {
+            "num_rows": found.count,
+            "num_shards": len(found.shard_hashes),
+            "second_moments": found.second is not None,
+        }
+        for side, found in (("text", fit.text), ("image", fit.image))
+    }
+    affine = fit.alignment.affine
+    tensors = {name: list(array.shape) for name, array in fit.alignment.tensors().items()}
+    return {
+        "name": place.name,
+        "uri": place.uri,
+        **fit.alignment.document(),
+        "needs_ids": affine.needs_ids,
+        "tensors": tensors,
+        "moments": moments,
+    }
+
+
+METADATA_KEY, FORMAT_VERSION = "revision_ray_fit", 1
+_SIDES = ("text", "image")
+_SEGMENT = re.compile(
+    r"(?!\.\.?$)[\w.,+@-]+"
+)  # of a name: no path out of the registry, no wildcard, no query
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedFit:
+    """What such a file holds."""
+
+    fit: RegisteredFit
+    config: str  # YAML of the fit job; empty where it is not known
+
+
+def pack(fit: RegisteredFit, config: str = "") -> bytes:
+    """The file of this fit; equal fits give equal bytes."""
+    tensors = dict(fit.alignment.tensors())
+    document: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "alignment": fit.alignment.document(),
+        "config": config,
+    }
+    for side, moments in zip(_SIDES, (fit.text, fit.image), strict=True):
+        tensors |= {f"moments.{side}.{name}": array for name, array in moments.tensors().items()}
+        document[f"{side}_shards"] = sorted(moments.shard_hashes)
+    document["digest"] = _digest(tensors, document)
+    return safetensors.numpy.save(tensors, {METADATA_KEY: _text(document)})
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True)
+
+
+def _digest(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> str:
+    """Over every name, type, shape and value: safetensors itself checks none of the values."""
+    parts = [_text(document).encode()]
+    for name in sorted(tensors):
+        array = tensors[name]
+        parts += [json.dumps([name, str(array.dtype), array.shape]).encode(), array.tobytes()]
+    return storage.sha256(*parts)
+
+
+def unpack(content: bytes, where: str) -> PackedFit:
+    """What the file at `where` holds, verified.
+
+    Raises:
+        AlignmentError: truncated, damaged, no such file, or of a version that this one does not read.
+    """
+    try:
+        tensors = safetensors.numpy.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise AlignmentError(
+            f"{where}: is truncated or no safetensors file ({error}); export the fit again"
+        ) from error
+    text = header.get("__metadata__", {}).get(METADATA_KEY, "")
+    document = _document(text, where)
+    digest = document.pop("digest", None)
+    # The same values may be spelled in several ways; only one is what was written.
+    if digest != _digest(tensors, document) or text != _text({**document, "digest": digest}):
+        raise AlignmentError(f"{where}: does not match its digest, so it is damaged; export the fit again")
+    fit = _fit(tensors, document, where)
+    check_consistent(fit, where)
+    return PackedFit(fit=fit, config=document.get("config", ""))
+
+
+def _document(text: str, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+        version = document.get("format_version")
+    except (ValueError, AttributeError) as error:
+        raise AlignmentError(
+            f"{where}: holds no exported fit; make such a file with jobs/fits.py export"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise AlignmentError(
+            f"{where}: format_version is {version}, this version reads {FORMAT_VERSION}; import it with the "
+            "version that wrote it, or export it again"
+        )
+    return document
+
+
+def _fit(tensors: dict[str, np.ndarray], document: dict[str, Any], where: str) -> RegisteredFit:
+    try:
+        alignment, sides = document["alignment"], {}
+        for side in _SIDES:
+            start = f"moments.{side}."
+            named = {
+                name.removeprefix(start): array for name, array in tensors.items() if name.startswith(start)
+            }
+            sides[side] = Moments.of_tensors(named, document[f"{side}_shards"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AlignmentError(
+            f"{where}: the fit is incomplete ({quote(error, 80)}); export it again"
+        ) from error
+    return RegisteredFit(alignment=parse_alignment(alignment, tensors, where), **sides)
+
+
+def export(uri: str, output: str) -> str:
+    """The fit at directory `uri` stands in the file `output` as well; says what was done.
+
+    Raises:
+        AlignmentError: the fit is damaged.
+        DataError: `output` holds something else already.
+    """
+    content = pack(read(uri), _config(uri))
+    if not storage.exists(output):
+        storage.write_bytes(output, content)
+        return "exported"
+    if storage.read_bytes(output) != content:
+        raise DataError(f"{output}: holds something else already; name another file, or remove it yourself")
+    return "already there"
+
+
+def _config(uri: str) -> str:
+    uri = storage.join(uri, CONFIG)
+    try:
+        return storage.read_bytes(uri).decode() if storage.exists(uri) else ""
+    except UnicodeDecodeError as error:
+        raise AlignmentError(f"{uri}: is not UTF-8 text ({error}); restore or remove it") from error
+
+
+def import_file(file: str, registry: str, name: str | None = None) -> tuple[str, str, RegisteredFit]:
+    """The fit in `file` stands in the registry as `name`, by default the file's without its ending.
+
+    Returns what was done, the fit's URI, and the fit.
+
+    Raises:
+        AlignmentError: the file is damaged, or another fit has that name.
+        DataError: no file there, a name that is none, or other files in that place.
+    """
+    name = storage.name_of(file).rpartition(".")[0] if name is None else name
+    if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):
+        raise DataError(
+            f"name={quote(name, 80)}: expected words of letters, digits and . , + @ - _ with / between them"
+        )
+    packed = unpack(storage.read_bytes(file), file)
+    uri = storage.join(storage.absolute(registry), name)
+    if storage.exists(storage.join(uri, DOCUMENT)):
+        _check_same(uri, name, packed)
+        return "already there", uri, packed.fit
+    ours = {TENSORS, CONFIG}  # of an import that was interrupted
+    strangers = [found for found, _ in storage.list_files(uri) if storage.name_of(found) not in ours]
+    if strangers:
+        raise DataError(f"{uri}: holds files that are no fit ({strangers[0]}); choose another name")
+    if packed.config:
+        storage.write_bytes(storage.join(uri, CONFIG), packed.config.encode())
+    save_alignment(packed.fit.alignment, packed.fit.text, packed.fit.image, uri)
+    return "imported", uri, packed.fit
+
+
+def _check_same(uri: str, name: str, packed: PackedFit) -> None:
+    there = read(uri)
+    if pack(there) != pack(packed.fit):
+        raise AlignmentError(
+            f"{uri}: another fit has the name {quote(name, 80)} already "
+            f"({there.alignment.strategy.strategy}, content hash {there.alignment.content_hash[:12]}; the "
+            f"file's is {packed.fit.alignment.content_hash[:12]}); "
+            "choose another name, or remove that fit yourself"
+        )

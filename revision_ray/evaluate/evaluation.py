@@ -1,0 +1,288 @@
+"""The evaluate job: every benchmark under every condition, in one stream of batches through the model.
+
+    questions, embeddings --conditions--> batches --answer--> answers/NAME/CONDITION.parquet --> results
+
+A condition that is finished is never asked again.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from typing import Any
+
+import ray
+
+from revision_ray.core import config, storage
+from revision_ray.core.cluster import connect
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import CheckpointError, ConfigError, DataError, quote
+from revision_ray.data.chat import as_date
+from revision_ray.data.store import Store, open_stores
+from revision_ray.encode import checkpoints
+from revision_ray.evaluate import ask, compare, picture, report
+from revision_ray.evaluate.ask import Control
+from revision_ray.evaluate.benchmarks import ReadUnit, benchmark, read_parquet, units
+from revision_ray.evaluate.prepare import ActorSettings, load_prepared, prepare, sample
+from revision_ray.evaluate.responder import Dtype
+from revision_ray.model import ReVisionConfig, check_encoder
+from revision_ray.model.ending import unknown_ends
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Ask a model the questions of benchmarks, score its answers by rule, and report accuracy with a 95 %
+    interval beside controls that do not show the image."""
+
+    model: str = ""
+    """Folder or URI of a saved model, or a hub id. Required but with `compare`."""
+    benchmarks: list[str] = field(default_factory=list)
+    """Names: miniature, mme, mmstar, science_qa, real_world_qa, mmmu, mmmu_pro_standard, mmmu_pro_vision,
+    visulogic, logic_vista, crpe, pope, hallusion_bench. Required but with `compare`."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Where each benchmark lies: a directory, a file or a wildcard path of its Parquet or JSONL files; for
+    miniature the directory of a world."""
+    output: str = MISSING
+    """Directory of the answers and results. What is finished there is kept."""
+    controls: list[Control] = field(default_factory=lambda: ["blind", "shuffled"])
+    """blind: the same prompt without an image. shuffled: the image of another question."""
+    compare: list[str] = field(default_factory=list)
+    """Outputs of two earlier runs: ask nothing, but test whether their answers to the same questions differ
+    (McNemar's exact test, bootstrap interval over images), and those of each run's conditions. Of one run,
+    its conditions alone."""
+    images: str | None = None
+    """Image store to take embeddings from, by id; by default the model's own image tower makes them."""
+    max_items: int | None = None
+    """Ask at most this many questions of each benchmark, drawn uniformly."""
+    today: str = ""
+    """Date that a chat template may print, as YYYY-MM-DD; by default the day on which the evaluation began,
+    which OUTPUT keeps."""
+    seed: int = 0
+    """Of the drawing, and of which other image `shuffled` shows."""
+    batch_size: int = 32
+    """Prompts that are answered at once, and images that are encoded at once."""
+    max_new_tokens: int = 32
+    """Longest answer."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto is as they were saved."""
+    num_pictures: int = 8
+    """Images in the picture, with captions and answers; 0 draws none."""
+    caption_prompt: str = ""
+    """What asks for a caption; after stage 1 and in the miniature the image alone does."""
+    caption_model: str = ""
+    """Another model for the captions of the picture: that of stage 1 has learnt to describe and nothing else.
+    By default `model` describes too."""
+    max_caption_tokens: int = 40
+    """Longest caption of `caption_model`."""
+    gpus_per_actor: float | None = None
+    """GPUs (or a fraction of one) for each model; by default 1 where the cluster has GPUs, else 0."""
+    cpus_per_actor: float = 1.0
+    """CPUs for each model; its thread count where it runs on the CPU."""
+    max_actors: int | None = None
+    """Up to so many models; by default one for every GPU, or for every two CPUs."""
+
+    def __post_init__(self) -> None:
+        as_date(self.today)
+        for name in ("max_items", "batch_size", "max_new_tokens", "max_caption_tokens", "max_actors"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected 1 or more")
+        for name in ("model", "benchmarks"):
+            if not self.compare and not getattr(self, name):
+                raise ConfigError(f"{name}: a value is required; give it as {name}=VALUE")
+        for name in self.benchmarks:
+            benchmark(name)
+            if not self.compare and name not in self.data:
+                raise ConfigError(f"no place for the benchmark {name}; give data.{name}=DIRECTORY")
+
+
+def run(job: EvaluateJob) -> str:
+    """Evaluate as `job` says; the table of results. Or compare earlier runs; the table of differences.
+
+    Raises:
+        ConfigError: an unknown benchmark, or one without a place.
+        DataError: a benchmark's files or images are missing or damaged, or the output is of another model.
+        CheckpointError: the model cannot be loaded, or takes other embeddings.
+    """
+    if job.compare:
+        return compare.compare(job.compare, job.benchmarks, job.output, job.seed)
+    connect()
+    output = storage.absolute(job.output)
+    job = _dated(job, output)
+    found = {name: units(name, job.data[name]) for name in job.benchmarks}
+    folder = _folder(job.model)
+    store = _store(job.images, _model_config(folder), folder)
+    _warn_of_unknown_ends("model", job.model, folder)
+    fingerprint = _fingerprint(folder)
+    _claim(output, job, fingerprint, store, found)
+    actors = _actors(job)
+    prepare(output, found, actors, store, lambda _, items: sample(items, job.max_items, job.seed))
+    prepared = {name: load_prepared(output, name) for name in job.benchmarks}
+    first = job.benchmarks[0]
+    images = picture.choose(found[first], prepared[first], job.num_pictures)
+    captioning = _captioning(job, actors)
+    if captioning is not actors:
+        fingerprint = _fingerprint(_folder(captioning.model))
+    captions = ask.captions(first, prepared[first], job.caption_prompt, list(images), fingerprint)
+    parts = []
+    if images and captioning is not actors:
+        ask.answer_parts(output, [captions], captioning)
+    elif images:
+        parts = [captions]
+    for name in job.benchmarks:
+        parts += ask.conditions(name, prepared[name], job.controls, job.seed)
+    ask.answer_parts(output, parts, actors)
+    config.save_resolved(job, storage.join(output, "config.yaml"))
+    conditions = ["image", *job.controls]
+    results = report.results(output, prepared, conditions)
+    storage.write_json(storage.join(output, "results.json"), results)
+    text = report.table(results, conditions)
+    if images:
+        said, captioned = (
+            read_parquet(ask.answers_path(output, first, condition)).to_pylist()
+            for condition in ("image", captions.condition)
+        )
+        heading = f"Captions by {job.caption_model or job.model}, answers by {job.model}"
+        path = picture.write(storage.join(output, "picture.png"), heading, images, captioned, said)
+        text += f"\n\nCaptions and answers for {len(images)} images: {path}"
+    return f"{text}\n\nAnswers and results: {output}"
+
+
+def _captioning(job: EvaluateJob, actors: ActorSettings) -> ActorSettings:
+    """What makes the captions: `actors` itself, or others with the model that was named for it.
+
+    Raises:
+        CheckpointError: that model takes other embeddings.
+    """
+    if not job.caption_model:
+        return actors
+    folder = _folder(job.caption_model)
+    expected, found = _model_config(_folder(actors.model)), _model_config(folder)
+    if found.embedding_dim != expected.embedding_dim:
+        raise CheckpointError(
+            f"caption_model={job.caption_model}: takes embeddings of {found.embedding_dim} dimensions, "
+            f"{job.model} of {expected.embedding_dim}; name a model of the same encoder"
+        )
+    if fingerprint := (expected.alignment or {}).get("image_fingerprint"):
+        check_encoder(found, fingerprint)
+    _warn_of_unknown_ends("caption_model", job.caption_model, folder)
+    return replace(actors, model=_placed(job.caption_model), max_new_tokens=job.max_caption_tokens)
+
+
+def _warn_of_unknown_ends(key: str, model: str, folder: str) -> None:
+    if warning := unknown_ends(folder):
+        log.warning("%s=%s: %s", key, model, warning)
+
+
+def _folder(model: str) -> str:
+    """The local folder of a saved model: `model` itself, or where the copy lies of a URI or of a hub id."""
+    return os.path.abspath(checkpoints.folder_with_weights(_placed(model), None))
+
+
+def _placed(model: str) -> str:
+    """A local folder by its absolute path: actors run in folders of their own. A URI or hub id as it is."""
+    return os.path.abspath(model) if os.path.exists(model) else model
+
+
+def _fingerprint(folder: str) -> str:
+    """Hash of every file that decides answers: weights, configurations, tokenizer, templates."""
+    endings = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+    names = sorted(name for name in os.listdir(folder) if name.endswith(endings))
+    return checkpoints.fingerprint_of("revision", [], [os.path.join(folder, name) for name in names])
+
+
+def _model_config(folder: str) -> ReVisionConfig:
+    found = storage.read_json(os.path.join(folder, "config.json")).get("model_type")
+    if found != ReVisionConfig.model_type:
+        raise CheckpointError(
+            f"{folder}: model_type is {quote(found, 80)}, expected {ReVisionConfig.model_type!r}; name "
+            f"the folder "
+            "that jobs/pretrain.py or jobs/finetune.py exported"
+        )
+    return ReVisionConfig.from_pretrained(folder)
+
+
+def _store(uri: str | None, model: ReVisionConfig, folder: str) -> Store | None:
+    """The image store at `uri`, which fits the model; None where the model's own tower is to be used."""
+    if uri is None:
+        if model.image_tower is None:
+            raise ConfigError(
+                f"{folder}: the model was saved without an image tower; give images=STORE, embedded with "
+                "jobs/embed.py by the encoder that it was trained with"
+            )
+        return None
+    store = open_stores([uri], "image")
+    if store.embedding_dim != model.embedding_dim:
+        raise CheckpointError(
+            f"{uri}: embedding_dim is {store.embedding_dim}, {folder} takes {model.embedding_dim}; embed the "
+            "images with the encoder that it was trained with"
+        )
+    if store.encoder.fingerprint:  # unknown of a folder of plain Parquet files
+        check_encoder(model, store.encoder.fingerprint)
+    return store
+
+
+def _actors(job: EvaluateJob) -> ActorSettings:
+    total = ray.cluster_resources()
+    gpus = job.gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if total.get("GPU", 0) else 0.0
+    most = total.get("GPU", 1) / gpus if gpus else total.get("CPU", 1) / 2 / job.cpus_per_actor
+    return ActorSettings(
+        model=_placed(job.model),
+        dtype=job.dtype,
+        batch_size=job.batch_size,
+        max_new_tokens=job.max_new_tokens,
+        num_gpus=gpus,
+        num_cpus=job.cpus_per_actor,
+        max_actors=job.max_actors or max(1, int(most)),
+        today=job.today,
+    )
+
+
+def _dated(job: EvaluateJob, output: str) -> EvaluateJob:
+    """The same job with a date: its own, that of the evaluation in its output, or that of this day."""
+    return replace(job, today=job.today or _former(output).get("today") or date.today().isoformat())
+
+
+def _former(output: str) -> dict[str, Any]:
+    """The settings of the evaluation in `output`, if there is one."""
+    path = storage.join(output, _SETTINGS)
+    return storage.read_json(path) if storage.exists(path) else {}
+
+
+def _claim(
+    output: str, job: EvaluateJob, fingerprint: str, store: Store | None, found: dict[str, list[ReadUnit]]
+) -> None:
+    """The output is this evaluation's: what decides the answers is written down there, or equal to it.
+
+    Raises:
+        DataError: other settings are, so that finished parts are not this run's.
+    """
+    former = _former(output)
+    settings: dict[str, Any] = {
+        "model": fingerprint,
+        "images": storage.sha256(*(h.encode() for h in sorted(store.shard_hashes))) if store else None,
+        **{name: getattr(job, name) for name in ("max_items", "seed", "max_new_tokens", "dtype", "today")},
+        "data": {name: _identity(parts) for name, parts in found.items()},
+    }
+    known = {**settings, **former}
+    data = former.get("data", {})
+    different = [name for name in settings if name != "data" and known[name] != settings[name]]
+    different += [f"data.{name}" for name, now in settings["data"].items() if data.get(name, now) != now]
+    if different:
+        raise DataError(
+            f"{output}: holds answers of another evaluation (different: {', '.join(different)}); name "
+            "another output, or remove that directory"
+        )
+    storage.write_json(storage.join(output, _SETTINGS), {**settings, "data": {**data, **settings["data"]}})
+
+
+def _identity(parts: Sequence[ReadUnit]) -> str:
+    return storage.sha256(*(json.dumps(asdict(unit)).encode() for unit in parts))[:16]

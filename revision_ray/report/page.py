@@ -1,0 +1,134 @@
+"""The report as one HTML file: no script, font, style or picture from anywhere else."""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from revision_ray.report import claims, plots
+from revision_ray.report.claims import ANISO_PAPER, IMAGE, REALIGN_PAPER, SECTIONS, STUDIES
+from revision_ray.report.plots import ReportFigure
+from revision_ray.report.verdict import Metric, quoted, shown
+
+TEMPLATE = "page.html"
+
+
+def render(document: Mapping[str, Any], figures: Sequence[ReportFigure], first: ReportFigure | None) -> str:
+    """The page that shows this report; `first` is the small figure of its first screen."""
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    template = environment.from_string(files("revision_ray.report").joinpath(TEMPLATE).read_text("utf-8"))
+    strategies = document["strategies"]
+    looks = plots.styles([(entry["label"], entry["strategy"]) for entry in strategies])
+    return template.render(
+        report=document,
+        light=Markup(plots.css(dark=False)),
+        dark=Markup(plots.css(dark=True)),
+        columns=[
+            {"label": entry["label"], "colour": looks[entry["label"]].name, "held_out": entry["held_out"]}
+            for entry in strategies
+        ],
+        tables=[
+            _table(document, section.title, section.explanation, section.metrics) for section in SECTIONS
+        ],
+        first=None
+        if first is None
+        else {"figure": first, "svgs": [Markup(svg) for svg in plots.svgs(first)]},
+        figures=[
+            {"figure": figure, "svgs": [Markup(svg) for svg in plots.svgs(figure)]} for figure in figures
+        ],
+        claims=[{**row, "ours": _typeset(claims.text_of(row["figures"]))} for row in document["claims"]],
+        tally=_tally(document["claims"]),
+        elsewhere=claims.ELSEWHERE,
+        studies=STUDIES,
+        papers=(REALIGN_PAPER, ANISO_PAPER),
+        shown=shown,
+    )
+
+
+def _table(
+    document: Mapping[str, Any], title: str, explanation: str, metrics: Sequence[Metric]
+) -> dict[str, Any]:
+    columns = [(IMAGE, document["image"]["figures"])]
+    columns += [(entry["strategy"], entry["figures"]) for entry in document["strategies"]]
+    rows = [
+        {
+            "metric": metric,
+            "symbol": _typeset(metric.symbol),
+            "stated": _stated(metric, [figures for _, figures in columns[1:]]),
+            "cells": [_cell(metric, name, figures) for name, figures in columns],
+        }
+        for metric in metrics
+    ]
+    # The images' column only where the table has something to say of them.
+    with_image = any(row["cells"][0]["value"] for row in rows)
+    if not with_image:
+        for row in rows:
+            row["cells"] = row["cells"][1:]
+    return {"title": title, "explanation": explanation, "rows": rows, "with_image": with_image}
+
+
+def _cell(metric: Metric, name: str, figures: Mapping[str, Any]) -> dict[str, str]:
+    """What a cell shows: our figure, its interval, the paper's, and more on pointing at it."""
+    found = figures.get(metric.key)
+    paper = metric.paper.get(name)
+    texts = {"value": "", "interval": "", "more": "", "missing": "", "paper": ""}
+    texts["paper"] = "" if paper is None else quoted(paper, metric.percent)
+    if found is None:
+        return texts
+    if found["value"] is None:
+        note = found.get("note", "")
+        said = {"value": "∞"} if note == "infinite" else {"missing": _short(note)}
+        return {**texts, **said, "more": note}
+    texts["value"] = shown(found["value"], metric.percent)
+    if "low" in found:
+        low, high = (shown(found[end], metric.percent).removesuffix(" %") for end in ("low", "high"))
+        texts["interval"] = f"{low} to {high}"
+    texts["more"] = _conditions(found, metric.percent)
+    return texts
+
+
+def _conditions(found: Mapping[str, Any], percent: bool) -> str:
+    """ "n = 2,000, k = 20, by chance 50.0 %": what a figure was measured with."""
+    parts = []
+    for key, value in found.items():
+        if key in ("value", "low", "high", "note"):
+            continue
+        if key == "by_chance":
+            parts.append(f"by chance {shown(value, percent)}")
+        else:
+            name = {"num_images": "images", "num_cosines": "cosines", "of": "dimensions"}.get(key, key)
+            parts.append(f"{name} = {shown(value)}")
+    return ", ".join(parts)
+
+
+def _stated(metric: Metric, columns: Sequence[Mapping[str, Any]]) -> str:
+    """Those conditions that all columns share."""
+    cells = [
+        figures[metric.key] for figures in columns if figures.get(metric.key, {}).get("value") is not None
+    ]
+    if not cells:
+        return ""
+    shared = {k: v for k, v in cells[0].items() if all(cell.get(k) == v for cell in cells)}
+    return _conditions(shared, metric.percent)
+
+
+def _typeset(symbol: str) -> Markup:
+    """ "M_k^Z" with its index and exponent set as such."""
+    found = re.sub(r"_(\w+?)(?=\^|\b)", r"<sub>\1</sub>", str(escape(symbol)))
+    return Markup(re.sub(r"\^(\w+)", r"<sup>\1</sup>", found))
+
+
+def _short(note: str) -> str:
+    if note.startswith("needs paired"):
+        return "needs pairs"
+    return "n/a"
+
+
+def _tally(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    words = [row["supported"] for row in rows]
+    return {word: words.count(word) for word in ("yes", "partly", "no", "cannot be told")}

@@ -1,0 +1,231 @@
+"""The cross-modal probe of every strategy: heads learn from aligned texts, real images test them. Ray.
+
+The mathematics is in `geometry/probe.py`.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+
+from revision_ray.align import apply, fit
+from revision_ray.align.alignment import Alignment, load_alignment
+from revision_ray.align.maps import Affine
+from revision_ray.align.strategies import StrategyConfig
+from revision_ray.core import storage
+from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.data.store import Store
+from revision_ray.geometry import probe
+from revision_ray.geometry.probe import ProbeScores
+from revision_ray.studies.inputs import (
+    LabelledRows,
+    RowLabels,
+    derived_seed,
+    gathered,
+    labelled_rows,
+    moments_of,
+    remote,
+)
+
+log = logging.getLogger(__name__)
+
+# Each seed draws its training rows from this many times as many, where there are so many.
+_POOL = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossModalProbe:
+    """Heads that learn attributes from aligned texts, tested on real images."""
+
+    num_train: int = 4096
+    """Labelled texts that a head learns from (and labelled images, for the upper bound)."""
+    num_test: int = 2000
+    """Labelled held-out images that it is tested on, at most."""
+    num_seeds: int = 5
+    """Draws of training rows; every strategy gets the same draws."""
+    attributes: list[str] = field(default_factory=list)
+    """Those to probe; by default all that the labels have."""
+    c3_noise: float = 0.3
+    """Length of C3's noise beside a row of length 1: sigma sqrt(d)."""
+    gaussian_ot_noise: float = 0.2
+    """Length of the noise of gaussian_ot_noise."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_train", 20), ("num_test", 2), ("num_seeds", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"probe.{name} is {getattr(self, name)}; expected {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRows:
+    """What heads learn from and are tested on. No text and no training image is of a test scene."""
+
+    texts: LabelledRows
+    images: LabelledRows
+    test: LabelledRows
+    labels: RowLabels
+
+
+def strategies(settings: CrossModalProbe, embedding_dim: int, seed: int) -> dict[str, StrategyConfig]:
+    """Every strategy that is probed, by the name that its figures get."""
+    plain = {
+        name: StrategyConfig(strategy=name, seed=seed)
+        for name in ("none", "anchor", "anchor_trace", "realign", "blockwise", "gaussian_ot")
+    }
+    c3 = StrategyConfig(strategy="c3", noise=settings.c3_noise / math.sqrt(embedding_dim), seed=seed)
+    noisy = StrategyConfig(strategy="gaussian_ot", noise=settings.gaussian_ot_noise, seed=seed)
+    return {**plain, "c3": c3, "gaussian_ot_noise": noisy}
+
+
+def fitted_maps(texts: Store, images: Store, configs: Mapping[str, StrategyConfig]) -> dict[str, Affine]:
+    """Every strategy fitted to all rows of both stores, which need not be paired."""
+    text = moments_of(texts, "texts", second=True)
+    image = moments_of(images, "images", second=True)
+    return {name: fit.fit(texts, images, text, image, config).affine for name, config in configs.items()}
+
+
+def given_maps(uris: Sequence[str], texts: Store) -> dict[str, Alignment]:
+    """Finished fits by the last part of their place; a strategy's own name gets "given_" before it.
+
+    Raises:
+        AlignmentError: a fit is missing, or not for these texts.
+    """
+    found = {}
+    for uri in uris:
+        alignment = load_alignment(uri)
+        apply.check_store(texts, alignment, False)
+        name = "given_" + storage.name_of(storage.absolute(uri))
+        if name in found:
+            raise ConfigError(f"alignments: two fits are called {name.removeprefix('given_')}; rename one")
+        found[name] = alignment
+    return found
+
+
+def probe_rows(
+    texts: Store,
+    images: Store,
+    heldout: Store | None,
+    labels: RowLabels,
+    settings: CrossModalProbe,
+    seed: int,
+) -> ProbeRows:
+    """Labelled texts to learn from, labelled images to test on, and labelled images for the upper bound.
+
+    Without `heldout`, the images to test on are taken out of `images`.
+
+    Raises:
+        DataError: fewer labelled rows than asked for.
+    """
+    most = _POOL * settings.num_train
+    test = labelled_rows(heldout or images, labels, settings.num_test, seed)
+    # A text or an image of a test scene has no place in training: rows to spare for those.
+    learnt = labelled_rows(texts, labels, most + len(test), seed).without(test.ids).lowest(most)
+    shown = labelled_rows(images, labels, most + len(test), seed).without(test.ids).lowest(most)
+    for name, rows, store in (("texts", learnt, texts), ("images", shown, images)):
+        if len(rows) < settings.num_train:
+            raise DataError(
+                f"{', '.join(store.uris)}: {len(rows)} {name} have labels (and are no test image's), "
+                f"probe.num_train is {settings.num_train}; label more, or set probe.num_train={len(rows)}"
+            )
+    if len(test) < 2:
+        raise DataError(f"{', '.join((heldout or images).uris)}: {len(test)} images have labels to test on")
+    probe.check_labels(labels.attributes, learnt.codes_NA, test.codes_NA, "texts", "test images")
+    return ProbeRows(texts=learnt, images=shown, test=test, labels=labels)
+
+
+def tested(
+    rows: ProbeRows, maps: Mapping[str, Affine | None], settings: CrossModalProbe, seed: int
+) -> dict[str, ProbeScores]:
+    """Scores of every map under every seed, one Ray task each; the map None learns from images."""
+    shared = ray.put(rows)
+    work = remote(_one_seed)
+    seeds = [derived_seed(seed, 7, number) for number in range(settings.num_seeds)]
+    found = gathered(
+        [work(shared, affine, settings.num_train, each) for affine in maps.values() for each in seeds]
+    )
+    parts = [found[at : at + len(seeds)] for at in range(0, len(found), len(seeds))]
+    return {name: ProbeScores.of(part) for name, part in zip(maps, parts, strict=True)}
+
+
+def _one_seed(
+    rows: ProbeRows, affine: Affine | None, num_train: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    source = rows.images if affine is None else rows.texts
+    drawn = np.random.default_rng(seed).choice(len(source), num_train, replace=False)
+    chosen = source.taken(np.sort(drawn))
+    train_ND = chosen.rows_ND if affine is None else affine.apply(chosen.rows_ND, chosen.ids)[0]
+    return probe.scores(
+        train_ND, chosen.codes_NA, rows.test.rows_ND, rows.test.codes_NA, rows.labels.num_classes, seed
+    )
+
+
+def run(
+    texts: Store,
+    images: Store,
+    heldout: Store | None,
+    alignments: Sequence[str],
+    labels: RowLabels,
+    settings: CrossModalProbe,
+    seed: int,
+) -> dict[str, Any]:
+    """Accuracy and negative log-likelihood on real images, for every strategy and every fit given.
+
+    Raises:
+        DataError: too few labelled rows, or an attribute with one class.
+        AlignmentError: a given fit is not for these stores.
+    """
+    rows = probe_rows(texts, images, heldout, labels, settings, seed)
+    given = {name: found.affine for name, found in given_maps(alignments, texts).items()}
+    configs = strategies(settings, texts.embedding_dim, seed)
+    maps = {**fitted_maps(texts, images, configs), **given}
+    scored = tested(rows, {**maps, "": None}, settings, seed)
+    upper_bound = scored.pop("")
+    if heldout is None:
+        log.warning("no heldout_images: the statistics of the fits count the test images, too")
+    names = labels.attributes
+    return {
+        "attributes": names,
+        "classes": labels.classes,
+        "strategies": {name: probe.summary(found, names, seed) for name, found in scored.items()},
+        "against_none": {
+            name: probe.difference(found, scored["none"], seed)
+            for name, found in scored.items()
+            if name != "none"
+        },
+        "upper_bound": probe.summary(upper_bound, names, seed),
+        "chance": probe.chance(rows.texts.codes_NA, rows.test.codes_NA, labels.num_classes),
+        "num_train": settings.num_train,
+        "num_test": len(rows.test),
+        "num_seeds": settings.num_seeds,
+        "test_images_held_out": heldout is not None,
+        "verdict": probe.verdict(scored, upper_bound, names, seed),
+    }
+
+
+def table(result: dict[str, Any]) -> list[dict[str, Any]]:
+    best_first = sorted(result["strategies"].items(), key=lambda item: item[1]["nll"]["mean"])
+    lines = [*best_first, ("images (upper bound)", result["upper_bound"])]
+    rows = [
+        {"head trained on": name, "accuracy": found["accuracy"]["mean"],
+         "95 % interval": _range(found["accuracy"]), "nll, nats": found["nll"]["mean"],
+         "95 % interval ": _range(found["nll"]), "nll in hindsight": probe.best_penalty(found)["nll"],
+         **{each: found["per_attribute"][each]["accuracy"]["mean"] for each in result["attributes"]}}
+        for name, found in lines
+    ]  # fmt: skip
+    chance = result["chance"]
+    return [*rows, {"head trained on": "chance", "accuracy": chance["accuracy"], "nll, nats": chance["nll"]}]
+
+
+def _range(found: Mapping[str, float]) -> str:
+    return f"[{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def reading(result: dict[str, Any]) -> str:
+    return (
+        f"Heads learn {', '.join(result['attributes'])} from {result['num_train']:,} texts and are asked "
+        f"about {result['num_test']:,} real images, {result['num_seeds']} draws of texts. {result['verdict']}"
+    )

@@ -1,0 +1,71 @@
+"""Whether statistics of one domain serve another: the held-out gap of every pair of domains. Ray.
+
+arXiv 2602.07026, app. E.3.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from revision_ray.align.moments import modality_gap
+from revision_ray.align.strategies import StrategyConfig
+from revision_ray.core.errors import DataError
+from revision_ray.studies.inputs import StudyStores, fit_rest, moments_of, num_rows, sampling_floor
+
+
+def run(domains: Mapping[str, StudyStores], strategy: StrategyConfig) -> dict[str, Any]:
+    """`gap[s][e]`: texts of domain e, mapped by the statistics of domain s, against images of domain e; on
+    rows that no fit saw. `raw` is the gap of each domain without alignment.
+
+    Raises:
+        DataError: the domains' stores are of different encoders.
+    """
+    _check_encoders(domains)
+    names = list(domains)
+    images = {e: moments_of(at.images, f"{e}: images", sample=at.heldout_images) for e, at in domains.items()}
+    texts = {e: moments_of(at.texts, f"{e}: texts", sample=at.heldout_texts) for e, at in domains.items()}
+    gaps, floors = [], []
+    for fitted_on in names:
+        affine = fit_rest(domains[fitted_on], strategy).affine
+        row = []
+        for measured_on in names:
+            at = domains[measured_on]
+            name = f"{fitted_on} on {measured_on}"
+            aligned = moments_of(at.texts, name, affine=affine, sample=at.heldout_texts)
+            row.append(modality_gap(aligned, images[measured_on]))
+            if measured_on == fitted_on:
+                floors.append(sampling_floor(aligned, images[measured_on]))
+        gaps.append(row)
+    return {
+        "strategy": strategy.strategy,
+        "domains": names,
+        "gap": gaps,
+        "raw": [modality_gap(texts[name], images[name]) for name in names],
+        "floor": floors,
+        "num_heldout_texts": [num_rows(domains[name].heldout_texts) for name in names],
+        "num_heldout_images": [num_rows(domains[name].heldout_images) for name in names],
+    }
+
+
+def _check_encoders(domains: Mapping[str, StudyStores]) -> None:
+    found = {(at.texts.encoder.fingerprint, at.texts.embedding_dim) for at in domains.values()}
+    if len(found) > 1:
+        listed = ", ".join(f"{name}: {at.texts.encoder.name}" for name, at in domains.items())
+        raise DataError(f"domains: their stores are of different encoders ({listed}); embed all with one")
+
+
+def table(result: dict[str, Any]) -> list[dict[str, Any]]:
+    names = result["domains"]
+    columns = [f"gap on {name}" for name in names]
+    named = [(f"statistics of {name}", row) for name, row in zip(names, result["gap"], strict=True)]
+    named += [("no alignment", result["raw"]), ("sampling floor", result["floor"])]
+    return [{"": name, **dict(zip(columns, row, strict=True))} for name, row in named]
+
+
+def reading(result: dict[str, Any]) -> str:
+    size = range(len(result["domains"]))
+    inside = [result["gap"][i][i] for i in size]
+    outside = [result["gap"][i][j] for i in size for j in size if i != j]
+    return (
+        f"Held-out gap of {result['strategy']}: {min(inside):.2g} to {max(inside):.2g} with statistics of "
+        f"the domain itself, {min(outside):.2g} to {max(outside):.2g} with those of another."
+    )

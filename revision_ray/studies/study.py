@@ -1,0 +1,379 @@
+"""The study job: run every experiment that the inputs allow; write a table, a plot and JSON of each. Ray."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from revision_ray.align.alignment import load_alignment
+from revision_ray.align.strategies import StrategyConfig, StrategyName
+from revision_ray.core import config, storage
+from revision_ray.core.cluster import connect
+from revision_ray.core.config import MISSING
+from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.data.store import Store, open_stores
+from revision_ray.studies import (
+    c3_sigma,
+    caption_length,
+    centroid_steps,
+    cross_modal_probe,
+    domain_transfer,
+    inputs,
+    plots,
+    precision,
+    sample_efficiency,
+)
+from revision_ray.studies.c3_sigma import C3Sigma
+from revision_ray.studies.caption_length import CaptionLength
+from revision_ray.studies.centroid_steps import CentroidSteps
+from revision_ray.studies.cross_modal_probe import CrossModalProbe
+from revision_ray.studies.inputs import RowLabels, StudyStores, read_labels
+from revision_ray.studies.precision import Precision
+from revision_ray.studies.sample_efficiency import SampleEfficiency
+
+FORMAT_VERSION = 1
+
+
+def standing(output: str, name: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of study `name` at `output`, where one of the same settings and inputs stands.
+
+    Raises:
+        ConfigError: one of other settings or inputs stands there.
+        DataError: it is no result of a study.
+    """
+    uri = storage.join(output, f"{name}.json")
+    if not storage.exists(uri):
+        return None
+    found = storage.read_json(uri)
+    if not isinstance(found, dict) or "asked" not in found or found.get("study") != name:
+        raise DataError(f"{uri}: is no result of study {name}; name another output, or remove the file")
+    if found.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{uri}: format_version is {found.get('format_version')}, this version writes {FORMAT_VERSION}; "
+            "name another output"
+        )
+    different = [key for key in asked if found["asked"].get(key) != asked[key]]
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"{uri}: this study was made with {key} = {_shown(found['asked'].get(key))}, asked for is "
+            f"{_shown(asked[key])}; name another output, or remove the study's files yourself"
+        )
+    return found
+
+
+def _shown(value: Any) -> str:
+    return str(value) if len(str(value)) < 200 else f"{str(value)[:200]}..."
+
+
+def write(
+    output: str, name: str, asked: dict[str, Any], result: dict[str, Any], rows: Sequence[dict[str, Any]],
+    reading: str, images: dict[str, bytes],
+) -> str:  # fmt: skip
+    """Every file of the study stands below `output`; the text of its table."""
+    text = f"{name.replace('_', ' ')}\n{reading}\n\n{table(rows)}\n"
+    for suffix, content in images.items():
+        storage.write_bytes(storage.join(output, f"{name}.{suffix}"), content)
+    storage.write_bytes(storage.join(output, f"{name}.csv"), _csv(rows))
+    storage.write_bytes(storage.join(output, f"{name}.txt"), text.encode())
+    document = {"format_version": FORMAT_VERSION, "study": name, "asked": asked, "reading": reading, **result}
+    storage.write_json(storage.join(output, f"{name}.json"), document)
+    return text
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as aligned text: the first column to the left, others to the right, a dash for nothing."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    cells = [[_cell(row.get(head)) for head in heads] for row in rows]
+    widths = [max(len(line[at]) for line in [heads, *cells]) for at in range(len(heads))]
+    lines = []
+    for line in [heads, *cells]:
+        padded = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("   ".join([line[0].ljust(widths[0]), *padded]).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
+    sink = io.StringIO()
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    writer = csv.DictWriter(sink, heads, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return sink.getvalue().encode()
+
+
+log = logging.getLogger(__name__)
+
+StudyName = Literal[
+    "sample_efficiency", "precision", "centroid_steps", "domain_transfer", "caption_length", "c3_sigma",
+    "probe",
+]  # fmt: skip
+_MODULES: dict[str, ModuleType] = {
+    "sample_efficiency": sample_efficiency,
+    "precision": precision,
+    "centroid_steps": centroid_steps,
+    "domain_transfer": domain_transfer,
+    "caption_length": caption_length,
+    "c3_sigma": c3_sigma,
+    "probe": cross_modal_probe,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyJob:
+    """Studies of a modality gap and of what closes it: sample efficiency, precision, centroid steps, domain
+    transfer, caption length, C3's noise, and the cross-modal probe. Each leaves a table, a plot and JSON."""
+
+    texts: str | list[str] = MISSING
+    """Text store, or several."""
+    images: str | list[str] = MISSING
+    """Image store, or several; it need not be paired with the texts."""
+    output: str = MISSING
+    """Directory of the results. A study that stands there, of the same settings and inputs, stays."""
+    studies: list[StudyName] = field(default_factory=list)
+    """Which ones; by default all that the inputs allow (those that they do not are named)."""
+    seed: int = 0
+    """Of every sample."""
+    strategy: StrategyName = "realign"
+    """What sample_efficiency, domain_transfer and caption_length fit."""
+    heldout_rows: int = 10_000
+    """Rows of each side that no fit sees and gaps are measured on; at most a quarter of a store."""
+    domains: dict[str, dict[str, str]] = field(default_factory=dict)
+    """For domain_transfer, two or more: {NAME: {texts: STORE, images: STORE}}."""
+    lengths: dict[str, str] = field(default_factory=dict)
+    """For caption_length: text stores to compare, {NAME: STORE}, such as short and long captions. With labels
+    of their texts, the probe compares them, too."""
+    labels: list[str] = field(default_factory=list)
+    """For the probe: JSONL or Parquet files with a column id and one column an attribute."""
+    heldout_images: str | None = None
+    """For the probe: image store of scenes that take no part in the statistics. Without it, a part of
+    `images` is tested on."""
+    alignments: list[str] = field(default_factory=list)
+    """Directories of fits that the probe tests beside its own."""
+    sample_efficiency: SampleEfficiency = field(default_factory=SampleEfficiency)
+    precision: Precision = field(default_factory=Precision)
+    centroid_steps: CentroidSteps = field(default_factory=CentroidSteps)
+    caption_length: CaptionLength = field(default_factory=CaptionLength)
+    c3_sigma: C3Sigma = field(default_factory=C3Sigma)
+    probe: CrossModalProbe = field(default_factory=CrossModalProbe)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; expected 0 or more")
+        if self.heldout_rows < 1:
+            raise ConfigError(f"heldout_rows is {self.heldout_rows}; expected 1 or more")
+        if len(self.domains) == 1:
+            raise ConfigError(
+                f"domains: only {next(iter(self.domains))} is given; domain transfer compares two or more"
+            )
+        for name, stores in self.domains.items():
+            if set(stores) != {"texts", "images"}:
+                raise ConfigError(
+                    f"domains.{name}: has {', '.join(sorted(stores)) or 'nothing'}; expected a store for "
+                    "texts and one for images"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A job's inputs, opened."""
+
+    job: StudyJob
+    stores: StudyStores
+    domains: dict[str, StudyStores]
+    lengths: dict[str, Store]
+    labels: RowLabels | None
+    heldout: Store | None
+
+    @property
+    def strategy(self) -> StrategyConfig:
+        return StrategyConfig(strategy=self.job.strategy, seed=self.job.seed)
+
+
+def run(job: StudyJob) -> str:
+    """Every study that the job asks for stands below its output; the text of their tables.
+
+    Raises:
+        ConfigError: a study is asked for that the inputs do not allow, or one of other settings stands there.
+        DataError: a store or a file of labels cannot be used.
+    """
+    output = storage.absolute(job.output)
+    opened = _open(job)
+    lacking = {name: need for name in get_args(StudyName) if (need := _lacks(name, opened))}
+    for name in job.studies:
+        if name in lacking:
+            raise ConfigError(f"study {name} needs {lacking[name]}")
+    chosen = [name for name in get_args(StudyName) if name in (job.studies or set(_MODULES) - set(lacking))]
+    asked = {name: _asked(name, opened) for name in chosen}
+    found = {name: standing(output, name, asked[name]) for name in chosen}
+    connect()
+    config.save_resolved(job, storage.join(output, "config.yaml"))
+    texts = []
+    for name in chosen:
+        if found[name] is not None:
+            log.info("%s stands in %s already and is not run again", name, output)
+            texts.append(storage.read_bytes(storage.join(output, f"{name}.txt")).decode())
+            continue
+        log.info("study %s", name)
+        texts.append(_write(output, name, asked[name], _study(name, opened)()))
+    left_out = (
+        [] if job.studies else [f"left out: {name}, which needs {need}" for name, need in lacking.items()]
+    )
+    return "\n\n".join([*(text.rstrip() for text in texts), "\n".join([*left_out, f"studies: {output}"])])
+
+
+def _open(job: StudyJob) -> _Opened:
+    texts, images = inputs.open_pair(job.texts, job.images)
+    heldout = None
+    if job.heldout_images is not None:
+        _, heldout = inputs.open_pair(job.texts, job.heldout_images)
+        shared = heldout.shard_hashes & images.shard_hashes
+        if shared:
+            raise DataError(
+                f"{job.heldout_images}: {len(shared)} of its shards are part of images, too; held-out images "
+                "are others than those of the statistics"
+            )
+    return _Opened(
+        job=job,
+        stores=inputs.hold_out(texts, images, job.heldout_rows, job.seed),
+        domains={
+            name: inputs.hold_out(
+                *inputs.open_pair(stores["texts"], stores["images"]), job.heldout_rows, job.seed
+            )
+            for name, stores in job.domains.items()
+        },
+        lengths={name: open_stores([uri], "text") for name, uri in job.lengths.items()},
+        labels=read_labels(job.labels, job.probe.attributes) if job.labels else None,
+        heldout=heldout,
+    )
+
+
+def _lacks(name: str, opened: _Opened) -> str:
+    """What the study needs and the inputs do not have; empty where nothing is missing."""
+    if name == "domain_transfer" and not opened.domains:
+        return "domains, two or more: domains={NAME: {texts: STORE, images: STORE}, ...}"
+    if name == "probe" and opened.labels is None:
+        return "labels: JSONL or Parquet files with a column id and one column an attribute"
+    if name == "caption_length":
+        without = [
+            f"{', '.join(store.uris)}"
+            for store in (opened.stores.texts, *opened.lengths.values())
+            if not caption_length.has_texts(store)
+        ]
+        if without:
+            return f"text stores with a column text, which {without[0]} has not; embed with jobs/embed.py"
+    return ""
+
+
+def _study(name: str, opened: _Opened) -> Callable[[], dict[str, Any]]:
+    """The study with its inputs."""
+    job, stores = opened.job, opened.stores
+    match name:
+        case "sample_efficiency":
+            return partial(sample_efficiency.run, stores, opened.strategy, job.sample_efficiency, job.seed)
+        case "precision":
+            return partial(precision.run, stores.texts, job.precision)
+        case "centroid_steps":
+            return partial(centroid_steps.run, stores, job.centroid_steps, job.seed)
+        case "domain_transfer":
+            return partial(domain_transfer.run, opened.domains, opened.strategy)
+        case "caption_length":
+            return partial(
+                caption_length.run,
+                stores.texts,
+                stores.images,
+                opened.lengths,
+                job.caption_length,
+                _probing(opened),
+                job.seed,
+            )
+        case "c3_sigma":
+            return partial(_c3_sigma, opened)
+        case _:
+            assert opened.labels is not None
+            return partial(
+                cross_modal_probe.run,
+                stores.texts,
+                stores.images,
+                opened.heldout,
+                job.alignments,
+                opened.labels,
+                job.probe,
+                job.seed,
+            )
+
+
+def _probing(opened: _Opened) -> caption_length.ProbeInputs | None:
+    if opened.labels is None:
+        return None
+    return caption_length.ProbeInputs(
+        heldout=opened.heldout, labels=opened.labels, settings=opened.job.probe, strategy=opened.strategy
+    )
+
+
+def _c3_sigma(opened: _Opened) -> dict[str, Any]:
+    job, stores = opened.job, opened.stores
+    rows = None
+    if opened.labels is not None:
+        rows = cross_modal_probe.probe_rows(
+            stores.texts, stores.images, opened.heldout, opened.labels, job.probe, job.seed
+        )
+    return c3_sigma.run(stores, job.c3_sigma, rows, job.probe, job.seed)
+
+
+def _write(output: str, name: str, asked: dict[str, Any], result: dict[str, Any]) -> str:
+    module = _MODULES[name]
+    images = plots.files(getattr(plots, name), result)
+    return write(output, name, asked, result, module.table(result), module.reading(result), images)
+
+
+def _asked(name: str, opened: _Opened) -> dict[str, Any]:
+    """Everything that the study's result depends on, as JSON has it: settings, and hashes of inputs."""
+    job, stores = opened.job, opened.stores
+    found: dict[str, Any] = {"seed": job.seed, "texts": _identity(stores.texts)}
+    if name in ("sample_efficiency", "domain_transfer", "caption_length"):
+        found["strategy"] = job.strategy
+    if name in ("sample_efficiency", "centroid_steps", "domain_transfer", "c3_sigma"):
+        found["heldout_rows"] = job.heldout_rows
+    if name != "precision":
+        found["images"] = _identity(stores.images)
+    if name == "domain_transfer":
+        found = {key: found[key] for key in ("seed", "strategy", "heldout_rows")}
+        found["domains"] = {
+            domain: [_identity(at.texts), _identity(at.images)] for domain, at in opened.domains.items()
+        }
+    else:
+        found["settings"] = asdict(getattr(job, name))
+    if name == "caption_length":
+        found["lengths"] = {length: _identity(store) for length, store in opened.lengths.items()}
+    if name in ("probe", "c3_sigma", "caption_length"):
+        found["labels"] = None if opened.labels is None else _label_identity(opened.labels)
+        found["heldout_images"] = None if opened.heldout is None else _identity(opened.heldout)
+    if name == "probe":
+        found["alignments"] = [load_alignment(uri).content_hash for uri in job.alignments]
+    if name in ("c3_sigma", "caption_length"):
+        found["probe"] = asdict(job.probe)
+    return json.loads(json.dumps(found))
+
+
+def _identity(store: Store) -> str:
+    return storage.sha256(*(shard.encode() for shard in sorted(store.shard_hashes)))
+
+
+def _label_identity(labels: RowLabels) -> str:
+    return storage.sha256(
+        labels.keys_N.tobytes(), labels.codes_NA.tobytes(), json.dumps(labels.classes).encode()
+    )
