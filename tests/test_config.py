@@ -469,7 +469,7 @@ JOB = '''
 from dataclasses import dataclass
 
 from revision_ray.config import MISSING, run_job
-from revision_ray.errors import DataError
+from revision_ray.core.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)

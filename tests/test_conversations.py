@@ -13,7 +13,7 @@ from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.data.conversations import (
     Conversation,
     ConversationSource,
-    Message,
+    TurnMessage,
     expand,
     parse_record,
     read_conversations,
@@ -42,7 +42,7 @@ def test_a_llava_record_keeps_turns_roles_and_image():
     assert found.id == "r1"
     assert found.images == ("a/1.jpg",)
     assert [m.role for m in found.messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert found.messages[1] == Message(role="user", content="<image>\nWhat is it?")
+    assert found.messages[1] == TurnMessage(role="user", content="<image>\nWhat is it?")
     assert Conversation.from_json(found.to_json()) == found
 
 
@@ -392,7 +392,7 @@ def test_columns_of_parquet_that_change_a_conversation_are_read(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     plain, system, tools = read(str(tmp_path / "a.parquet"))
     assert [message.is_target for message in plain.messages] == [True, False, True, True]
-    assert system.messages == (Message(role="system", content="Be brief."), *plain.messages)
+    assert system.messages == (TurnMessage(role="system", content="Be brief."), *plain.messages)
     assert "'tools'" in tools.reason
     texts = [row for split in text_splits([str(tmp_path)]) for row in read_texts(split)]
     assert [(row.id, row.text) for row in texts] == [(row["id"], "Yes.") for row in rows]

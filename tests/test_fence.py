@@ -43,7 +43,7 @@ with fence.writing(sys.argv[1]):
 CONTENDER = """
 import sys, time
 from revision_ray import fence
-from revision_ray.errors import DataError
+from revision_ray.core.errors import DataError
 
 time.sleep(max(0, float(sys.argv[2]) - time.time()))
 try:

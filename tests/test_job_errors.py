@@ -35,7 +35,7 @@ def of_a_constructor() -> Exception:
     """Ray keeps the text alone."""
     error = ActorDiedError()
     error.error_msg = (
-        "The actor died\n  File x\nrevision_ray.errors.ConfigError: weights: damaged; save them again"
+        "The actor died\n  File x\nrevision_ray.core.errors.ConfigError: weights: damaged; save them again"
     )
     return error
 
@@ -57,7 +57,7 @@ def of_a_constructor() -> Exception:
         (KeyError("ours"), None),
         (of_a_task(KeyError("ours")), None),
         (of_a_worker(AssertionError("ours")), None),
-        (ValueError("revision_ray.errors.DataError: text of a user"), None),
+        (ValueError("revision_ray.core.errors.DataError: text of a user"), None),
     ],
 )
 def test_the_error_of_the_users_is_found_behind_rays(raised, expected):

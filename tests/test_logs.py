@@ -163,7 +163,7 @@ JOB = """
 import logging
 from dataclasses import dataclass
 from revision_ray.config import run_job
-from revision_ray.errors import DataError
+from revision_ray.core.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

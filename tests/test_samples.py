@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from revision_ray.core.errors import ConfigError
 from revision_ray.data.chat import ChatTemplate, ControlTokenMarks, prints_date
-from revision_ray.data.conversations import Conversation, Message
+from revision_ray.data.conversations import Conversation, TurnMessage
 from revision_ray.train.samples import (
     NO_LABEL,
     Formatter,
@@ -110,8 +110,8 @@ FAMILIES = {
 
 def said(*contents: str, images: int = 0, system: str = "") -> Conversation:
     roles = ("user", "assistant")
-    messages = [Message(role=roles[n % 2], content=text) for n, text in enumerate(contents)]
-    first = [Message(role="system", content=system)] if system else []
+    messages = [TurnMessage(role=roles[n % 2], content=text) for n, text in enumerate(contents)]
+    first = [TurnMessage(role="system", content=system)] if system else []
     return Conversation(id="c", messages=(*first, *messages), images=("i",) * images)
 
 
@@ -262,7 +262,7 @@ def test_what_cannot_be_trained_on_has_a_cause():
     assert cause_of(formatter.conversation, asked, RED[:0]) == "missing_embedding"
     assert cause_of(formatter.conversation, asked, lost) == "missing_embedding"
     assert cause_of(formatter.conversation, asked, np.concatenate([RED, RED])) == "bad_conversation"
-    nobody = Conversation(id="c", messages=(Message(role="user", content="Is it red?"),))
+    nobody = Conversation(id="c", messages=(TurnMessage(role="user", content="Is it red?"),))
     assert cause_of(formatter.conversation, nobody, RED[:0]) == "no_target"
 
 

@@ -289,7 +289,7 @@ def test_the_monitor_reads_fits_and_sets_the_gauges(tmp_path, monkeypatch):
         seen[self.exported.removeprefix(exported)] = value
 
     monkeypatch.setattr(drift, "_PUBLISH_S", 0.05)
-    monkeypatch.setattr("revision_ray.metrics.Gauge.set", record)
+    monkeypatch.setattr("revision_ray.core.observe.Gauge.set", record)
     uris = []
     for name, each in (("own", fit()), ("other", fit(2.0, "x-rays"))):
         uris.append(str(tmp_path / name))

@@ -56,7 +56,7 @@ def full_disk_script(uri: str) -> str:
     return (
         "import sys\n"
         "from revision_ray import storage\n"
-        "from revision_ray.errors import DataError\n"
+        "from revision_ray.core.errors import DataError\n"
         f"storage.write_bytes({uri!r}, b'old')\n"
         "try:\n"
         f"    storage.write_bytes({uri!r}, b'new' * 100_000)\n"

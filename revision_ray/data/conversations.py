@@ -15,8 +15,8 @@ from revision_ray.data.sources import text_splits
 from revision_ray.data.turns import (
     CONVERSATION_FIELDS,
     IMAGE_MARK,
-    Message,
     Role,
+    TurnMessage,
     check_supported,
     message_of,
     system_of,
@@ -24,7 +24,7 @@ from revision_ray.data.turns import (
 )
 
 __all__ = ["BAD_CONVERSATION", "IMAGE_MARK", "UNREADABLE", "Conversation", "ConversationSource",
-           "MatchImages", "Message", "expand", "parse_record", "read_conversations", "record_splits",
+           "MatchImages", "TurnMessage", "expand", "parse_record", "read_conversations", "record_splits",
            "source_of"]  # fmt: skip
 
 # Causes under which records that hold no conversation are counted; a reason is "cause: what was found".
@@ -43,7 +43,7 @@ class Conversation:
     """
 
     id: str
-    messages: tuple[Message, ...]
+    messages: tuple[TurnMessage, ...]
     images: tuple[str, ...] = ()
 
     @property
@@ -62,7 +62,7 @@ class Conversation:
         """What `to_json` wrote."""
         found = json.loads(text)
         messages = tuple(
-            Message(role=role, content=content, is_target=all(is_target))
+            TurnMessage(role=role, content=content, is_target=all(is_target))
             for role, content, *is_target in found["messages"]
         )
         return Conversation(id=found["id"], messages=messages, images=tuple(found["images"]))
@@ -190,7 +190,7 @@ def parse_record(record: object, derived: DerivedIds | None = None) -> Conversat
     system = system_of(fields)
     if system is not None:
         if messages[0].role != "system":
-            messages.insert(0, Message(role="system", content=system))
+            messages.insert(0, TurnMessage(role="system", content=system))
         elif messages[0].content != system:
             raise RowError("the record's system prompt and its system turn differ; keep one of them")
     _check_roles([message.role for message in messages])
@@ -215,13 +215,13 @@ def _check_roles(roles: list[Role]) -> None:
         )
 
 
-def _check_marks(messages: list[Message]) -> None:
+def _check_marks(messages: list[TurnMessage]) -> None:
     for number, message in enumerate(messages):
         if message.images and message.role != "user":
             raise RowError(f"turn {number} ({message.role}) holds {IMAGE_MARK}, which only a user's turn may")
 
 
-def _images(fields: dict[str, Any], messages: list[Message]) -> tuple[str, ...]:
+def _images(fields: dict[str, Any], messages: list[TurnMessage]) -> tuple[str, ...]:
     """The names of the images of all marks in `messages`, in their order."""
     listed = image_names(fields)
     marks = [mark for message in messages for mark in message.images]

@@ -117,7 +117,7 @@ def _first_answer(turns: list[Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Message:
+class TurnMessage:
     """One turn. In a user's, each `<image>` stands for one image.
 
     `is_target` is False for an assistant's turn that is read but not trained on. `images` has an entry for
@@ -149,7 +149,7 @@ def turns_of(record: dict[str, Any]) -> list[Any]:
     return record[listed[0]]
 
 
-def message_of(turn: object, number: int) -> Message:
+def message_of(turn: object, number: int) -> TurnMessage:
     """Turn `number` of a conversation.
 
     Raises:
@@ -177,7 +177,7 @@ def message_of(turn: object, number: int) -> Message:
     is_target = _is_target(turn, where)
     if is_target and role != "assistant":
         raise RowError(f"{where} asks for a loss, which only turns of the assistant have")
-    return Message(
+    return TurnMessage(
         role=role,
         content=unicode(content, where),
         is_target=role != "assistant" or is_target is not False,

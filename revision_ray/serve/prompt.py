@@ -11,7 +11,7 @@ from typing import Any
 
 from revision_ray.data.chat import ChatRefusal, ChatTemplate, UnwritableToken
 from revision_ray.model.processing import IMAGE_TOKEN
-from revision_ray.serve.protocol import ApiError, ImageEmbeddingPart, ImageUrlPart, RequestMessage, TextPart
+from revision_ray.serve.protocol import ApiError, ImageEmbeddingPart, ImageUrlPart, Message, TextPart
 
 # Characters of a reason of others (a template, the tokenizer) that a message repeats.
 _MAX_REASON = 200
@@ -34,7 +34,7 @@ class TemplateInput:
     num_characters: int
 
 
-def conversation_of(messages: Sequence[RequestMessage]) -> TemplateInput:
+def conversation_of(messages: Sequence[Message]) -> TemplateInput:
     """
     Raises:
         ApiError: an image outside a user's message.

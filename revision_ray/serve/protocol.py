@@ -196,7 +196,7 @@ class ImageEmbeddingPart(_Strict):
 Part = Annotated[TextPart | ImageUrlPart | ImageEmbeddingPart, Field(discriminator="type")]
 
 
-class RequestMessage(_Strict):
+class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[str, Tag(ONE)] | Annotated[list[Part], Field(min_length=1), Tag(MANY)],
@@ -225,7 +225,7 @@ _Label = Annotated[str, Field(max_length=512)]
 
 class ChatRequest(_Strict):
     model: str
-    messages: list[RequestMessage] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     temperature: float | None = Field(None, ge=0, le=2)

@@ -116,7 +116,7 @@ class Formatter:
 
     def conversation(self, conversation: Conversation, image_embeds: np.ndarray) -> TrainingSample:
         """The conversation as the chat template writes it; targets are the assistant's turns and their ends,
-        but for turns that are not to be trained on (`Message.is_target`).
+        but for turns that are not to be trained on (`TurnMessage.is_target`).
 
         Raises:
             Unusable: fewer embeddings than images, one that is not finite, too long, or the template refuses
