@@ -49,7 +49,7 @@ KERNEL = """
 import sys, time
 from benchmarks.data import unit_rows
 from revision_ray.align.moments import RowSums
-from revision_ray.cluster import one_thread
+from revision_ray.core.cluster import one_thread
 rows, dim = int(sys.argv[1]), int(sys.argv[3])
 block_ND = unit_rows(2048, dim, seed=0)
 with one_thread():

@@ -229,10 +229,10 @@ TRAIN = """
 import ray
 from ray.train import RunConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from revision_ray.cluster import connect
-from revision_ray.config import load
+from revision_ray.core.cluster import connect
+from revision_ray.core.config import load
 from revision_ray.train.entry import scaling
-from revision_ray.train.run import PretrainJob
+from revision_ray.train.stages import PretrainJob
 
 def work():
     print("HOLDS", ray.get_runtime_context().get_accelerator_ids()["GPU"])

@@ -468,7 +468,7 @@ def test_any_text_survives_the_saved_configuration(texts, tmp_path_factory):
 JOB = '''
 from dataclasses import dataclass
 
-from revision_ray.config import MISSING, run_job
+from revision_ray.core.config import MISSING, run_job
 from revision_ray.core.errors import DataError
 
 

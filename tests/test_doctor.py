@@ -400,8 +400,8 @@ SEVERAL = """
 import json, sys
 import ray
 from ray.cluster_utils import Cluster
-from revision_ray.doctor.findings import as_json
-from revision_ray.doctor.run import DoctorJob, examined
+from revision_ray.doctor.judge import as_json
+from revision_ray.doctor.examine import DoctorJob, examined
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
 for kind in ("cpu", "gpu"):

@@ -18,9 +18,9 @@ from revision_ray.core.errors import DataError
 
 HOLDER = """
 import sys, time
-from revision_ray import fence
+from revision_ray.core import artifact
 
-with fence.writing(sys.argv[1]):
+with artifact.writing(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -29,12 +29,12 @@ with fence.writing(sys.argv[1]):
 SILENT = """
 import signal, sys, threading
 from pathlib import Path
-from revision_ray import fence
+from revision_ray.core import artifact
 
 signal.signal(signal.SIGINT, getattr(signal, sys.argv[2]))
-fence.SECONDS_BETWEEN_BEATS = 0.05
-with fence.writing(sys.argv[1]):
-    (claim,) = (Path(sys.argv[1]) / fence.FOLDER).iterdir()
+artifact.SECONDS_BETWEEN_BEATS = 0.05
+with artifact.writing(sys.argv[1]):
+    (claim,) = (Path(sys.argv[1]) / artifact.FOLDER).iterdir()
     print(claim.name, flush=True)
     threading.Event().wait(600)
 """
@@ -42,12 +42,12 @@ with fence.writing(sys.argv[1]):
 # Each contender holds the output for a moment and says when, by one clock for all.
 CONTENDER = """
 import sys, time
-from revision_ray import fence
+from revision_ray.core import artifact
 from revision_ray.core.errors import DataError
 
 time.sleep(max(0, float(sys.argv[2]) - time.time()))
 try:
-    with fence.writing(sys.argv[1]):
+    with artifact.writing(sys.argv[1]):
         start = time.monotonic()
         time.sleep(0.3)
         print(start, time.monotonic())
@@ -230,7 +230,7 @@ def test_of_many_at_once_never_two_hold_it(tmp_path):
 JOB = '''
 from dataclasses import dataclass
 
-from revision_ray.config import MISSING, run_job
+from revision_ray.core.config import MISSING, run_job
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,7 @@ def test_no_line_of_either_format_holds_a_secret(lines, monkeypatch, log_format)
 JOB = """
 import logging
 from dataclasses import dataclass
-from revision_ray.config import run_job
+from revision_ray.core.config import run_job
 from revision_ray.core.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)

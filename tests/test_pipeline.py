@@ -257,9 +257,9 @@ def test_other_content_of_what_a_job_trusts_is_refused(tmp_path):
 
 HOLDER = """
 import sys, time
-from revision_ray import fence
+from revision_ray.core import artifact
 
-with fence.writing(sys.argv[1]):
+with artifact.writing(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -55,7 +55,7 @@ def test_a_reader_never_sees_half_a_write(tmp_path):
 def full_disk_script(uri: str) -> str:
     return (
         "import sys\n"
-        "from revision_ray import storage\n"
+        "from revision_ray.core import storage\n"
         "from revision_ray.core.errors import DataError\n"
         f"storage.write_bytes({uri!r}, b'old')\n"
         "try:\n"
