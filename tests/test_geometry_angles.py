@@ -23,6 +23,10 @@ def isotropic(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((num_rows, dim))
 
 
+def unit(rows_ND: np.ndarray) -> np.ndarray:
+    return rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)
+
+
 # --- pairs of rows ----------------------------------------------------------------------------------------
 
 
@@ -144,12 +148,16 @@ def test_what_is_no_histogram_is_refused(wrong):
         angles.js_divergence(np.array([1, 2, 3]), np.array([1, 2]))
 
 
+def divergence(one_ND: np.ndarray, other_ND: np.ndarray, **settings) -> float:
+    return angles.js_divergence(*(angles.angle_histogram(side, **settings) for side in (one_ND, other_ND)))
+
+
 def test_angular_divergence_from_equal_to_disjoint():
     cloud_ND = isotropic(300, 40)
     narrow_ND = np.eye(40)[0] + 0.01 * cloud_ND
-    assert angles.angular_js_divergence(cloud_ND, cloud_ND) == 0
-    assert angles.angular_js_divergence(cloud_ND, 5 * cloud_ND @ rotation(40)) == pytest.approx(0, abs=1e-4)
-    assert angles.angular_js_divergence(cloud_ND, narrow_ND) == pytest.approx(math.log(2))
+    assert divergence(cloud_ND, cloud_ND) == 0
+    assert divergence(cloud_ND, 5 * cloud_ND @ rotation(40)) == pytest.approx(0, abs=1e-4)
+    assert divergence(cloud_ND, narrow_ND) == pytest.approx(math.log(2))
 
 
 def test_angular_divergence_of_isotropic_clouds_of_different_dimension():
@@ -159,7 +167,7 @@ def test_angular_divergence_of_isotropic_clouds_of_different_dimension():
         *[np.diff(scipy.stats.beta((dim - 1) / 2, (dim - 1) / 2).cdf(edges)) for dim in (6, 24)]
     )
     flat_ND = np.concatenate([isotropic(2000, 6), np.zeros((2000, 18))], axis=1)
-    found = angles.angular_js_divergence(flat_ND, isotropic(2000, 24, seed=1), num_pairs=100_000, bins=50)
+    found = divergence(flat_ND, isotropic(2000, 24, seed=1), num_pairs=100_000, bins=50)
     assert expected > 0.05
     # Bias (bins - 1) / 4P = 1.2e-4, and a spread of the order sqrt(JS / P) = 1e-3.
     assert found == pytest.approx(expected, abs=4e-3)
@@ -167,9 +175,7 @@ def test_angular_divergence_of_isotropic_clouds_of_different_dimension():
 
 def test_two_samples_of_one_distribution_differ_by_the_bias_that_the_docstring_names():
     found = [
-        angles.angular_js_divergence(
-            isotropic(1500, 3, seed), isotropic(1500, 3, seed + 100), 20_000, bins=100
-        )
+        divergence(isotropic(1500, 3, seed), isotropic(1500, 3, seed + 100), num_pairs=20_000, bins=100)
         for seed in range(10)
     ]  # in 3 dimensions cosines are uniform, so all 100 bins are filled
     assert np.mean(found) == pytest.approx(99 / 80_000, rel=0.3)
@@ -181,10 +187,10 @@ def test_two_samples_of_one_distribution_differ_by_the_bias_that_the_docstring_n
 def test_phi_of_rows_turned_by_an_angle_is_its_cosine():
     angle = 0.3
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    rows_ND = isotropic(50, 6)
+    rows_ND = unit(isotropic(50, 6))
     turned_ND = rows_ND @ np.kron(np.eye(3), turn)
-    assert angles.mean_cosine(rows_ND, 4 * turned_ND) == pytest.approx(math.cos(angle))
-    assert angles.mean_cosine(rows_ND, -rows_ND) == pytest.approx(-1)
+    assert angles.row_cosines(rows_ND, 4 * turned_ND) == pytest.approx(math.cos(angle))
+    assert angles.row_cosines(rows_ND, -rows_ND) == pytest.approx(-1)
 
 
 def test_psi_is_the_correlation_over_the_same_pairs():
@@ -203,19 +209,23 @@ def test_psi_where_half_of_the_dimensions_are_lost():
     assert angles.cosine_correlation(rows_ND, lost_ND) == pytest.approx(math.sqrt(0.5), abs=0.01)
 
 
+def residual_ratio(image_ND: np.ndarray, text_ND: np.ndarray) -> float:
+    return angles.residual_ratio(*angles.pair_distances(image_ND, text_ND))
+
+
 def test_the_residual_ratio_of_residuals_across_the_mean_gap():
     text_ND = isotropic(200, 5)
     residual_ND = np.zeros((200, 5))
     residual_ND[:, 1] = np.tile([1.0, -1.0], 100)
     gap_D = np.array([0.75, 0, 0, 0, 0])
-    assert angles.residual_ratio(text_ND + gap_D + residual_ND, text_ND) == pytest.approx(1 / 1.25)
-    assert angles.residual_ratio(text_ND + residual_ND, text_ND) == pytest.approx(1)
-    assert angles.residual_ratio(text_ND + gap_D, text_ND) == pytest.approx(0, abs=1e-12)
+    assert residual_ratio(text_ND + gap_D + residual_ND, text_ND) == pytest.approx(1 / 1.25)
+    assert residual_ratio(text_ND + residual_ND, text_ND) == pytest.approx(1)
+    assert residual_ratio(text_ND + gap_D, text_ND) == pytest.approx(0, abs=1e-12)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
 
-PAIRED = [angles.mean_cosine, angles.cosine_correlation, angles.residual_ratio]
+PAIRED = [angles.row_cosines, angles.cosine_correlation, angles.pair_distances]
 
 
 @pytest.mark.parametrize("figure", PAIRED)
@@ -224,35 +234,33 @@ def test_rows_that_do_not_pair_are_refused(figure):
         figure(isotropic(5, 4), isotropic(6, 4))
 
 
-@pytest.mark.parametrize("figure", [*PAIRED, angles.angular_js_divergence])
+@pytest.mark.parametrize("figure", [*PAIRED, divergence])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("side", [0, 1])
 def test_rows_that_are_not_finite_are_refused(figure, value, side):
-    sides = [isotropic(5, 4), isotropic(5, 4, seed=1)]
+    sides = [unit(isotropic(5, 4)), unit(isotropic(5, 4, seed=1))]
     sides[side][3, 2] = value
     with pytest.raises(DataError, match="row 3 is NaN or infinite"):
         figure(*sides)
 
 
-@pytest.mark.parametrize(
-    "figure", [angles.mean_cosine, angles.cosine_correlation, angles.angular_js_divergence]
-)
+@pytest.mark.parametrize("figure", [angles.row_cosines, angles.cosine_correlation, divergence])
 def test_rows_without_a_direction_are_refused(figure):
     rows_ND = isotropic(5, 4)
     rows_ND[2] = 0
     with pytest.raises(DataError, match="row 2 has length"):
-        figure(isotropic(5, 4), rows_ND)
+        figure(unit(isotropic(5, 4)), rows_ND)
 
 
 def test_too_few_rows_and_impossible_settings_are_refused():
     with pytest.raises(DataError, match="1 rows"):
         angles.pair_cosines(isotropic(1, 4))
     with pytest.raises(DataError, match="0 rows"):
-        angles.mean_cosine(np.empty((0, 4)), np.empty((0, 4)))
+        angles.row_cosines(np.empty((0, 4)), np.empty((0, 4)))
     with pytest.raises(DataError, match="2 rows"):
         angles.cosine_correlation(isotropic(2, 4), isotropic(2, 4))
-    with pytest.raises(DataError, match="dimensions 4 and 5"):
-        angles.angular_js_divergence(isotropic(5, 4), isotropic(5, 5))
+    with pytest.raises(DataError, match="row 0 has length 2"):
+        angles.row_cosines(2 * unit(isotropic(5, 4)), isotropic(5, 4))
     with pytest.raises(ConfigError, match="0 pairs"):
         angles.pair_cosines(isotropic(5, 4), 0)
     with pytest.raises(ConfigError, match="0 bins"):
@@ -263,5 +271,5 @@ def test_constant_rows_have_no_correlation_of_cosines_and_equal_pairs_no_residua
     constant_ND = np.ones((5, 4))
     with pytest.raises(DataError, match="no correlation"):
         angles.cosine_correlation(isotropic(5, 4), constant_ND)
-    with pytest.raises(DataError, match="no gap"):
-        angles.residual_ratio(constant_ND, constant_ND)
+    with pytest.raises(DataError, match="every pair coincides"):
+        angles.pair_distances(constant_ND, constant_ND)

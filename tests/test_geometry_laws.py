@@ -30,17 +30,23 @@ def of_one_side(rows_ND: np.ndarray) -> dict[str, float]:
 def of_both(image_ND: np.ndarray, text_ND: np.ndarray) -> dict[str, float]:
     """Figures of unpaired sides. All pairs of rows, so that no sample depends on their order."""
     cov_x, cov_y = spectra.covariance(image_ND), spectra.covariance(text_ND)
-    text_side, image_side = neighbours.origin_entropy(image_ND, text_ND, 7)
+    near = neighbours.nearest_others(np.concatenate([image_ND, text_ND]), 7), len(image_ND)
+    entropy_N = neighbours.origin_entropies(*near)
     return {
         "C_lambda": spectra.spectral_correlation(
             spectra.eigenvalues_of(cov_x), spectra.eigenvalues_of(cov_y)
         ),
         "O_q": spectra.subspace_overlap(cov_x, cov_y, 4)[0],
         "G_Sigma": spectra.covariance_gap(cov_x, cov_y),
-        "mixing rate": neighbours.mixing_rate(image_ND, text_ND, 7),
-        "M_k^Z": text_side,
-        "M_k^X": image_side,
+        "mixing rate": neighbours.cross_modal_shares(*near).mean(),
+        "M_k^Z": entropy_N[len(image_ND) :].mean(),
+        "M_k^X": entropy_N[: len(image_ND)].mean(),
     }
+
+
+def overlap(before_ND: np.ndarray, after_ND: np.ndarray) -> float:
+    nearest_NK = [neighbours.nearest_others(side, 7) for side in (before_ND, after_ND)]
+    return neighbours.kept_shares(*nearest_NK).mean()
 
 
 def of_pairs(image_ND: np.ndarray, text_ND: np.ndarray) -> dict[str, float]:
@@ -51,10 +57,10 @@ def of_pairs(image_ND: np.ndarray, text_ND: np.ndarray) -> dict[str, float]:
     delta_R = spectra.eigenvalues_of(delta_RR)
     text_D4 = spectra.leading_directions(spectra.covariance(text_ND), 4)
     return {
-        "Phi": angles.mean_cosine(image_ND, text_ND),
+        "Phi": angles.row_cosines(image_ND, text_ND).mean(),
         "Psi": angles.cosine_correlation(image_ND, text_ND),
-        "Omega_k": neighbours.neighbourhood_overlap(image_ND, text_ND, 7),
-        "residual ratio": angles.residual_ratio(image_ND, text_ND),
+        "Omega_k": overlap(image_ND, text_ND),
+        "residual ratio": angles.residual_ratio(*angles.pair_distances(image_ND, text_ND)),
         "rank of U": frame.rank,
         "PMB": float(np.linalg.norm(parts.beta_D)),
         "POB": float(np.linalg.norm(parts.gamma_D)),
@@ -64,7 +70,7 @@ def of_pairs(image_ND: np.ndarray, text_ND: np.ndarray) -> dict[str, float]:
         "angle in V": fixed_frame.leading_angle_degrees(frame.v_DS.T @ parts.gamma_D, zeta_SS),
         "coupling": coupling.spectral_norm,
         "R^2": coupling.explained_variance,
-        "leak_ref": fixed_frame.leak_ref(parts.gap_ND, frame),
+        "leak_ref": fixed_frame.leak_ref(parts.gap_ND.T @ parts.gap_ND, frame),
         "rho_eig": fixed_frame.rho_eig(delta_R, np.arange(1, frame.rank + 1)),
         "sin theta": fixed_frame.sin_theta(frame.u_DR, text_D4),
         "drift": fixed_frame.pob_drift(image_ND[0], text_ND[0]),
@@ -74,7 +80,8 @@ def of_pairs(image_ND: np.ndarray, text_ND: np.ndarray) -> dict[str, float]:
 
 def every_figure(image_ND: np.ndarray, text_ND: np.ndarray) -> dict[str, float]:
     figures = of_one_side(image_ND) | of_both(image_ND, text_ND) | of_pairs(image_ND, text_ND)
-    return figures | {"JS divergence": angles.angular_js_divergence(image_ND, text_ND, bins=8)}
+    histograms = [angles.angle_histogram(side, bins=8) for side in (image_ND, text_ND)]
+    return figures | {"JS divergence": angles.js_divergence(*histograms)}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -112,5 +119,5 @@ def test_figures_of_directions_and_shares_ignore_the_scale_of_rows(scale):
     plain = of_one_side(image_ND) | of_both(image_ND, text_ND)
     scaled = of_one_side(scale * image_ND) | of_both(scale * image_ND, scale * text_ND)
     assert scaled == pytest.approx(plain, rel=1e-8)
-    for figure in (angles.mean_cosine, angles.cosine_correlation, neighbours.neighbourhood_overlap):
+    for figure in (angles.row_cosines, angles.cosine_correlation, overlap):
         assert figure(image_ND, scale * text_ND) == pytest.approx(figure(image_ND, text_ND), rel=1e-8)

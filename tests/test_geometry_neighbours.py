@@ -99,11 +99,8 @@ def test_neighbours_of_a_block_are_those_of_the_whole():
     """What lets tasks share out the queries."""
     image_ND, text_ND = unit_clouds(70, 12)
     union_ND = np.concatenate([image_ND, text_ND])
-    parts = [
-        nearest(union_ND[start : start + 33], union_ND, 9, exclude=np.arange(start, min(start + 33, 140)))
-        for start in range(0, 140, 33)
-    ]
-    np.testing.assert_array_equal(np.concatenate(parts), neighbours.union_neighbours(image_ND, text_ND, 9))
+    parts = [neighbours.nearest_others(union_ND, 9, start, start + 33) for start in range(0, 140, 33)]
+    np.testing.assert_array_equal(np.concatenate(parts), neighbours.nearest_others(union_ND, 9))
 
 
 def test_memory_does_not_grow_with_queries_times_rows():
@@ -143,18 +140,37 @@ def test_searches_that_cannot_be_made_are_refused():
 # --- mixing and origin ------------------------------------------------------------------------------------
 
 
+def among_both(image_ND: np.ndarray, text_ND: np.ndarray, k: int = 20) -> tuple[np.ndarray, int]:
+    """Neighbours of every row of both clouds, images first, and the number of images."""
+    return neighbours.nearest_others(np.concatenate([image_ND, text_ND]), k), len(image_ND)
+
+
+def mixing_shares(image_ND: np.ndarray, text_ND: np.ndarray, k: int = 20) -> np.ndarray:
+    return neighbours.cross_modal_shares(*among_both(image_ND, text_ND, k))
+
+
+def mixing_rate(image_ND: np.ndarray, text_ND: np.ndarray, k: int = 20) -> float:
+    return mixing_shares(image_ND, text_ND, k).mean()
+
+
+def origin_entropy(image_ND: np.ndarray, text_ND: np.ndarray, k: int = 20) -> tuple[float, float]:
+    """(M_k^Z, M_k^X): of the texts and of the images."""
+    entropy_N = neighbours.origin_entropies(*among_both(image_ND, text_ND, k))
+    return entropy_N[len(image_ND) :].mean(), entropy_N[: len(image_ND)].mean()
+
+
 @pytest.mark.parametrize(("num_images", "num_texts"), [(30, 30), (45, 15)])
 def test_with_all_rows_as_neighbours_mixing_and_entropy_are_those_of_chance(num_images, num_texts):
     total = num_images + num_texts
     image_ND, text_ND = cloud(num_images, 5), cloud(num_texts, 5, seed=1)
-    found = neighbours.mixing_rate(image_ND, text_ND, k=total - 1)
+    found = mixing_rate(image_ND, text_ND, k=total - 1)
     assert found == pytest.approx(neighbours.mixing_rate_by_chance(num_images, num_texts))
     assert found == pytest.approx(2 * num_images * num_texts / total / (total - 1))
 
     def entropy(share):
         return -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
 
-    assert neighbours.origin_entropy(image_ND, text_ND, k=total - 1) == (
+    assert origin_entropy(image_ND, text_ND, k=total - 1) == (
         pytest.approx(entropy(num_images / (total - 1))),
         pytest.approx(entropy(num_texts / (total - 1))),
     )
@@ -162,24 +178,24 @@ def test_with_all_rows_as_neighbours_mixing_and_entropy_are_those_of_chance(num_
 
 def test_two_samples_of_one_distribution_mix_by_chance_and_far_clouds_not_at_all():
     image_ND, text_ND = cloud(500, 8), cloud(500, 8, seed=1)
-    shares = neighbours.cross_modal_shares(neighbours.union_neighbours(image_ND, text_ND), 500)
+    shares = mixing_shares(image_ND, text_ND)
     # Neighbourhoods of 20 overlap, so a mean of 1000 shares has up to 20 times the variance of that many.
     spread = math.sqrt(20 * shares.var() / 1000)
-    assert neighbours.mixing_rate(image_ND, text_ND) == pytest.approx(0.5, abs=5 * spread)
+    assert mixing_rate(image_ND, text_ND) == pytest.approx(0.5, abs=5 * spread)
     assert neighbours.mixing_rate_by_chance(500, 500) == pytest.approx(0.5, abs=1e-3)
     far_D = 100 * np.eye(8)[0]
-    assert neighbours.mixing_rate(image_ND + far_D, text_ND - far_D) == 0
-    assert neighbours.origin_entropy(image_ND + far_D, text_ND - far_D) == (0, 0)
+    assert mixing_rate(image_ND + far_D, text_ND - far_D) == 0
+    assert origin_entropy(image_ND + far_D, text_ND - far_D) == (0, 0)
 
 
 def test_alternating_points_of_a_circle():
     """A point's two nearest are of the other modality, the two after them of its own."""
     step = 2 * math.pi / 40
     image_ND, text_ND = on_a_circle(step * np.arange(0, 40, 2)), on_a_circle(step * np.arange(1, 40, 2))
-    assert neighbours.mixing_rate(image_ND, text_ND, k=2) == 1
-    assert neighbours.origin_entropy(image_ND, text_ND, k=2) == (0, 0)
-    assert neighbours.mixing_rate(image_ND, text_ND, k=4) == 0.5
-    assert neighbours.origin_entropy(image_ND, text_ND, k=4) == (1, 1)
+    assert mixing_rate(image_ND, text_ND, k=2) == 1
+    assert origin_entropy(image_ND, text_ND, k=2) == (0, 0)
+    assert mixing_rate(image_ND, text_ND, k=4) == 0.5
+    assert origin_entropy(image_ND, text_ND, k=4) == (1, 1)
 
 
 def test_entropy_tells_the_sides_apart():
@@ -188,7 +204,7 @@ def test_entropy_tells_the_sides_apart():
         on_a_circle(np.array([0.0, 0.1, 0.3, 0.4])),
         on_a_circle(np.array([0.2, 3.0, 3.01, 3.02])),
     )
-    text_side, image_side = neighbours.origin_entropy(image_ND, text_ND, k=2)
+    text_side, image_side = origin_entropy(image_ND, text_ND, k=2)
     # Texts at 0 and 0.4: neighbours 0.1, 0.2 and 0.3, 0.2; at 0.1 and 0.3: 0 (or 0.4), 0.2. All half images.
     assert text_side == 1
     # The images at 3.0, 3.01, 3.02 have each other; that at 0.2 has two texts.
@@ -204,7 +220,7 @@ def test_entropy_of_counted_neighbours():
 
 def test_neighbours_of_a_part_of_the_union_are_refused():
     image_ND, text_ND = unit_clouds(20, 4)
-    part_NK = neighbours.union_neighbours(image_ND, text_ND, 5)[:30]
+    part_NK = neighbours.nearest_others(np.concatenate([image_ND, text_ND]), 5, last=30)
     with pytest.raises(DataError, match="30 rows"):
         neighbours.cross_modal_shares(part_NK, 20)
 
@@ -212,17 +228,15 @@ def test_neighbours_of_a_part_of_the_union_are_refused():
 # --- overlap ----------------------------------------------------------------------------------------------
 
 
-def test_kept_shares_ignore_the_order_of_neighbours():
-    before, after = np.array([[1, 2, 3], [0, 2, 3]]), np.array([[3, 9, 1], [7, 8, 9]])
-    assert neighbours.kept_shares(before, after).tolist() == [pytest.approx(2 / 3), 0]
-    with pytest.raises(DataError, match="shapes"):
-        neighbours.kept_shares(before, after[:, :2])
+def overlap(before_ND: np.ndarray, after_ND: np.ndarray, k: int = 10) -> float:
+    nearest_NK = [neighbours.nearest_others(side, k) for side in (before_ND, after_ND)]
+    return neighbours.kept_shares(*nearest_NK).mean()
 
 
 def test_overlap_from_equal_to_chance():
     before_ND = cloud(400, 8)
-    assert neighbours.neighbourhood_overlap(before_ND, 3 * before_ND @ rotation(8)) == 1
-    found = neighbours.neighbourhood_overlap(before_ND, cloud(400, 8, seed=1))
+    assert overlap(before_ND, 3 * before_ND @ rotation(8)) == 1
+    found = overlap(before_ND, cloud(400, 8, seed=1))
     # Each of 400 shares of 10 has variance of about p / 10.
     assert found == pytest.approx(10 / 399, abs=5 * math.sqrt(10 / 399 / 10 / 400))
 
@@ -231,14 +245,14 @@ def test_overlap_of_points_that_change_places_on_a_circle():
     """Of 21 points, doubling every angle sends i to place 2i: i + 1 and i - 1 stay among the 4 nearest of i,
     two places away now, and i + 2 and i - 2 do not."""
     angles_N = 2 * math.pi / 21 * np.arange(21)
-    found = neighbours.neighbourhood_overlap(on_a_circle(angles_N), on_a_circle(2 * angles_N), k=4)
+    found = overlap(on_a_circle(angles_N), on_a_circle(2 * angles_N), k=4)
     assert found == 0.5
 
 
 def test_overlap_needs_the_same_texts_and_more_than_k():
     with pytest.raises(DataError, match="shapes"):
-        neighbours.neighbourhood_overlap(cloud(20, 4), cloud(21, 4))
+        overlap(cloud(20, 4), cloud(21, 4))
     with pytest.raises(DataError, match="10 neighbours among 9 rows"):
-        neighbours.neighbourhood_overlap(cloud(10, 4), cloud(10, 4))
+        overlap(cloud(10, 4), cloud(10, 4))
     with pytest.raises(DataError, match="20 neighbours among 9 rows"):
-        neighbours.mixing_rate(cloud(5, 4), cloud(5, 4))
+        mixing_rate(cloud(5, 4), cloud(5, 4))

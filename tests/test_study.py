@@ -12,6 +12,7 @@ import pytest
 from embedding_stores import cloud, unit, write_store
 
 from revision_ray.align import moments
+from revision_ray.align.apply import open_pair
 from revision_ray.align.map_reduce import (
     UniformSample,
     draw_sample,
@@ -176,7 +177,7 @@ def test_the_held_out_gap_falls_as_the_square_root_of_the_rows(cluster, tmp_path
     images = write_store(
         tmp_path / "images", isotropic(8000, 1, 2).astype(np.float32), "image", rows_per_shard=2000
     )
-    stores = inputs.hold_out(*inputs.open_pair(texts, images), 2000, seed=0)
+    stores = inputs.hold_out(*open_pair(texts, images), 2000, seed=0)
     settings = SampleEfficiency(sizes=[30, 300, 3000], trials=8)
     found = sample_efficiency.run(stores, StrategyConfig(), settings, seed=0)
     trace = 1 - np.sum(isotropic(8000, 1, 2).mean(0) ** 2)
@@ -213,7 +214,7 @@ def test_every_cell_of_the_domain_matrix_is_that_domains_gap_under_those_statist
             )
             for side in ("text", "image")
         )
-        domains[name] = inputs.hold_out(*inputs.open_pair(texts, images), 100, seed=0)
+        domains[name] = inputs.hold_out(*open_pair(texts, images), 100, seed=0)
     found = domain_transfer.run(domains, StrategyConfig(strategy="anchor"))
     assert found["domains"] == ["day", "night"]
     for s, statistics in enumerate(domains.values()):
@@ -429,7 +430,7 @@ def test_the_probe_document_keeps_its_schema(done):
 
 
 def test_noise_of_length_zero_is_anchor(done, job):
-    stores = inputs.hold_out(*inputs.open_pair(job.texts, job.images), job.heldout_rows, job.seed)
+    stores = inputs.hold_out(*open_pair(job.texts, job.images), job.heldout_rows, job.seed)
     fitted = inputs.fit_here(stores, StrategyConfig(strategy="anchor"), COUNT, 0)
     aligned_ND = mapped(fitted.affine, rows_of(stores.texts, stores.heldout_texts))
     image_ND = rows_of(stores.images, stores.heldout_images)
@@ -443,7 +444,7 @@ def test_noise_of_length_zero_is_anchor(done, job):
 
 
 def test_centroid_steps_are_those_of_realign(done, job):
-    stores = inputs.hold_out(*inputs.open_pair(job.texts, job.images), job.heldout_rows, job.seed)
+    stores = inputs.hold_out(*open_pair(job.texts, job.images), job.heldout_rows, job.seed)
     found = read(done[0], "centroid_steps")
     text_ND = rows_of(stores.texts, draw_sample(stores.texts, COUNT, 0, stores.heldout_texts))
     image_ND = rows_of(stores.images, draw_sample(stores.images, COUNT, 0, stores.heldout_images))

@@ -6,6 +6,7 @@ twice can change a bit, and the driver holds one sum whatever the number of rows
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,16 @@ from revision_ray.core.cluster import connect, data_context, one_thread, user_er
 from revision_ray.core.observe import progress
 from revision_ray.data import shards
 from revision_ray.data.shards import Rejected
-from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids
+from revision_ray.data.store import (
+    RowGroup,
+    Store,
+    check_rejected,
+    read_group,
+    read_group_ids,
+    write_rejected,
+)
+
+log = logging.getLogger(__name__)
 
 # A task's share. At most about 300 MB of 1280-d float16 rows, so that a lost task costs little; at least a
 # quarter of that where there is enough to do, so that scheduling does.
@@ -110,6 +120,31 @@ def store_moments(
             shown.advance(result["num_rows"])
     total.shard_hashes = store.shard_hashes
     return total, sorted(rejected, key=lambda row: (row.uri, row.id))
+
+
+def checked_moments(
+    store: Store,
+    name: str,
+    *,
+    affine: Affine | None = None,
+    second: bool = False,
+    sample: UniformSample | None = None,
+    max_rejected_fraction: float = 0.001,
+    rejected_uri: str = "",
+) -> Moments:
+    """Return the moments of `store_moments`; log rejected rows and list them at `rejected_uri`, if given.
+
+    Raises:
+        DataError: as `store_moments`, or more than `max_rejected_fraction` of the rows were rejected.
+    """
+    moments, rejected = store_moments(store, name, affine=affine, second=second, sample=sample)
+    if rejected:
+        listed = rejected_uri or f"{rejected[0].uri}, first: {rejected[0].id}"
+        if rejected_uri:
+            write_rejected(rejected_uri, rejected)
+        check_rejected(rejected, moments.count + len(rejected), max_rejected_fraction, listed)
+        log.warning("%s: %d rows without a direction are left out, see %s", name, len(rejected), listed)
+    return moments
 
 
 def _run(groups: Sequence[RowGroup], work: Any) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Figures of angles: within a cloud, before and after alignment, within pairs (arXiv 2602.07026 sec. 6).
+"""Angles within a cloud, before and after alignment, and distances within pairs (arXiv 2602.07026 sec. 6).
 
 Shapes: N rows, D embedding dim, P pairs of rows, H histogram bins.
 """
@@ -6,18 +6,19 @@ Shapes: N rows, D embedding dim, P pairs of rows, H histogram bins.
 import numpy as np
 
 from revision_ray.core.errors import ConfigError, DataError
-from revision_ray.geometry.spectra import directions, finite_rows, pearson, same_dim, same_shape
+from revision_ray.geometry.spectra import directions, finite_rows, pearson, same_shape, unit_rows
 
 NUM_PAIRS = 200_000
 # Bins of width 0.01 over -1..1.
 NUM_BINS = 200
-# Rows gathered at once: both sides of this many pairs stay in the cache.
+# Bytes of the rows that are gathered at once, so that they stay in the cache.
 _GATHERED_BYTES = 1_000_000
 
 
 def row_pairs(num_rows: int, num_pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (P,), (P,) of `num_pairs` different pairs i < j of rows, drawn without replacement; all pairs
-    where there are no more.
+    """Draw `num_pairs` different pairs i < j of rows without replacement; all pairs if there are fewer.
+
+    Returns the indices (P,) of both rows.
 
     Raises:
         ConfigError: `num_pairs` is below 1.
@@ -47,7 +48,7 @@ def row_pairs(num_rows: int, num_pairs: int, seed: int) -> tuple[np.ndarray, np.
 
 
 def pair_cosines(rows_ND: np.ndarray, num_pairs: int = NUM_PAIRS, seed: int = 0) -> np.ndarray:
-    """Cosines (P,) of pairs of different rows: a seeded sample of the pairs, or all where there are no more.
+    """Return the cosines (P,) of a seeded sample of pairs of rows, or of all pairs if there are fewer.
 
     Rows need not be of unit length.
 
@@ -59,11 +60,11 @@ def pair_cosines(rows_ND: np.ndarray, num_pairs: int = NUM_PAIRS, seed: int = 0)
 
 
 def cosine_histogram(cosines_P: np.ndarray, bins: int = NUM_BINS) -> np.ndarray:
-    """Counts (H,) of cosines in `bins` equal bins over -1..1.
+    """Count cosines in `bins` equal bins over -1..1; returns (H,).
 
     Raises:
         ConfigError: `bins` is below 1.
-        DataError: a value is not a cosine.
+        DataError: a value is not between -1 and 1.
     """
     if bins < 1:
         raise ConfigError(f"{bins} bins; at least 1")
@@ -75,9 +76,13 @@ def cosine_histogram(cosines_P: np.ndarray, bins: int = NUM_BINS) -> np.ndarray:
 
 
 def js_divergence(p_H: np.ndarray, q_H: np.ndarray) -> float:
-    """Jensen-Shannon divergence of two histograms in nats: 0 where equal, ln 2 where disjoint.
+    """Return the Jensen-Shannon divergence of two histograms in nats: 0 if equal, ln 2 if disjoint.
 
-    Counts or shares: each is divided by its sum.
+    The histograms hold counts or shares; each is divided by its sum.
+
+    Of two `angle_histogram`s this is the angular divergence of two clouds. State the number of bins and of
+    pairs beside it: with P pairs a side, two samples of one distribution already differ by about
+    (filled bins - 1) / (4 P).
 
     Raises:
         DataError: the histograms have different bins, a negative entry, or no entries at all.
@@ -87,43 +92,43 @@ def js_divergence(p_H: np.ndarray, q_H: np.ndarray) -> float:
     for histogram_H in (p_H, q_H):
         counts_H = np.asarray(histogram_H, np.float64)
         if not np.isfinite(counts_H).all() or counts_H.min(initial=0) < 0 or not counts_H.sum():
-            raise DataError("a histogram holds counts of 0 or more, and not only zeros")
+            raise DataError(
+                "a histogram has negative, infinite or only zero counts; expected counts of 0 or more"
+            )
         shares.append(counts_H / counts_H.sum())
     middle_H = (shares[0] + shares[1]) / 2
     halves = (np.sum(s[s > 0] * np.log(s[s > 0] / middle_H[s > 0])) for s in shares)
     return max(float(sum(halves) / 2), 0.0)
 
 
-def angular_js_divergence(
-    a_ND: np.ndarray, b_ND: np.ndarray, num_pairs: int = NUM_PAIRS, bins: int = NUM_BINS, seed: int = 0
-) -> float:
-    """JS divergence (nats) of the histograms of pairwise cosines within each cloud.
-
-    The number of bins and of pairs belong beside the figure: with P pairs a side, two samples of one
-    distribution differ by about (filled bins - 1) / (4 P) already.
+def angle_histogram(
+    rows_ND: np.ndarray, num_pairs: int = NUM_PAIRS, seed: int = 0, bins: int = NUM_BINS
+) -> np.ndarray:
+    """Return the histogram (H,) of the pairwise cosines within a cloud.
 
     Raises:
-        DataError: as `pair_cosines`, or the dimensions differ.
+        ConfigError: as `cosine_histogram`.
+        DataError: as `pair_cosines`.
     """
-    same_dim(a_ND, b_ND)
-    counts = [cosine_histogram(pair_cosines(rows_ND, num_pairs, seed), bins) for rows_ND in (a_ND, b_ND)]
-    return js_divergence(*counts)
+    return cosine_histogram(pair_cosines(rows_ND, num_pairs, seed), bins)
 
 
-def mean_cosine(before_ND: np.ndarray, after_ND: np.ndarray) -> float:
-    """Phi: mean cosine of a text embedding y and the same text after alignment, z; E[y.z] for unit rows.
+def row_cosines(unit_ND: np.ndarray, rows_ND: np.ndarray) -> np.ndarray:
+    """Return the cosine (N,) of each unit row with row i of `rows_ND`, which may have any length.
+
+    Phi is the mean for texts before and after alignment.
 
     Raises:
-        DataError: the shapes differ, or rows are not finite or have no direction.
+        DataError: the shapes differ, `unit_ND` is not of unit length, or rows are not finite or are zero.
     """
-    same_shape(before_ND, after_ND, "embeddings before and after alignment")
-    return float(np.mean(np.vecdot(directions(before_ND, "before"), directions(after_ND, "after"))))
+    same_shape(unit_ND, rows_ND, "the two sides")
+    return np.vecdot(unit_rows(unit_ND, "the unit rows"), directions(rows_ND, "the other rows"))
 
 
 def cosine_correlation(
     before_ND: np.ndarray, after_ND: np.ndarray, num_pairs: int = NUM_PAIRS, seed: int = 0
 ) -> float:
-    """Psi: Pearson correlation of pairwise cosines among texts before and after alignment, of the same pairs.
+    """Return Psi: the correlation of pairwise cosines before and after alignment, over the same pairs.
 
     Raises:
         DataError: the shapes differ, fewer than three rows, or all cosines of a side are equal.
@@ -134,8 +139,8 @@ def cosine_correlation(
     return pearson(_cosines_of(before_ND, *pairs), _cosines_of(after_ND, *pairs), "pairwise cosines")
 
 
-def residual_ratio(image_ND: np.ndarray, text_ND: np.ndarray) -> float:
-    """Mean distance within a pair after mean correction over that before: E||Delta - m|| / E||Delta||.
+def pair_distances(image_ND: np.ndarray, text_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ||Delta - m|| and ||Delta|| of each pair, (N,) and (N,).
 
     Row i of both sides is a pair, Delta = e_x - e_y, m = E[Delta] (AnisoAlign sec. 3).
 
@@ -144,14 +149,22 @@ def residual_ratio(image_ND: np.ndarray, text_ND: np.ndarray) -> float:
     """
     same_shape(image_ND, text_ND, "images and their texts")
     gap_ND = finite_rows(image_ND, "images") - finite_rows(text_ND, "texts")
-    before = np.linalg.norm(gap_ND, axis=1).mean()
-    if not before:
-        raise DataError("every text embedding equals its image's, so there is no gap to correct")
-    return float(np.linalg.norm(gap_ND - gap_ND.mean(axis=0), axis=1).mean() / before)
+    whole_N = np.linalg.norm(gap_ND, axis=1)
+    if not whole_N.any():
+        raise DataError("every pair coincides")
+    return np.linalg.norm(gap_ND - gap_ND.mean(axis=0), axis=1), whole_N
+
+
+def residual_ratio(residual_N: np.ndarray, whole_N: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Return E||Delta - m|| / E||Delta|| from the distances that `pair_distances` gives.
+
+    1 means that shifting the mean achieves nothing.
+    """
+    return residual_N.mean(axis=axis) / whole_N.mean(axis=axis)
 
 
 def _cosines_of(unit_ND: np.ndarray, first_P: np.ndarray, second_P: np.ndarray) -> np.ndarray:
-    """Products of the rows of each pair, gathered in parts so that memory does not grow with P."""
+    """Return the products of the rows of each pair, in parts so that memory does not grow with P."""
     size = max(_GATHERED_BYTES // (2 * unit_ND[0].nbytes), 1)
     parts = [
         np.vecdot(unit_ND[first_P[start : start + size]], unit_ND[second_P[start : start + size]])

@@ -25,6 +25,7 @@ from revision_ray.geometry.fixed_frame import (
     decompose,
     identities,
     leading_angle_degrees,
+    leak_ref,
     pob_drift,
     pob_stability,
     reference_frame,
@@ -204,14 +205,6 @@ def spectral_figures(
     }
 
 
-def leak_of_moments(second_DD: np.ndarray, frame: FixedFrame) -> float:
-    """Root of the share of the gradients' energy tr E[g g'] that lies in V: `fixed_frame.leak_ref` from
-    moments, so that no gradient has to be kept. NaN without any gradient."""
-    total = float(np.trace(second_DD))
-    inside_V = float(np.einsum("ds,de,es->", frame.v_DS, second_DD, frame.v_DS, optimize=True))
-    return math.sqrt(max(inside_V, 0.0) / total) if total > 0 else math.nan
-
-
 def _residuals(parts: Decomposition, frame: FixedFrame, gradients: Gradients | None) -> Residuals:
     delta_RR, zeta_SS = block_covariances(parts, frame)
     return Residuals(
@@ -249,7 +242,7 @@ def _leaks(gradients: Gradients | None, frame: FixedFrame) -> dict[str, Any]:
         both_DD = gradients.image_DD + gradients.text_DD
         sides = dict(zip(sides, (both_DD, gradients.image_DD, gradients.text_DD), strict=True))
     leaks = {
-        name: None if moment_DD is None else _plain(leak_of_moments(moment_DD, frame))
+        name: None if moment_DD is None else _plain(leak_ref(moment_DD, frame))
         for name, moment_DD in sides.items()
     }
     return {

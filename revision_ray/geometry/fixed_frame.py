@@ -164,23 +164,19 @@ def sin_theta(a_DR: np.ndarray, b_DS: np.ndarray) -> float:
     return float(np.sin(principal_angles(a_DR, b_DS)[-1]))
 
 
-def leak_ref(gradient_ND: np.ndarray, frame: FixedFrame) -> float:
-    """Share of the embedding gradients' RMS that falls in V: sqrt(E||P_V g||^2 / E||g||^2), 0 to 1.
+def leak_ref(second_DD: np.ndarray, frame: FixedFrame) -> float:
+    """Return the share of the gradients' RMS in V, sqrt(E||P_V g||^2 / E||g||^2), from their moment E[g g'].
 
-    A ratio of lengths, not of energies: for gradients within U_t it is at most sin(theta) of U and U_t,
-    its baseline. The share of the energy is its square.
+    A ratio of lengths, not of energies: for gradients within U_t it is at most sin(theta) of U and U_t, its
+    baseline. NaN if the gradients are zero or not finite.
 
     Raises:
-        DataError: gradients are not finite, all zero, or of another dimension than the frame.
+        DataError: the gradients have another dimension than the frame.
     """
-    gradient_ND = finite_rows(gradient_ND, "gradients")
-    same_dim(gradient_ND, frame.u_DR.T, "gradients and frame")
-    largest = np.abs(gradient_ND).max()
-    if not largest:
-        raise DataError("every gradient is zero, so no share of them falls anywhere")
-    gradient_ND = gradient_ND / largest  # squares of small gradients underflow
-    inside, outside = (np.sum((gradient_ND @ basis) ** 2) for basis in (frame.u_DR, frame.v_DS))
-    return float(math.sqrt(outside / (inside + outside)))
+    same_dim(second_DD, frame.u_DR.T, "gradients and frame")
+    total = float(np.trace(second_DD))
+    in_v = float(np.einsum("ds,de,es->", frame.v_DS, second_DD, frame.v_DS, optimize=True))
+    return math.sqrt(max(in_v, 0.0) / total) if total > 0 else math.nan
 
 
 def pob_drift(gamma_D: np.ndarray, gamma_0_D: np.ndarray) -> float:

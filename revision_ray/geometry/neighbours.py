@@ -1,8 +1,8 @@
 """Exact nearest neighbours by cosine, and the figures made of them (arXiv 2602.07026 sec. 6; AnisoAlign B.2).
 
-A search is a matrix product per block of queries, so memory does not grow with the number of queries, and
-blocks may be searched anywhere: a query's neighbours depend on the query and the base alone. Figures take
-the index arrays that such searches give; the union of both sets has the images first, then the texts.
+The search is a matrix product per block of queries, so memory does not grow with the number of queries, and
+tasks can share the blocks: a query's neighbours depend on the query and the base alone. The figures take the
+index arrays that `nearest_others` returns. Where images and texts are searched together, images come first.
 
 Shapes: Q queries, N rows, K neighbours, D embedding dim, C candidates.
 """
@@ -23,13 +23,13 @@ def nearest(
     exclude: np.ndarray | None = None,
     block_rows: int | None = None,
 ) -> np.ndarray:
-    """Indices (Q, K) of the `k` rows of the base that have the largest cosine with each query, nearest first.
+    """Return the indices (Q, K) of the `k` rows of the base with the largest cosine to each query, in order.
 
-    Rows need not be of unit length. `exclude` (Q,) names a row of the base that is no neighbour of its
-    query: the query itself. The order is that of float64 products, and of two equal ones the lower index
-    comes first: float32 products only choose candidates, with a margin above their worst rounding, and
-    candidates are then scored pair by pair in float64. So neither the size of blocks (`block_rows`, set by
-    memory unless given) nor the number of threads changes the result.
+    Rows need not be of unit length. `exclude` (Q,) is a row of the base to leave out for each query, such as
+    the query itself. Rows are ordered by float64 products, equal ones by index: float32 products only choose
+    candidates, with a margin above their worst rounding error, and candidates are then scored pair by pair in
+    float64. So neither the block size (`block_rows`, by default set by memory) nor the number of threads
+    changes the result.
 
     Raises:
         ConfigError: `k` is below 1.
@@ -84,7 +84,7 @@ def _nearest_of_block(
 
 
 def _best_candidates(queries_QD: np.ndarray, base_ND: np.ndarray, near_QN: np.ndarray, k: int) -> np.ndarray:
-    """The best `k` of the candidates of every query that has any (at least k then)."""
+    """Return the best `k` candidates of each query that has candidates (those have at least k)."""
     query_C, row_C = np.nonzero(near_QN)
     size = max(_BLOCK_BYTES // (16 * base_ND.shape[1]), 1)
     parts = [
@@ -97,23 +97,26 @@ def _best_candidates(queries_QD: np.ndarray, base_ND: np.ndarray, near_QN: np.nd
     return row_C[order_C[begin[:, None] + np.arange(k)]]
 
 
-def union_neighbours(image_ND: np.ndarray, text_ND: np.ndarray, k: int = 20) -> np.ndarray:
-    """Neighbours (N_x + N_y, K) of every row within the union of images and texts, without the row itself.
+def nearest_others(rows_ND: np.ndarray, k: int, first: int = 0, last: int | None = None) -> np.ndarray:
+    """Return the indices (Q, K) of the `k` nearest other rows of rows `first` to `last` (all by default).
 
-    The same, in blocks: `nearest(union[a:b], union, k, exclude=np.arange(a, b))`.
+    Blocks of rows can be searched in different tasks and concatenated.
+
+    Raises:
+        ConfigError, DataError: as `nearest`.
     """
-    same_dim(image_ND, text_ND, "images and texts")
-    union_ND = np.concatenate([image_ND, text_ND])
-    return nearest(union_ND, union_ND, k, exclude=np.arange(len(union_ND)))
+    itself_Q = np.arange(len(rows_ND))[first:last]
+    return nearest(rows_ND[itself_Q], rows_ND, k, exclude=itself_Q)
 
 
 def cross_modal_shares(neighbours_NK: np.ndarray, num_images: int) -> np.ndarray:
-    """Share (N_x + N_y,) of each row's neighbours that are of the other modality.
+    """Return the share (N_x + N_y,) of each row's neighbours that are of the other modality.
 
-    `neighbours_NK` is that of `union_neighbours`: one row for each row of the union, images first.
+    `neighbours_NK` holds the neighbours of every image, then of every text, among both together. The mean is
+    the kNN mixing rate: 0 if the clouds lie apart, `mixing_rate_by_chance` if they are one.
 
     Raises:
-        DataError: it names a row that it does not have, so it is only a part.
+        DataError: `neighbours_NK` names a row that it does not have, so it is only a part.
     """
     if neighbours_NK.max(initial=0) >= len(neighbours_NK):
         raise DataError(
@@ -124,48 +127,30 @@ def cross_modal_shares(neighbours_NK: np.ndarray, num_images: int) -> np.ndarray
     return np.mean(is_image_N[neighbours_NK] != is_image_N[:, None], axis=1)
 
 
-def mixing_rate(image_ND: np.ndarray, text_ND: np.ndarray, k: int = 20) -> float:
-    """Share of cross-modal neighbours among the k nearest of every row in the union of both sets.
-
-    0 where the clouds lie apart, `mixing_rate_by_chance` where they are one.
-    """
-    return float(cross_modal_shares(union_neighbours(image_ND, text_ND, k), len(image_ND)).mean())
-
-
 def mixing_rate_by_chance(num_images: int, num_texts: int) -> float:
-    """Mixing rate of two samples of one distribution: 2 N_x N_y / (N (N - 1)), near 1/2 for equal sizes."""
+    """Return the mixing rate of two samples of one distribution: 2 N_x N_y / (N (N - 1)), about 1/2."""
     total = num_images + num_texts
     return 2 * num_images * num_texts / (total * (total - 1))
 
 
 def origin_entropies(neighbours_NK: np.ndarray, num_images: int) -> np.ndarray:
-    """Binary entropy (N_x + N_y,) of the origin of each row's neighbours: 0 (all of one side) to 1 (half)."""
+    """Return the binary entropy (N_x + N_y,) of the origin of each row's neighbours.
+
+    0: all of one modality, 1: half and half. M_k^Z is the mean over the texts, M_k^X that over the images.
+    Arguments and errors are those of `cross_modal_shares`.
+    """
     share_N = cross_modal_shares(neighbours_NK, num_images)
     both = np.stack([share_N, 1 - share_N])
     return -np.sum(both * np.log2(np.where(both > 0, both, 1.0)), axis=0)
 
 
-def origin_entropy(image_ND: np.ndarray, text_ND: np.ndarray, k: int = 20) -> tuple[float, float]:
-    """(M_k^Z, M_k^X): mean entropy of neighbour origin over the aligned texts, and over the images."""
-    entropy_N = origin_entropies(union_neighbours(image_ND, text_ND, k), len(image_ND))
-    return float(entropy_N[len(image_ND) :].mean()), float(entropy_N[: len(image_ND)].mean())
-
-
 def kept_shares(before_NK: np.ndarray, after_NK: np.ndarray) -> np.ndarray:
-    """Share (N,) of each row's neighbours `before` that are among those `after`."""
+    """Return the share (N,) of each row's neighbours `before` that are also among those `after`.
+
+    The mean is the neighbourhood overlap Omega_k ("neighbourhood consistency" is the same figure).
+
+    Raises:
+        DataError: the shapes differ.
+    """
     same_shape(before_NK, after_NK, "neighbours before and after")
     return np.mean((before_NK[:, :, None] == after_NK[:, None, :]).any(axis=2), axis=1)
-
-
-def neighbourhood_overlap(before_ND: np.ndarray, after_ND: np.ndarray, k: int = 10) -> float:
-    """Share of a text's k nearest texts that are still among its k nearest after alignment, mean over texts.
-
-    Omega_k, "neighbourhood consistency", is the same figure: nothing else is said of it.
-    """
-    same_shape(before_ND, after_ND, "embeddings before and after alignment")
-    itself = np.arange(len(before_ND))
-    return float(
-        kept_shares(
-            nearest(before_ND, before_ND, k, exclude=itself), nearest(after_ND, after_ND, k, exclude=itself)
-        ).mean()
-    )

@@ -60,7 +60,7 @@ from revision_ray.report.sample import (
     SampledRows,
     draw_pairs,
     draw_rows,
-    moments_of,
+    second_moments,
 )
 
 PAIRED = tuple(key for key, metric in METRICS.items() if metric.paired)
@@ -86,7 +86,7 @@ def pair_figures(
     energy_D = cumulative_energy(values_D) if values_D[0] else np.ones(dim)
     return {
         "pair_cosine": mean_cell(cosines_N, num, seed),
-        "residual_ratio": _ratio(residual_ND, difference_ND, num, seed),
+        "residual_ratio": _residual_ratio(image_ND, text_ND, num, seed),
         "residual_anisotropy": possible(lambda: residual_anisotropy(values_D), n=n),
         "effective_dimension": possible(lambda: effective_dimension(values_D) / dim, n=n),
         "directions_for_90": cell(int(np.searchsorted(energy_D, 0.9 - 1e-12)) + 1, n=n),
@@ -94,23 +94,25 @@ def pair_figures(
     }, energy_D.tolist()
 
 
-def _ratio(residual_ND: np.ndarray, difference_ND: np.ndarray, num: int, seed: int) -> Cell:
-    """Mean distance after over before; resampled with the mean difference of all pairs."""
-    after_N, before_N = (np.linalg.norm(rows, axis=1) for rows in (residual_ND, difference_ND))
-    if not before_N.mean():
-        return cell(None, n=len(before_N), note="every pair coincides")
-    value = float(after_N.mean() / before_N.mean())
-    if not num or len(before_N) < 2:  # one pair has no spread
-        return cell(value, n=len(before_N))
-    found = bootstrap(
-        (after_N, before_N),
-        lambda after, before, axis=-1: after.mean(axis=axis) / before.mean(axis=axis),
+def _residual_ratio(image_ND: np.ndarray, text_ND: np.ndarray, num: int, seed: int) -> Cell:
+    """Return the residual ratio; each resample keeps the mean difference of all pairs."""
+    n = len(image_ND)
+    try:
+        distances = angles.pair_distances(image_ND, text_ND)
+    except DataError as error:
+        return cell(None, n=n, note=str(error))
+    value = float(angles.residual_ratio(*distances))
+    if not num or n < 2:  # one pair has no spread
+        return cell(value, n=n)
+    resampled = bootstrap(
+        distances,
+        angles.residual_ratio,
         paired=True,
         n_resamples=num,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return cell(value, n=len(before_N), bounds=(float(found.low), float(found.high)))
+    return cell(value, n=n, bounds=(float(resampled.low), float(resampled.high)))
 
 
 def _in_frame(
@@ -220,7 +222,7 @@ def measure(inputs: ReportInputs, settings: MeasureSettings) -> dict[str, Any]:
         AlignmentError: fits and stores do not belong together, or a side does not vary.
         DataError: stores cannot be read, or hold too many rows without a direction.
     """
-    image = moments_of(inputs, inputs.images, "images", settings.max_rows, settings.seed)
+    image = second_moments(inputs, inputs.images, "images", settings.max_rows, settings.seed)
     sample, curves = _sample(inputs, settings, image)
     dim = image.embedding_dim
     q = min(settings.num_directions or max(1, round(dim / 10)), dim)
@@ -229,7 +231,9 @@ def measure(inputs: ReportInputs, settings: MeasureSettings) -> dict[str, Any]:
     strategies = []
     with progress("strategies", len(inputs.fits), "strategies") as shown:
         for fit in inputs.fits:
-            text = moments_of(inputs, inputs.texts, fit.label, settings.max_rows, settings.seed, fit.affine)
+            text = second_moments(
+                inputs, inputs.texts, fit.label, settings.max_rows, settings.seed, fit.affine
+            )
             cells, values_D = cloud_figures(text.covariance, text.count)
             cells |= beside_images(text.covariance, image.covariance, values_D, image_D, text.count, q)
             with one_thread():
@@ -264,7 +268,7 @@ def _sample(
     text_rows, image_rows = draw_rows(inputs.texts, num, seed), draw_rows(inputs.images, num, seed)
     pairs = draw_pairs(inputs.texts, inputs.images, settings.num_heldout, seed)
     image_ND = image_rows.unit_ND
-    image_counts_H = angles.cosine_histogram(angles.pair_cosines(image_ND, settings.num_cosines, seed))
+    image_counts_H = angles.angle_histogram(image_ND, settings.num_cosines, seed)
     nearest_NK = None
     if len(text_rows) > settings.k_overlap:
         nearest_NK = _nearest(text_rows.unit_ND, settings.k_overlap)
@@ -290,9 +294,9 @@ def _sample(
 def _frame(inputs: ReportInputs, settings: MeasureSettings, image: Moments) -> FixedFrame:
     """From the stores that were named, before held-out ones: the frame is fixed before it is looked at."""
     name, most, seed = "frame", settings.max_rows, settings.seed
-    text = moments_of(inputs, inputs.reference_texts, name, most, seed)
+    text = second_moments(inputs, inputs.reference_texts, name, most, seed)
     if inputs.reference_images != inputs.images:
-        image = moments_of(inputs, inputs.reference_images, name, most, seed)
+        image = second_moments(inputs, inputs.reference_images, name, most, seed)
     with one_thread():
         reference_DD = text.covariance + image.covariance
         return frame_of(reference_DD, settings.frame_energy, min(text.count, image.count))
@@ -325,25 +329,24 @@ def _sampled(
         "beta": cell(float(np.linalg.norm(sample.frame.u_DR.T @ gap_D)), n=text.count),
         "gamma": cell(float(np.linalg.norm(sample.frame.v_DS.T @ gap_D)), n=text.count),
     }
-    cosines_P = angles.pair_cosines(after_ND, settings.num_cosines, seed)
-    counts_H = angles.cosine_histogram(cosines_P)
+    counts_H = angles.angle_histogram(after_ND, settings.num_cosines, seed)
     cells["angular_js"] = divergence_cell(
         counts_H,
         sample.image_counts_H,
         num,
         seed,
         n=len(after_ND),
-        num_cosines=len(cosines_P),
+        num_cosines=int(counts_H.sum()),
         bins=len(counts_H),
     )
     cells |= _neighbour_figures(image_ND, after_ND, sample.text_nearest_NK, settings)
-    cells["displacement_cosine"] = mean_cell(np.vecdot(before_ND, _unit(after_ND)), num, seed)
+    cells["displacement_cosine"] = mean_cell(angles.row_cosines(before_ND, after_ND), num, seed)
     cells["cosine_correlation"] = possible(
         lambda: angles.cosine_correlation(before_ND, after_ND, settings.num_cosines, seed), n=len(after_ND)
     )
     drift, curve = drift_figures(affine, before_ND, rows.ids)
     curves["cosines"][label] = counts_H.tolist()
-    curves["across"][label] = _histogram_across(image_ND, _unit(after_ND), settings.num_cosines)
+    curves["across"][label] = _histogram_across(image_ND, after_ND, settings.num_cosines)
     curves["scatter"][label] = sample.projection.points(after_ND, seed)
     if curve:
         curves["drift"][label] = curve
@@ -362,7 +365,7 @@ def _paired(
         image_ND, text_ND, sample.frame, settings.residual_energy, settings.num_bootstrap, settings.seed
     )
     curves["residual_energy"][label] = energy_D
-    curves["pairs"][label] = angles.cosine_histogram(np.vecdot(image_ND, _unit(text_ND))).tolist()
+    curves["pairs"][label] = angles.cosine_histogram(angles.row_cosines(image_ND, text_ND)).tolist()
     return cells
 
 
@@ -371,17 +374,12 @@ def _aligned(affine: Affine, rows: SampledRows) -> np.ndarray:
     return affine.apply(rows.stored_ND, rows.ids)[0].astype(np.float64)
 
 
-def _unit(rows_ND: np.ndarray) -> np.ndarray:
-    return rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)
-
-
 def _histogram_across(image_ND: np.ndarray, text_ND: np.ndarray, num: int) -> list[int]:
-    """Of cosines between texts and images that do not belong together: row i beside row i + 1, i + 2, ..."""
+    """Return the histogram of cosines of texts and other texts' images: row i with rows i + 1, i + 2, ..."""
     n = min(len(image_ND), len(text_ND))
     shifts = range(1, min(n, 1 + math.ceil(num / n)))
-    counts = [
-        angles.cosine_histogram(np.vecdot(image_ND[:n], np.roll(text_ND[:n], s, axis=0))) for s in shifts
-    ]
+    unit_ND = spectra.directions(text_ND[:n])
+    counts = [angles.cosine_histogram(np.vecdot(image_ND[:n], np.roll(unit_ND, s, axis=0))) for s in shifts]
     return np.sum(counts, axis=0).tolist()
 
 
@@ -422,9 +420,8 @@ def _nearest(rows_ND: np.ndarray, k: int) -> np.ndarray:
 
 @ray.remote(num_cpus=1)
 def _nearest_of_block(rows_ND: np.ndarray, start: int, k: int) -> np.ndarray:
-    block = np.arange(start, min(start + _QUERIES_PER_TASK, len(rows_ND)))
     with one_thread():
-        return neighbours.nearest(rows_ND[block], rows_ND, k, exclude=block)
+        return neighbours.nearest_others(rows_ND, k, start, start + _QUERIES_PER_TASK)
 
 
 def _measured_on(inputs: ReportInputs, sample: _Sample, image: Moments) -> dict[str, Any]:

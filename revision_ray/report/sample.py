@@ -16,7 +16,7 @@ import ray
 
 from revision_ray.align.alignment import Alignment, load_alignment, load_moments
 from revision_ray.align.apply import check_store, open_pair
-from revision_ray.align.map_reduce import UniformSample, draw_sample, read_sampled, store_moments
+from revision_ray.align.map_reduce import UniformSample, checked_moments, draw_sample, read_sampled
 from revision_ray.align.maps import SMALLEST_NORM, Affine
 from revision_ray.align.moments import Moments
 from revision_ray.align.strategies import STRATEGIES
@@ -28,11 +28,9 @@ from revision_ray.data.store import (
     REJECTED,
     RowGroup,
     Store,
-    check_rejected,
     read_group,
     read_group_ids,
     shares,
-    write_rejected,
 )
 from revision_ray.geometry.spectra import id_keys
 
@@ -376,7 +374,7 @@ def _labelled(fits: list[ReportedFit]) -> tuple[ReportedFit, ...]:
     return tuple(replace(fit, label=label) for fit, label in zip(fits, labels, strict=True))
 
 
-def moments_of(
+def second_moments(
     inputs: ReportInputs,
     store: Store,
     name: str,
@@ -384,19 +382,21 @@ def moments_of(
     seed: int,
     affine: Affine | None = None,
 ) -> Moments:
-    """Second moments of the store's unit rows, mapped by `affine` where one is given.
+    """Return second moments of the store's unit rows, mapped by `affine` if it is given.
 
     Raises:
-        DataError: too many rows have no direction; they are listed below the report's output.
+        DataError: too many rows have no direction; they are listed in the report's output.
         AlignmentError: all rows are equal.
     """
-    sample = draw_sample(store, max_rows, seed) if max_rows else None
-    moments, rejected = store_moments(store, name, affine=affine, second=True, sample=sample)
-    if rejected:
-        listed = storage.join(inputs.output, REJECTED)
-        write_rejected(listed, rejected)
-        check_rejected(rejected, moments.count + len(rejected), inputs.max_rejected_fraction, listed)
-        log.warning("%s: %d rows without a direction are left out, see %s", name, len(rejected), listed)
+    moments = checked_moments(
+        store,
+        name,
+        affine=affine,
+        second=True,
+        sample=draw_sample(store, max_rows, seed) if max_rows else None,
+        max_rejected_fraction=inputs.max_rejected_fraction,
+        rejected_uri=storage.join(inputs.output, REJECTED),
+    )
     if np.trace(moments.covariance) < 1e-12:
         raise AlignmentError(
             f"all {moments.count} {store.modality} embeddings of {', '.join(store.uris)} are equal, so they "

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from revision_ray.align.map_reduce import UniformSample, draw_sample, moments_here
+import numpy as np
+
+from revision_ray.align.map_reduce import UniformSample, checked_moments, draw_sample, moments_here
 from revision_ray.align.maps import Affine
 from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig, fit_c3
@@ -19,7 +21,6 @@ from revision_ray.studies.inputs import (
     derived_seed,
     fit_rest,
     gathered,
-    moments_of,
     num_rows,
     remote,
     sample_rows,
@@ -55,7 +56,7 @@ def run(
 ) -> dict[str, Any]:
     """Figures of the held-out texts for every length; those of the probe where `rows` has labels."""
     fitted = fit_rest(stores, StrategyConfig(strategy="anchor", seed=seed))
-    image = moments_of(stores.images, "held-out images", second=True, sample=stores.heldout_images)
+    image = checked_moments(stores.images, "held-out images", second=True, sample=stores.heldout_images)
     dim = stores.texts.embedding_dim
     sigmas = [length / math.sqrt(dim) for length in settings.lengths]
     maps = [fit_c3(fitted.text, fitted.image, noise=sigma) for sigma in sigmas]
@@ -101,7 +102,9 @@ def _figures(
     text, _ = moments_here(stores.texts, affine=affine, second=True, sample=stores.heldout_texts)
     ids, rows_ND = sample_rows(stores.texts, few[0])
     _, image_ND = sample_rows(stores.images, few[1])
-    return text, neighbours.mixing_rate(image_ND, affine.apply(rows_ND, ids)[0], k)
+    union_ND = np.concatenate([image_ND, affine.apply(rows_ND, ids)[0]])
+    near_NK = neighbours.nearest_others(union_ND, k)
+    return text, float(neighbours.cross_modal_shares(near_NK, len(image_ND)).mean())
 
 
 def _probed(

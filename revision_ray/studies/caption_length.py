@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from revision_ray.align import moments
-from revision_ray.align.map_reduce import UniformSample, draw_sample, read_sampled
+from revision_ray.align.map_reduce import UniformSample, checked_moments, draw_sample, read_sampled
 from revision_ray.align.moments import Moments, gap_standard_error, modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.core.errors import ConfigError, DataError
@@ -30,7 +30,6 @@ from revision_ray.studies.inputs import (
     RowLabels,
     derived_seed,
     gathered,
-    moments_of,
     remote,
     spectrum,
 )
@@ -97,7 +96,7 @@ def run(
     """
     for name, store in {"texts": texts, **lengths}.items():
         check_texts(store, name)
-    image = moments_of(images, "images")
+    image = checked_moments(images, "images")
     edges = settings.edges or _quantile_edges(_word_counts(texts), settings.bins)
     bins = [_figures(_range(part), part, image) for part in _by_length(texts, None, edges)]
     equal = min((store.num_rows for store in lengths.values()), default=0)

@@ -6,11 +6,12 @@ arXiv 2602.07026 sec. 4.3 takes one step.
 from dataclasses import dataclass
 from typing import Any
 
-from revision_ray.align.map_reduce import draw_sample
+from revision_ray.align.alignment import gap_floor
+from revision_ray.align.map_reduce import checked_moments, draw_sample
 from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.core.errors import ConfigError
-from revision_ray.studies.inputs import StudyStores, fit_rest, moments_of, num_rows, sampling_floor
+from revision_ray.studies.inputs import StudyStores, fit_rest, num_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +30,15 @@ def run(stores: StudyStores, settings: CentroidSteps, seed: int) -> dict[str, An
     """The gap after 0 to `steps` centroid steps: on the rows of the fit, and on held-out rows."""
     fitted = fit_rest(stores, StrategyConfig(strategy="anchor_trace", seed=seed))
     rest = draw_sample(stores.texts, stores.texts.num_rows, seed, stores.heldout_texts)
-    image = moments_of(stores.images, "held-out images", sample=stores.heldout_images)
+    image = checked_moments(stores.images, "held-out images", sample=stores.heldout_images)
     affine = fitted.affine
     on_fit, held_out, floor = [], [], 0.0
     for step in range(settings.steps + 1):
-        aligned = moments_of(stores.texts, f"step {step}", affine=affine, sample=rest)
-        unseen = moments_of(stores.texts, "held-out texts", affine=affine, sample=stores.heldout_texts)
+        aligned = checked_moments(stores.texts, f"step {step}", affine=affine, sample=rest)
+        unseen = checked_moments(stores.texts, "held-out texts", affine=affine, sample=stores.heldout_texts)
         on_fit.append(modality_gap(aligned, fitted.image))
         held_out.append(modality_gap(unseen, image))
-        floor = sampling_floor(unseen, image)
+        floor = gap_floor(unseen.trace, unseen.count, image.trace, image.count)
         affine = affine.with_centroid_step(fitted.image.centroid - aligned.centroid)
     return {
         "num_texts": fitted.text.count,

@@ -14,6 +14,7 @@ import ray
 
 from revision_ray.align import apply, fit
 from revision_ray.align.alignment import Alignment, load_alignment
+from revision_ray.align.map_reduce import checked_moments
 from revision_ray.align.maps import Affine
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.core import storage
@@ -27,7 +28,6 @@ from revision_ray.studies.inputs import (
     derived_seed,
     gathered,
     labelled_rows,
-    moments_of,
     remote,
 )
 
@@ -83,8 +83,8 @@ def strategies(settings: CrossModalProbe, embedding_dim: int, seed: int) -> dict
 
 def fitted_maps(texts: Store, images: Store, configs: Mapping[str, StrategyConfig]) -> dict[str, Affine]:
     """Every strategy fitted to all rows of both stores, which need not be paired."""
-    text = moments_of(texts, "texts", second=True)
-    image = moments_of(images, "images", second=True)
+    text = checked_moments(texts, "texts", second=True)
+    image = checked_moments(images, "images", second=True)
     return {name: fit.fit(texts, images, text, image, config).affine for name, config in configs.items()}
 
 

@@ -6,10 +6,12 @@ arXiv 2602.07026, app. E.3.
 from collections.abc import Mapping
 from typing import Any
 
+from revision_ray.align.alignment import gap_floor
+from revision_ray.align.map_reduce import checked_moments
 from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.core.errors import DataError
-from revision_ray.studies.inputs import StudyStores, fit_rest, moments_of, num_rows, sampling_floor
+from revision_ray.studies.inputs import StudyStores, fit_rest, num_rows
 
 
 def run(domains: Mapping[str, StudyStores], strategy: StrategyConfig) -> dict[str, Any]:
@@ -21,8 +23,12 @@ def run(domains: Mapping[str, StudyStores], strategy: StrategyConfig) -> dict[st
     """
     _check_encoders(domains)
     names = list(domains)
-    images = {e: moments_of(at.images, f"{e}: images", sample=at.heldout_images) for e, at in domains.items()}
-    texts = {e: moments_of(at.texts, f"{e}: texts", sample=at.heldout_texts) for e, at in domains.items()}
+    images = {
+        e: checked_moments(at.images, f"{e}: images", sample=at.heldout_images) for e, at in domains.items()
+    }
+    texts = {
+        e: checked_moments(at.texts, f"{e}: texts", sample=at.heldout_texts) for e, at in domains.items()
+    }
     gaps, floors = [], []
     for fitted_on in names:
         affine = fit_rest(domains[fitted_on], strategy).affine
@@ -30,10 +36,11 @@ def run(domains: Mapping[str, StudyStores], strategy: StrategyConfig) -> dict[st
         for measured_on in names:
             at = domains[measured_on]
             name = f"{fitted_on} on {measured_on}"
-            aligned = moments_of(at.texts, name, affine=affine, sample=at.heldout_texts)
+            aligned = checked_moments(at.texts, name, affine=affine, sample=at.heldout_texts)
             row.append(modality_gap(aligned, images[measured_on]))
             if measured_on == fitted_on:
-                floors.append(sampling_floor(aligned, images[measured_on]))
+                image = images[measured_on]
+                floors.append(gap_floor(aligned.trace, aligned.count, image.trace, image.count))
         gaps.append(row)
     return {
         "strategy": strategy.strategy,

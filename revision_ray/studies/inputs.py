@@ -8,8 +8,6 @@ Shapes: N rows or labelled ids, D embedding dim, A attributes.
 """
 
 import json
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from revision_ray.align import apply
 from revision_ray.align.map_reduce import (
     UniformSample,
+    checked_moments,
     draw_sample,
     moments_here,
     read_sampled,
-    store_moments,
 )
 from revision_ray.align.maps import Affine, chunks
 from revision_ray.align.moments import Moments
@@ -34,7 +31,7 @@ from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_s
 from revision_ray.core import storage
 from revision_ray.core.cluster import connect, one_thread, user_errors
 from revision_ray.core.errors import DataError
-from revision_ray.data.store import RowGroup, Store, check_rejected, read_group, read_group_ids, shares
+from revision_ray.data.store import RowGroup, Store, read_group, read_group_ids, shares
 from revision_ray.geometry.spectra import id_keys
 
 _MOST_CLASSES = 1000
@@ -144,10 +141,6 @@ def _parquet_rows(uri: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{uri}: is no readable Parquet file: {error}") from error
 
 
-log = logging.getLogger(__name__)
-
-# Rows without a direction have no place in a statistic; more than this share of them is a fault of the store.
-_MOST_REJECTED = 0.001
 _FEWEST_HELD_OUT = 8
 # Row groups that a task of a study reads.
 GROUPS_PER_TASK = 16
@@ -175,25 +168,14 @@ def num_rows(sample: UniformSample) -> int:
     return sum(sample.rows.values())
 
 
-def open_pair(texts: str | Sequence[str], images: str | Sequence[str]) -> tuple[Store, Store]:
-    """The text and the image store, of one encoder.
-
-    Raises:
-        DataError: a store is missing or of another modality, or the texts are aligned already.
-        AlignmentError: the two do not belong together.
-    """
-    text, image = apply.open_pair(texts, images)
-    if text.alignment:
-        raise DataError(f"{text.uris[0]}: is aligned already; study the store that it was made from")
-    return text, image
-
-
 def hold_out(texts: Store, images: Store, most: int, seed: int) -> StudyStores:
     """A uniform sample of each side, `most` rows and at most a quarter, is set apart.
 
     Raises:
-        DataError: too few rows to set any apart.
+        DataError: the texts are aligned already, or there are too few rows to hold any out.
     """
+    if texts.alignment:
+        raise DataError(f"{texts.uris[0]}: is aligned already; study the store that it was made from")
     samples = []
     for place, store in enumerate((texts, images)):
         size = min(most, store.num_rows // 4)
@@ -212,27 +194,6 @@ def derived_seed(seed: int, *place: int) -> int:
     return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
 
 
-def moments_of(
-    store: Store,
-    name: str,
-    *,
-    affine: Affine | None = None,
-    second: bool = False,
-    sample: UniformSample | None = None,
-) -> Moments:
-    """Moments of the store's rows by map-reduce.
-
-    Raises:
-        DataError: rows without a direction are more than a few.
-    """
-    moments, rejected = store_moments(store, name, affine=affine, second=second, sample=sample)
-    if rejected:
-        log.warning("%s: %d rows without a direction are left out", ", ".join(store.uris), len(rejected))
-    first = f"first: {rejected[0].id} in {rejected[0].uri}" if rejected else ""
-    check_rejected(rejected, moments.count + len(rejected), _MOST_REJECTED, first)
-    return moments
-
-
 @dataclass(frozen=True, kw_only=True)
 class FittedMap:
     """A map and the statistics that it came from."""
@@ -246,7 +207,7 @@ def fit_rest(stores: StudyStores, config: StrategyConfig) -> FittedMap:
     """The strategy fitted to every row that is not held out, by map-reduce."""
     text_sample = draw_sample(stores.texts, stores.texts.num_rows, config.seed, stores.heldout_texts)
     image_sample = draw_sample(stores.images, stores.images.num_rows, config.seed, stores.heldout_images)
-    return _fitted(stores, config, text_sample, image_sample, moments_of)
+    return _fitted(stores, config, text_sample, image_sample, checked_moments)
 
 
 def fit_here(stores: StudyStores, config: StrategyConfig, size: int, seed: int) -> FittedMap:
@@ -280,12 +241,6 @@ def spectrum(moments: Moments) -> np.ndarray:
     """
     values_D = np.linalg.eigvalsh(moments.covariance)[::-1]
     return np.where(values_D > len(values_D) * np.finfo(np.float64).eps, values_D, 0.0)
-
-
-def sampling_floor(text: Moments, image: Moments) -> float:
-    """Root mean square distance that sampling alone leaves between the centroids of these rows, were the two
-    populations' centroids equal: sqrt(T_x / N_x + T_y / N_y)."""
-    return math.sqrt(text.trace / text.count + image.trace / image.count)
 
 
 def sizes_for(asked: Sequence[int], available: int, what: str) -> list[int]:

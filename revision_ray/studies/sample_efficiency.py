@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from revision_ray.align.map_reduce import moments_here
+from revision_ray.align.alignment import gap_floor, sampling_floor
+from revision_ray.align.map_reduce import checked_moments, moments_here
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig
 from revision_ray.core.errors import ConfigError
 from revision_ray.studies.inputs import (
@@ -17,7 +18,6 @@ from revision_ray.studies.inputs import (
     derived_seed,
     fit_here,
     gathered,
-    moments_of,
     num_rows,
     remote,
     sizes_for,
@@ -56,7 +56,7 @@ def run(
         DataError: fewer rows than the smallest size.
     """
     sizes = sizes_for(settings.sizes, stores.num_rest, "sample_efficiency")
-    image = moments_of(stores.images, "held-out images", sample=stores.heldout_images)
+    image = checked_moments(stores.images, "held-out images", sample=stores.heldout_images)
     fitted = remote(_heldout_gap)
     places = [(size, trial) for size in sizes for trial in range(settings.trials)]
     found = gathered(
@@ -67,8 +67,10 @@ def run(
     )
     gaps = np.array([gap for gap, _ in found]).reshape(len(sizes), settings.trials)
     text = found[-1][1]  # aligned held-out texts, from a fit on the most rows
-    spread = image.trace / image.count + text.trace / text.count
-    expected = [math.sqrt((image.trace + text.trace) / size + spread) for size in sizes]
+    expected = [
+        math.hypot(*(sampling_floor(side.trace, side.count, size) for side in (text, image)))
+        for size in sizes
+    ]
     return {
         "strategy": strategy.strategy,
         "num_heldout_texts": num_rows(stores.heldout_texts),
@@ -78,7 +80,7 @@ def run(
         "mean": gaps.mean(1).tolist(),
         "sd": gaps.std(1, ddof=1).tolist(),
         "expected": expected if STRATEGIES[strategy.strategy].centroid_step else None,
-        "floor": math.sqrt(spread),
+        "floor": gap_floor(text.trace, text.count, image.trace, image.count),
     }
 
 

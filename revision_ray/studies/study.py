@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from revision_ray.align.alignment import load_alignment
+from revision_ray.align.apply import open_pair
 from revision_ray.align.strategies import StrategyConfig, StrategyName
 from revision_ray.core import config, storage
 from revision_ray.core.cluster import connect
@@ -236,10 +237,10 @@ def run(job: StudyJob) -> str:
 
 
 def _open(job: StudyJob) -> _Opened:
-    texts, images = inputs.open_pair(job.texts, job.images)
+    texts, images = open_pair(job.texts, job.images)
     heldout = None
     if job.heldout_images is not None:
-        _, heldout = inputs.open_pair(job.texts, job.heldout_images)
+        _, heldout = open_pair(job.texts, job.heldout_images)
         shared = heldout.shard_hashes & images.shard_hashes
         if shared:
             raise DataError(
@@ -250,9 +251,7 @@ def _open(job: StudyJob) -> _Opened:
         job=job,
         stores=inputs.hold_out(texts, images, job.heldout_rows, job.seed),
         domains={
-            name: inputs.hold_out(
-                *inputs.open_pair(stores["texts"], stores["images"]), job.heldout_rows, job.seed
-            )
+            name: inputs.hold_out(*open_pair(stores["texts"], stores["images"]), job.heldout_rows, job.seed)
             for name, stores in job.domains.items()
         },
         lengths={name: open_stores([uri], "text") for name, uri in job.lengths.items()},
