@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= passive
 # Ray reports usage statistics at each start unless told otherwise.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: demo test test-slow check bench lock clean
+.PHONY: demo test test-slow check docs bench lock clean
 
 demo: $(READY)
 	$(BIN)/python jobs/pipeline.py configs/demo.yaml
@@ -28,6 +28,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Broken links and generated pages that cannot be made fail it. The first page is site/index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet
+
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
@@ -36,7 +40,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version 2>&1) was found; run make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 # What is installed now becomes the pins. To raise them, empty constraints.txt, delete the environment, run this.
@@ -45,5 +49,5 @@ lock: $(READY)
 	@touch $(READY)
 
 clean:
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .hypothesis site
 	find revision_ray jobs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The cost model of docs/scaling.md: its constants measured, checked, and carried to a large cluster.
+"""The cost model of docs/results/scaling.md: its constants measured, checked, and carried to a large cluster.
 
     python -m benchmarks.scaling [folder=runs/bench] [rows=100000,1000000,4000000] [workers=1,2,3,4]
 

@@ -121,7 +121,7 @@ def fit_gaussian_ot(text: Moments, image: Moments, *, shrinkage: float, noise: f
     """mu_x + A (u - mu_y) + sigma n, with A the Bures-Wasserstein map between the shrunk covariances.
 
     A = Sy^-1/2 (Sy^1/2 Sx Sy^1/2)^1/2 Sy^-1/2 is symmetric positive definite; n ~ N(0, I/D). Not in the
-    paper; see the README. With Sx = c Sy, or with shrinkage 1, A is ReAlign's scale times the identity.
+    paper. With Sx = c Sy, or with shrinkage 1, A is ReAlign's scale times the identity.
     """
     trace_scale(text, image)  # refuses a side that does not vary
     text_DD = shrunk(text.covariance, shrinkage)
