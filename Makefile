@@ -28,7 +28,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Broken links and generated pages that cannot be made fail it. The first page is site/index.html.
+# Broken links fail it. Open site/index.html; for the search, too: python -m http.server -d site
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean --quiet
 

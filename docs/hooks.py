@@ -21,6 +21,7 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,6 +31,9 @@ from revision_ray.core import config as job_config  # noqa: E402
 # Folders of the library in the order of the data, which is the order of the Python pages.
 FOLDERS = ("data", "encode", "align", "geometry", "report", "studies", "model", "train", "evaluate", "serve",
            "pipeline", "doctor", "core", "miniature")  # fmt: skip
+
+# Pages of wide tables, which get the room of the table of contents.
+WIDE = ("results/claims.md", "results/faults.md")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -62,8 +66,10 @@ def on_post_page(output: str, **_: Any) -> str:
     return output
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Turn fenced blocks of the language `math` into MathML, which browsers draw without any script."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     return re.sub(r"^```math\n(.*?)^```$", _mathml, markdown, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -130,16 +136,23 @@ def _job_page(name: str, module: ModuleType, schema: type, about: str) -> str:
         if re.match(rf"{name}(_|\.)", config) and not any(config.startswith(other) for other in others)
     ]
     own += ["demo.yaml"] if name == "pipeline" else []
-    parts = [f"# {name}", about, f"```bash\npython jobs/{name}.py configs/{own[0]} key=value ...\n```"]
+    parts = [
+        f"{_NO_CONTENTS}# {name}",
+        about,
+        f"```bash\npython jobs/{name}.py configs/{own[0]} key=value ...\n```",
+    ]
     stages: dict[str, str] = {}
     rows = ["| key | type | default | |", "| --- | --- | --- | --- |"]
-    for key, kind, default, explanation in job_config.keys(schema):
+    for key, kind, default, about_key in job_config.keys(schema):
         nested = re.match(r"stages\.NAME\.(\w+)\.", key)
         if nested:  # the other jobs' own keys, which have pages of their own
             stages[nested[1]] = f"jobs/{nested[1]}.py"
             continue
+        stage = re.fullmatch(r"stages\.NAME\.(\w+)", key)
+        is_job = stage and stage[1] in job_names()
+        explanation = f"The keys of [{stage[1]}]({stage[1]}.md)." if stage and is_job else about_key
         shown = "required" if default == "required" else f"`{default}`"
-        rows.append(f"| `{key}` | {_type(kind)} | {_cell(shown)} | {_cell(explanation)} |")
+        rows.append(f"| `{key}` | {_type(kind)} | {shown} | {_cell(explanation)} |")
     parts.append("\n".join(rows))
     if stages:
         parts.append("Below `stages.NAME.JOB` stand the keys of that job, as its own page lists them.")
@@ -152,10 +165,17 @@ def _job_page(name: str, module: ModuleType, schema: type, about: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# Wide tables get the room of the table of contents.
+_NO_CONTENTS = "---\nhide: [toc]\n---\n\n"
+
+
 def _type(kind: str) -> str:
     """Return a type as a table shows it: the values of a Literal, a class without its module."""
-    kind = re.sub(r"revision_ray(\.\w+)*\.(\w+)", r"\2", kind)
-    return _cell(f"`{kind}`")
+    kind = re.sub(r"revision_ray(\.\w+)*\.(\w+)", r"\2", kind).replace(
+        "Optional[Literal[0, 1]]", "Literal[0, 1] | None"
+    )
+    values = re.fullmatch(r"Literal\[(.*)\]", kind)
+    return ", ".join(f"`{value}`" for value in ast.literal_eval(f"[{values[1]}]")) if values else f"`{kind}`"
 
 
 def _cell(text: str) -> str:
@@ -271,14 +291,7 @@ def rest_page() -> dict[str, str]:
             content = route.get("requestBody", {}).get("content", {})
             if content:
                 parts.append(f"Body: {_schema(content['application/json']['schema'])}")
-            rows = ["| status | answer |", "| --- | --- |"]
-            for status, answer in route["responses"].items():
-                kinds = [
-                    f"{_schema(c.get('schema', {}))} ({kind})"
-                    for kind, c in answer.get("content", {}).items()
-                ]
-                rows.append(f"| {status} | {_cell(', '.join(kinds) or answer.get('description', ''))} |")
-            parts.append("\n".join(rows))
+            parts.append("\n".join(["| status | answer |", "| --- | --- |", *_answers(route["responses"])]))
     parts.append("## Bodies")
     for name, schema in sorted(document["components"]["schemas"].items()):
         if "properties" not in schema:
@@ -292,6 +305,17 @@ def rest_page() -> dict[str, str]:
             rows.append(f"| `{field}` | {_cell(_schema(about))} | {_cell(text.strip())} |")
         parts.append("\n".join(rows))
     return {"reference/rest.md": "\n\n".join(part for part in parts if part) + "\n"}
+
+
+def _answers(responses: dict[str, Any]) -> Iterator[str]:
+    """Yield a row for each kind of answer, with all its statuses."""
+    statuses: dict[str, list[str]] = {}
+    for status, answer in responses.items():
+        content = answer.get("content", {}).items()
+        kinds = ", ".join(f"{_schema(body.get('schema', {}))} ({kind})" for kind, body in content)
+        statuses.setdefault(kinds or answer.get("description", ""), []).append(status)
+    for kinds, listed in statuses.items():
+        yield f"| {', '.join(listed)} | {_cell(kinds)} |"
 
 
 def _schema(schema: dict[str, Any]) -> str:
