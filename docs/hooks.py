@@ -7,15 +7,17 @@ import ast
 import asyncio
 import html
 import importlib
-import importlib.util
 import inspect
 import json
 import re
+import runpy
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -90,78 +92,61 @@ def job_names() -> list[str]:
     return sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 
 
-def load_job(name: str) -> tuple[ModuleType, type]:
-    """Return a job's module and the schema that it hands to `run_job`."""
-    path = ROOT / "jobs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"job_{name}", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    call = next(
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("run_job")
-    )
-    return module, getattr(module, ast.unparse(call.args[0]))
+def job_schema(name: str) -> type:
+    """Return the dataclass that a job hands to `run_job`."""
+    with mock.patch.object(job_config, "run_job") as run_job:
+        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+    return run_job.call_args.args[0]
 
 
 def job_pages() -> dict[str, str]:
     """Return one page for each job, with all its keys, and a page that lists the jobs."""
     pages = {}
-    index = [
-        "# Jobs",
-        "`python jobs/NAME.py configs/NAME.yaml key=value ...` runs a job. `--help` prints the keys of these "
-        "pages. [Configuration](../configuration.md) says how values are written.",
-        "| job | what it does |\n| --- | --- |",
-    ]
-    rows = []
+    rows = ["| job | what it does | what it must be given |", "| --- | --- | --- |"]
     for name in job_names():
-        module, schema = load_job(name)
+        schema = job_schema(name)
         about = " ".join(inspect.cleandoc(schema.__doc__ or "").split())
-        pages[f"reference/jobs/{name}.md"] = _job_page(name, module, schema, about)
-        rows.append(f"| [`{name}`]({name}.md) | {_cell(about)} |")
-    index[-1] += "\n" + "\n".join(rows)
-    pages["reference/jobs/index.md"] = "\n\n".join(index) + "\n"
+        keys = job_config.keys(schema)
+        pages[f"reference/jobs/{name}.md"] = _job_page(name, about, keys)
+        needed = ", ".join(
+            f"`{key}`" for key, _, default, _ in keys if default == "required" and "." not in key
+        )
+        rows.append(f"| [`{name}`]({name}.md) | {_cell(about)} | {needed} |")
+    pages["reference/jobs/index.md"] = (
+        "# Jobs\n\n`python jobs/NAME.py configs/NAME.yaml key=value ...` runs a job. `--help` prints the "
+        "keys of these pages. [Configuration](../configuration.md) says how values are written.\n\n"
+        + "\n".join(rows)
+        + "\n"
+    )
     return pages
 
 
-def _job_page(name: str, module: ModuleType, schema: type, about: str) -> str:
-    configs = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-    others = [other for other in job_names() if other.startswith(name) and other != name]
-    own = [
-        config
-        for config in configs
-        if re.match(rf"{name}(_|\.)", config) and not any(config.startswith(other) for other in others)
-    ]
-    own += ["demo.yaml"] if name == "pipeline" else []
+def _job_page(name: str, about: str, keys: Sequence[tuple[str, str, str, str]]) -> str:
+    longer = [other for other in job_names() if other.startswith(name) and other != name]
+    configs = [
+        path.name
+        for path in sorted((ROOT / "configs").glob("*.yaml"))
+        if re.match(rf"{name}(_|\.)", path.name) and not path.name.startswith(tuple(longer))
+    ] + ["demo.yaml"] * (name == "pipeline")
     parts = [
         f"{_NO_CONTENTS}# {name}",
         about,
-        f"```bash\npython jobs/{name}.py configs/{own[0]} key=value ...\n```",
+        f"```bash\npython jobs/{name}.py configs/{configs[0]} key=value ...\n```",
     ]
-    stages: dict[str, str] = {}
     rows = ["| key | type | default | |", "| --- | --- | --- | --- |"]
-    for key, kind, default, about_key in job_config.keys(schema):
-        nested = re.match(r"stages\.NAME\.(\w+)\.", key)
-        if nested:  # the other jobs' own keys, which have pages of their own
-            stages[nested[1]] = f"jobs/{nested[1]}.py"
+    for key, kind, default, explanation in keys:
+        if re.match(r"stages\.NAME\.\w+\.", key):  # the other jobs' own keys, which have pages of their own
             continue
         stage = re.fullmatch(r"stages\.NAME\.(\w+)", key)
-        is_job = stage and stage[1] in job_names()
-        explanation = f"The keys of [{stage[1]}]({stage[1]}.md)." if stage and is_job else about_key
-        shown = "required" if default == "required" else f"`{default}`"
-        rows.append(f"| `{key}` | {_type(kind)} | {shown} | {_cell(explanation)} |")
-    parts.append("\n".join(rows))
-    if stages:
-        parts.append("Below `stages.NAME.JOB` stand the keys of that job, as its own page lists them.")
-    parts.append("## Example files")
-    for config in own:
-        parts.append(
-            f'??? note "configs/{config}"\n\n'
-            + _indented(f"```yaml\n{(ROOT / 'configs' / config).read_text()}```")
+        linked = (
+            f"The keys of [{stage[1]}]({stage[1]}.md)." if stage and stage[1] in job_names() else explanation
         )
+        shown = "required" if default == "required" else f"`{default}`"
+        rows.append(f"| `{key}` | {_type(kind)} | {shown} | {_cell(linked)} |")
+    parts += ["\n".join(rows), "## Example files"]
+    for config in configs:
+        block = f"```yaml\n{(ROOT / 'configs' / config).read_text()}```"
+        parts.append(f'??? note "configs/{config}"\n\n{textwrap.indent(block, "    ")}')
     return "\n\n".join(parts) + "\n"
 
 
@@ -180,10 +165,6 @@ def _type(kind: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" if line else "" for line in text.splitlines())
 
 
 # --- Python API ---------------------------------------------------------------------------------------------
