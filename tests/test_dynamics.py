@@ -16,7 +16,7 @@ from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.geometry.dynamics import GapDynamics, Gradients, Residuals, averaged
 from revision_ray.geometry.fixed_frame import leak_ref, reference_frame
 from revision_ray.miniature import encoder
-from revision_ray.report import figures
+from revision_ray.report import dynamics_figure
 from revision_ray.train.contrastive import EncoderTraining, learning_rate, train_encoder
 from revision_ray.train.monitor import MonitorConfig
 
@@ -205,28 +205,28 @@ def test_the_figure_is_drawn_from_the_file_alone_and_marks_the_freeze(tmp_path):
     records = [{**record, "train_loss": 1.0} for record in watched(dynamics_of())]
     uri = tmp_path / "dynamics.jsonl"
     uri.write_text("".join(json.dumps(record) + "\n" for record in records))
-    png, _ = figures.draw_file(str(uri), str(tmp_path / "figure"))
+    png, _ = dynamics_figure.draw_file(str(uri), str(tmp_path / "figure"))
     assert Image.open(png).size[0] > 1000
     drawn = (tmp_path / "figure.svg").read_text()
     for words in ("frozen at step 20", "step of the optimizer", "leak_ref", "Euclidean norm", "degrees"):
         assert words in drawn, words
     corner = Image.open(png).convert("RGB").getpixel((1, 1))
     assert corner == (255, 255, 255)
-    again = figures.draw(figures.read_records(str(uri)))
+    again = dynamics_figure.draw(dynamics_figure.read_records(str(uri)))
     assert again["svg"] == (tmp_path / "figure.svg").read_bytes()
     assert again["png"] == (tmp_path / "figure.png").read_bytes()
 
 
 def test_a_run_that_was_cut_off_at_once_has_a_figure_too(tmp_path):
     [record] = watched(dynamics_of(), [0])
-    assert figures.draw([record])["png"].startswith(b"\x89PNG")
+    assert dynamics_figure.draw([record])["png"].startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 1}\n', "not json\n"])
 def test_a_file_without_records_is_refused(tmp_path, content):
     (tmp_path / "dynamics.jsonl").write_text(content)
     with pytest.raises(DataError, match=r"dynamics\.jsonl"):
-        figures.read_records(str(tmp_path / "dynamics.jsonl"))
+        dynamics_figure.read_records(str(tmp_path / "dynamics.jsonl"))
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from revision_ray.core.errors import AlignmentError, ConfigError, DataError
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.data.store import open_stores
 from revision_ray.report import claims, figures, plots, report
-from revision_ray.report.claims import METRICS
 from revision_ray.report.measure import PAIRED
+from revision_ray.report.metrics import METRICS, quoted, shown
 from revision_ray.report.report import ReportJob
 from revision_ray.report.sample import ReportSources, draw_pairs, draw_rows
-from revision_ray.report.verdict import quoted, shown, verdict
+from revision_ray.report.verdict import verdict
 
 DIM = 16
 # Small but complete: neighbours, intervals and spectra of a few hundred rows.
@@ -175,7 +175,7 @@ def test_texts_as_they_are_keep_all_their_neighbours(paired_report):
 
 
 def test_more_rows_narrow_the_interval_of_a_gap():
-    from revision_ray.geometry.cells import gap_bounds
+    from revision_ray.report.cells import gap_bounds
 
     rows_ND = unit(cloud(400, 6, "text"))
     gap_D = np.full(6, 0.3)
@@ -333,8 +333,27 @@ def test_a_claim_without_its_figures_is_not_judged(paired_report):
 
 def test_every_claim_names_figures_that_exist():
     for claim in claims.CLAIMS:
-        assert {place[1] for place in claim.needs.values()} <= set(METRICS)
-        assert isinstance(claim.holds(dict.fromkeys(claim.needs, 1.0)), bool)
+        assert {place.split(".")[1] for place in claim.needs.values()} <= {*METRICS, claims.PROBE_LOSS}
+        named = {name for condition in claim.holds for name in (condition.figure, condition.other) if name}
+        assert named
+        assert named <= set(claim.needs)
+
+
+@pytest.mark.parametrize(
+    ("place", "holding", "failing"),
+    [(0, {"gap": 0.31, "floor": 0.1}, {"gap": 0.3, "floor": 0.11}),
+     (1, {"A_r": 3, "d_eff/d": 0.5}, {"A_r": 9, "d_eff/d": 0.51}),
+     (5, {"R²": 0.3, "by chance": 0.21}, {"R²": 0.3, "by chance": 0.19}),
+     (12, {"anchor": 3, "anchor_trace": 2, "realign": 1}, {"anchor": 3, "anchor_trace": 1, "realign": 2}),
+     (14, {"none": 1.3, "realign": 1.21}, {"none": 1.3, "realign": 1.19}),
+     (15, {"none": 1.3, "c3": 1.2}, {"none": 1.3, "c3": 1.3}),
+     (19, {"blockwise": 0.4, "realign": 0.8}, {"blockwise": 0.41, "realign": 0.8}),
+     (20, {"none": 3, "c3": 2, "realign": 1}, {"none": 1, "c3": 2, "realign": 3})],
+)  # fmt: skip
+def test_a_claim_holds_where_all_its_conditions_are_met(place, holding, failing):
+    claim = claims.CLAIMS[place]
+    assert set(holding) == set(failing) == set(claim.needs)
+    assert (claims.holds(claim, holding), claims.holds(claim, failing)) == (True, False)
 
 
 # --- bad input --------------------------------------------------------------------------------------------
@@ -523,10 +542,12 @@ def test_the_page_is_well_formed(page):
 
 def test_colours_of_the_page_are_the_themes(page):
     _, text = page
-    assert not re.search(r"#fe01[0-9a-f]{2}", text), "a placeholder was left"
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert not re.search(r"#[0-9a-f]{6}", "".join(svgs)), "a colour that is not the theme's"
     for style in plots.EVERY:
-        assert text.count(f"--c-{style.name}: {style.light};") >= 1
-        assert text.count(f"--c-{style.name}: {style.dark};") >= 1
+        assert f"--c-{style.name}: light-dark({style.light}, {style.dark});" in text
+    dark = {style.light: style.dark for style in plots.EVERY}
+    assert all(dark[style.light] == style.dark for style in plots.EVERY), "one colour, two dark ones"
 
 
 def test_pictures_stand_beside_the_page(paired_report):

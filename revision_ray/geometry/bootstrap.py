@@ -1,10 +1,9 @@
-"""Confidence intervals by the bootstrap: how a figure moves when the sample's rows are drawn anew.
+"""Bootstrap confidence intervals of means over rows.
 
 Shapes: N rows, D embedding dim, B resamples.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +11,16 @@ import numpy as np
 from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.geometry.spectra import finite_rows
 
-# Not scipy.stats.bootstrap: each resample has a seed of its own, so that tasks can share them out, rows are
-# vectors, and means are one matrix product, without a gathered copy of the rows for every resample.
-# Of the counts that say how often each resample holds each row.
+# Not scipy.stats.bootstrap: rows are vectors, and all means are one matrix product, without a copy of the
+# rows for each resample. Bytes of the counts that say how often each resample holds each row:
 _COUNTS_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure of the sample, and the ends between which the population's lies with probability `level`.
+    """A figure of a sample, and the ends between which the population's figure lies with probability `level`.
 
-    `bias` is the mean of the resamples minus the value, `standard_error` their standard deviation.
+    `bias` is the mean of the `num` resamples minus the value, `standard_error` their standard deviation.
     """
 
     value: float
@@ -34,60 +32,6 @@ class Interval:
     standard_error: float
 
 
-def interval(
-    statistic: Callable[..., float],
-    *arrays: np.ndarray,
-    num: int = 200,
-    seed: int = 0,
-    level: float = 0.95,
-    paired: bool = False,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> Interval:
-    """Bootstrap interval of `statistic(*arrays)` over the rows of the arrays.
-
-    `paired` draws the same rows of all arrays; otherwise each is drawn for itself. For means of rows
-    `mean_interval` and `resampled_means` are much faster.
-
-    Ends are reflected percentiles (2 value - upper quantile, 2 value - lower quantile), cut off at `bounds`,
-    the values that the figure can take: a resample repeats rows, which lowers ranks and raises distances
-    between means, and the reflection takes that bias out where plain percentiles may miss the value.
-    Figures of nearest neighbours are not for this (a repeated row is its own neighbour at distance 0): give
-    `mean_interval` the figure of each row.
-
-    Raises:
-        ConfigError: fewer than two resamples, or a level that is not between 0 and 1.
-        DataError: an array is empty, paired ones differ in length, or a figure is NaN or infinite.
-    """
-    whole = float(statistic(*arrays))
-    replicates_B = np.array(
-        [statistic(*resample) for resample in resamples(*arrays, num=num, seed=seed, paired=paired)], float
-    )
-    return from_replicates(whole, replicates_B, level=level, bounds=bounds)
-
-
-def resamples(
-    *arrays: np.ndarray, num: int, seed: int = 0, paired: bool = False, first: int = 0
-) -> Iterator[list[np.ndarray]]:
-    """The arrays with their rows drawn anew, with replacement, `num` times.
-
-    Resample number b (from `first` on) depends on the seed and b alone, so tasks can share them out.
-
-    Raises:
-        DataError: an array is empty, or paired ones differ in length.
-    """
-    lengths = [len(array) for array in arrays]
-    if not lengths or not min(lengths):
-        raise DataError("the bootstrap draws from rows, and there are none")
-    if paired and len(set(lengths)) > 1:
-        raise DataError(f"paired arrays have {lengths} rows; row i of each must belong together")
-    for number in range(first, first + num):
-        generator = np.random.default_rng([seed, number])
-        drawn = [generator.integers(length, size=length) for length in lengths[: 1 if paired else None]]
-        yield [
-            array[rows] for array, rows in zip(arrays, drawn * len(arrays) if paired else drawn, strict=True)
-        ]
-
-
 def from_replicates(
     value: float,
     replicates_B: np.ndarray,
@@ -95,7 +39,11 @@ def from_replicates(
     level: float = 0.95,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval:
-    """The interval of a figure from its values on resamples; for several figures of the same resamples.
+    """Return the interval of a figure from its values on resamples.
+
+    The ends are reflected percentiles (2 value - upper quantile, 2 value - lower quantile), cut off at
+    `bounds`, the values that the figure can take: a resample repeats rows, which raises distances between
+    means, and the reflection takes that bias out where plain percentiles may miss the value.
 
     Raises:
         ConfigError: fewer than two replicates, or a level that is not between 0 and 1.
@@ -111,8 +59,8 @@ def from_replicates(
     wrong = int(np.sum(~np.isfinite(replicates_B)))
     if wrong or not math.isfinite(value):
         raise DataError(
-            f"the figure is {value:.4g}, and not finite on {wrong} of {len(replicates_B)} resamples, so it "
-            "has no interval"
+            f"the figure is {value:.4g}, and not finite on {wrong} of {len(replicates_B)} resamples: there "
+            "is no interval"
         )
     lower, upper = np.quantile(replicates_B, [(1 - level) / 2, (1 + level) / 2])
     low, high = np.clip([2 * value - upper, 2 * value - lower], *bounds)
@@ -128,10 +76,11 @@ def from_replicates(
 
 
 def resampled_means(rows_ND: np.ndarray, num: int = 200, seed: int = 0) -> np.ndarray:
-    """Means (B, D) of `num` resamples of the rows, as one matrix product.
+    """Return the means (B, D) of `num` resamples of the rows.
 
-    Two samples drawn apart need two seeds: the distance between their centroids is
-    `np.linalg.norm(resampled_means(x, seed=0) - resampled_means(y, seed=1), axis=1)` on each resample.
+    Resample number b draws its rows with the seed [seed, b]. Two unpaired samples need two seeds: the
+    distances between their resampled centroids are
+    `np.linalg.norm(resampled_means(x, seed=0) - resampled_means(y, seed=1), axis=1)`.
 
     Raises:
         DataError: no rows, or rows that are not finite.
@@ -158,9 +107,10 @@ def mean_interval(
     level: float = 0.95,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval:
-    """Bootstrap interval of the mean of one figure a row, such as each query's share of kept neighbours.
+    """Return the interval of the mean of one value a row, such as each query's share of kept neighbours.
 
-    Rows are drawn anew, what they were compared with stays.
+    Rows are resampled; what they were compared with is not. So this also serves figures of nearest
+    neighbours, which resampled rows would distort (a repeated row is its own neighbour).
 
     Raises:
         ConfigError: as `from_replicates`.

@@ -1,8 +1,8 @@
-"""How the modality gap moves while a dual encoder trains, seen in a frame that is frozen on the way.
+"""Records of the modality gap while a dual encoder trains, in a frame that is frozen at a step.
 
-arXiv 2602.07026 sec. 3, app. A-C. The basis is estimated anew at every probe until a step, then kept: from
-there on, what moves is the gap and not the frame. No torch, no Ray: embeddings and moments of gradients come
-in, a record of plain numbers comes out.
+arXiv 2602.07026 sec. 3, app. A-C. Every probe estimates the frame anew until that step, then it is kept, so
+that later changes are those of the gap and not of the frame. Embeddings and moments of gradients come in,
+records of plain numbers go out; train/monitor.py calls this.
 
 Shapes: N probe pairs, D embedding dim, R rank of U, S = D - R of V.
 """
@@ -60,18 +60,18 @@ class Residuals:
 
 @dataclass(kw_only=True)
 class GapDynamics:
-    """The frame and what later probes are compared with; one `observe` a probe, in the order of steps."""
+    """The frame and the former probes that a probe is compared with. Call `observe` in step order."""
 
     freeze_step: int
-    """The first probe at or behind this step estimates the frame for the last time: t0."""
+    """The first probe at or after this step estimates the frame for the last time: t0."""
     energy: float
     """Share of the trace of Cov(e_x) + Cov(e_y) that U holds."""
     kappa_energy: float
-    """kappa_eff is taken over the leading eigenvalues that hold this share of their sum."""
+    """kappa_eff uses the leading eigenvalues that hold this share of their sum."""
     top_components: int
-    """Leading eigenvalues that enter rho_eig and are recorded."""
+    """Number of leading eigenvalues that rho_eig uses and that are recorded."""
     late_window: int
-    """Last probes, behind the freeze, over which per-step covariances are averaged."""
+    """Number of last probes, after the freeze, over which per-step covariances are averaged."""
 
     frame: FixedFrame | None = None
     frozen_at: int | None = None
@@ -82,10 +82,10 @@ class GapDynamics:
     def observe(
         self, step: int, image_ND: np.ndarray, text_ND: np.ndarray, gradients: Gradients | None
     ) -> dict[str, Any]:
-        """The record of a probe behind `step` steps of the optimizer: numbers, lists of numbers and None.
+        """Return the record of a probe after `step` optimizer steps: numbers, lists of numbers and None.
 
-        Row i of both arrays is a pair of unit embeddings. None stands where there is nothing to say: no
-        gradients before the first step, no drift before the freeze, a correlation of two numbers.
+        Row i of both arrays is a pair of unit embeddings. None: the figure does not exist, such as gradients
+        before the first step, drift before the freeze, or a correlation of two numbers.
 
         Raises:
             DataError: embeddings that are not finite, not of unit length, or do not vary.
@@ -117,7 +117,7 @@ class GapDynamics:
     def _frame_at(
         self, step: int, image_ND: np.ndarray, text_ND: np.ndarray
     ) -> tuple[FixedFrame, FixedFrame]:
-        """The frame to measure in, and the one estimated from these rows alone."""
+        """Return the frame to measure in, and the frame of these rows alone."""
         now = reference_frame(image_ND, text_ND, self.energy)
         if self.frozen_at is None:
             self.frame = now
@@ -138,8 +138,10 @@ class GapDynamics:
         }
 
     def _motion(self, parts: Decomposition, frame: FixedFrame, now: FixedFrame) -> dict[str, Any]:
-        """How far frame and biases have moved. sin(theta) compares U with the leading directions now, as many
-        as U has: 0 until the freeze, when both are the same."""
+        """Return how far frame and biases have moved.
+
+        sin(theta) compares U with as many leading directions of these rows: 0 until the freeze.
+        """
         leading_DR = np.concatenate([now.u_DR, now.v_DS], axis=1)[:, : frame.rank]
         if self.frozen_at is not None and self._reference_D is None:
             self._reference_D = parts.beta_D, parts.gamma_D
@@ -156,7 +158,7 @@ class GapDynamics:
         return spectral_figures(residuals, frame, self.kappa_energy, self.top_components)
 
     def _late_figures(self, step: int, residuals: Residuals, frame: FixedFrame) -> dict[str, Any] | None:
-        """The same figures of covariances averaged over the last probes in the frozen frame; None before."""
+        """Return spectral figures of covariances averaged over the last probes; None before the freeze."""
         if self.frozen_at is None:
             return None
         self._late.append(residuals)
@@ -166,8 +168,10 @@ class GapDynamics:
 
 
 def averaged(window: Sequence[Residuals] | deque[Residuals]) -> Residuals:
-    """The mean of each figure over probes: of covariances that were each centred on their own mean. Pooling
-    the rows of all probes instead would mix the drift of the mean into the covariance (app. B)."""
+    """Return the mean over probes of their covariances, each centred on its own mean.
+
+    Pooling the rows of all probes instead would mix the drift of the mean into the covariance (app. B).
+    """
     gradients = [each.gradient_RR for each in window if each.gradient_RR is not None]
     return Residuals(
         gamma_S=np.mean([each.gamma_S for each in window], axis=0),
@@ -180,7 +184,7 @@ def averaged(window: Sequence[Residuals] | deque[Residuals]) -> Residuals:
 def spectral_figures(
     residuals: Residuals, frame: FixedFrame, kappa_energy: float, top_components: int
 ) -> dict[str, Any]:
-    """Traces, effective condition numbers, rho_eig, the angle of gamma, and the leading eigenvalues."""
+    """Return traces, effective condition numbers, rho_eig, angle of gamma and leading eigenvalues."""
     delta, zeta = eigenvalues_of(residuals.delta_RR), eigenvalues_of(residuals.zeta_SS)
     kappa_u, rank_u = effective_condition_number(delta, kappa_energy)
     kappa_v, rank_v = effective_condition_number(zeta, kappa_energy)
@@ -216,8 +220,8 @@ def _residuals(parts: Decomposition, frame: FixedFrame, gradients: Gradients | N
 
 
 def _biases(image_ND: np.ndarray, text_ND: np.ndarray, parts: Decomposition) -> dict[str, Any]:
-    """Norms of the mean gap and its parts, the trace of each side, the mean squared gap, and by how much the
-    identities of the decomposition are missed at most."""
+    """Return norms of the mean gap and its parts, traces, the mean squared gap, and the largest error of the
+    decomposition's identities."""
     return {
         "gap_norm": float(np.linalg.norm(parts.mean_D)),
         "beta_norm": float(np.linalg.norm(parts.beta_D)),
@@ -235,7 +239,7 @@ def _trace(rows_ND: np.ndarray) -> float:
 
 
 def _leaks(gradients: Gradients | None, frame: FixedFrame) -> dict[str, Any]:
-    """leak_ref of both sides together and of each, beside what gradients without a direction would give."""
+    """Return leak_ref of both sides together and of each, and what isotropic gradients would give."""
     dim, outside = frame.v_DS.shape
     sides: dict[str, np.ndarray | None] = {"leak_ref": None, "leak_ref_image": None, "leak_ref_text": None}
     if gradients is not None:
@@ -253,14 +257,14 @@ def _leaks(gradients: Gradients | None, frame: FixedFrame) -> dict[str, Any]:
 
 
 def _coupling(parts: Decomposition, frame: FixedFrame) -> dict[str, Any]:
-    found = coupling(parts.delta_ND, parts.zeta_ND, frame)
+    ridge = coupling(parts.delta_ND, parts.zeta_ND, frame)
     return {
-        "coupling_norm": found.spectral_norm,
-        "coupling_explained_variance": found.explained_variance,
-        "coupling_chance_explained_variance": found.chance_explained_variance,
+        "coupling_norm": ridge.spectral_norm,
+        "coupling_explained_variance": ridge.explained_variance,
+        "coupling_chance_explained_variance": ridge.chance_explained_variance,
     }
 
 
 def _plain(value: float | None) -> float | None:
-    """As JSON can say it: no NaN, no infinity."""
+    """Return the number, or None for NaN and infinity, which JSON does not have."""
     return None if value is None or not math.isfinite(value) else float(value)

@@ -1,4 +1,4 @@
-"""Decompose the gap in a fixed frame, and measure Phantom Drift.
+"""The gap decomposed in a fixed frame, and Phantom Drift.
 
 Fixed frame: Delta = beta + gamma + delta + zeta (arXiv 2602.07026 sec. 3, app. A-C). U is the principal
 subspace of a reference covariance, V its orthogonal complement, P_U and P_V their projectors, frozen from
@@ -35,7 +35,7 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class FixedFrame:
-    """Orthonormal bases of U and V. `num_rows` tells how many rows of the smaller side they came from."""
+    """Orthonormal bases of U and V, estimated from `num_rows` rows of the smaller side."""
 
     u_DR: np.ndarray
     v_DS: np.ndarray
@@ -65,20 +65,20 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class Coupling:
-    """How far the residual in U predicts that in V, linearly."""
+    """Ridge regression of the residual in V on that in U."""
 
     spectral_norm: float
     explained_variance: float
     """R^2(zeta <- delta), in sample."""
     chance_explained_variance: float
-    """R / (N - 1): what R predictors without any relation explain of N samples on average, without ridge."""
+    """R / (N - 1): the mean for R unrelated predictors of N samples, without ridge."""
 
 
 def reference_frame(image_ND: np.ndarray, text_ND: np.ndarray, energy: float) -> FixedFrame:
-    """The frame of Cov(e_x) + Cov(e_y): U is spanned by the fewest eigenvectors that hold the share `energy`.
+    """Return the frame of Cov(e_x) + Cov(e_y): the fewest eigenvectors that hold the share `energy` span U.
 
-    The sides need not be paired. With fewer rows than dimensions V holds directions that were never seen
-    to vary; `num_rows` tells.
+    The sides need not be paired. With fewer rows than dimensions V contains directions in which these rows
+    do not vary; compare `num_rows`.
 
     Raises:
         ConfigError: as `frame_of`.
@@ -90,7 +90,7 @@ def reference_frame(image_ND: np.ndarray, text_ND: np.ndarray, energy: float) ->
 
 
 def frame_of(reference_DD: np.ndarray, energy: float, num_rows: int) -> FixedFrame:
-    """The frame of a reference covariance that was computed elsewhere, as from the moments of whole stores.
+    """Return the frame of a reference covariance, such as that of the moments of whole stores.
 
     Raises:
         ConfigError: `energy` is not between 0 and 1, or so large that nothing is left for V.
@@ -109,9 +109,9 @@ def frame_of(reference_DD: np.ndarray, energy: float, num_rows: int) -> FixedFra
 
 
 def decompose(image_ND: np.ndarray, text_ND: np.ndarray, frame: FixedFrame) -> Decomposition:
-    """The gap of each pair (row i of both sides) and its parts in the frame.
+    """Return the gap of each pair (row i of both sides) and its parts in the frame.
 
-    Rows may be off the sphere, as a mean shift leaves them: the identities hold for any.
+    Rows need not be of unit length; the identities hold for any.
 
     Raises:
         DataError: the sides differ in shape, lie in another dimension than the frame, or are not finite.
@@ -132,7 +132,7 @@ def decompose(image_ND: np.ndarray, text_ND: np.ndarray, frame: FixedFrame) -> D
 
 
 def identities(parts: Decomposition) -> dict[str, float]:
-    """By how much each identity of the decomposition fails; every figure is rounding, at most 1e-10."""
+    """Return the error of each identity of the decomposition; all are rounding errors, at most 1e-10."""
     whole_ND = parts.beta_D + parts.gamma_D + parts.delta_ND + parts.zeta_ND
     energy = np.mean(np.sum(parts.gap_ND**2, axis=1))
     split = parts.mean_D @ parts.mean_D + parts.delta_ND.var(axis=0).sum() + parts.zeta_ND.var(axis=0).sum()
@@ -147,12 +147,16 @@ def identities(parts: Decomposition) -> dict[str, float]:
 
 
 def block_covariances(parts: Decomposition, frame: FixedFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Cov(delta) (R, R) in the basis of U and Cov(zeta) (S, S) in that of V, for spectra and kappa_eff."""
+    """Return Cov(delta) (R, R) in the basis of U and Cov(zeta) (S, S) in that of V."""
     return covariance(parts.delta_ND @ frame.u_DR), covariance(parts.zeta_ND @ frame.v_DS)
 
 
 def principal_angles(a_DR: np.ndarray, b_DS: np.ndarray) -> np.ndarray:
-    """Angles in radians, ascending, between the spans of two bases: as many as the smaller has vectors."""
+    """Return the principal angles between two subspaces, ascending, in radians.
+
+    Raises:
+        DataError: the dimensions differ, or a basis is empty.
+    """
     same_dim(a_DR.T, b_DS.T, "the two subspaces")
     if not a_DR.shape[1] or not b_DS.shape[1]:
         raise DataError("a subspace without vectors has no angles")
@@ -160,7 +164,7 @@ def principal_angles(a_DR: np.ndarray, b_DS: np.ndarray) -> np.ndarray:
 
 
 def sin_theta(a_DR: np.ndarray, b_DS: np.ndarray) -> float:
-    """Sine of the largest principal angle: the geometric baseline of `leak_ref` (U against U_t)."""
+    """Return the sine of the largest principal angle; for U and U_t it is the baseline of `leak_ref`."""
     return float(np.sin(principal_angles(a_DR, b_DS)[-1]))
 
 
@@ -180,13 +184,13 @@ def leak_ref(second_DD: np.ndarray, frame: FixedFrame) -> float:
 
 
 def pob_drift(gamma_D: np.ndarray, gamma_0_D: np.ndarray) -> float:
-    """||gamma(t) - gamma(t0)|| / max(||gamma(t0)||, eps)."""
+    """Return ||gamma(t) - gamma(t0)|| / max(||gamma(t0)||, eps)."""
     same_shape(gamma_D, gamma_0_D, "gamma(t) and gamma(t0)")
     return float(np.linalg.norm(gamma_D - gamma_0_D) / max(np.linalg.norm(gamma_0_D), EPSILON))
 
 
 def pob_stability(gamma_D: np.ndarray, gamma_previous_D: np.ndarray) -> float:
-    """cos(gamma(t), gamma(t-1)).
+    """Return cos(gamma(t), gamma(t-1)).
 
     Raises:
         DataError: one of them is zero.
@@ -199,7 +203,7 @@ def pob_stability(gamma_D: np.ndarray, gamma_previous_D: np.ndarray) -> float:
 
 
 def rho_eig(delta_eigenvalues_R: np.ndarray, gradient_eigenvalues_R: np.ndarray) -> float:
-    """Pearson correlation of the sorted eigenvalues of Cov(delta) and of the gradient covariance, both in U.
+    """Return the correlation of the sorted eigenvalues of Cov(delta) and the gradient covariance in U.
 
     Raises:
         DataError: their numbers differ, there is only one, or all of a side are equal.
@@ -209,10 +213,10 @@ def rho_eig(delta_eigenvalues_R: np.ndarray, gradient_eigenvalues_R: np.ndarray)
 
 
 def leading_angle_degrees(gamma: np.ndarray, zeta_covariance: np.ndarray) -> float:
-    """Angle of gamma to the line of the first eigenvector of Cov(zeta): 0 to 90 degrees.
+    """Return the angle between gamma and the first eigenvector of Cov(zeta): 0 to 90 degrees.
 
-    Both in the coordinates of the embedding, (D,) and (D, D), or both in the basis of V, (S,) and (S, S).
-    Near 90 degrees is what any vector shows in many dimensions: see `angle_by_chance_degrees`.
+    Both are in the coordinates of the embedding, (D,) and (D, D), or in the basis of V, (S,) and (S, S). In
+    many dimensions any vector shows nearly 90 degrees: compare `angle_by_chance_degrees`.
 
     Raises:
         DataError: gamma is zero, zeta does not vary, or the dimensions differ.
@@ -227,16 +231,16 @@ def leading_angle_degrees(gamma: np.ndarray, zeta_covariance: np.ndarray) -> flo
 
 
 def angle_by_chance_degrees(num_dims: int) -> float:
-    """arccos of the mean |cosine| between a random direction of `num_dims` dimensions and a fixed line."""
+    """Return arccos of the mean |cosine| of a random direction and a fixed line in `num_dims` dimensions."""
     log_mean = scipy.special.gammaln(num_dims / 2) - scipy.special.gammaln((num_dims + 1) / 2)
     return math.degrees(math.acos(min(math.exp(log_mean) / math.sqrt(math.pi), 1.0)))
 
 
 def coupling(delta_ND: np.ndarray, zeta_ND: np.ndarray, frame: FixedFrame, ridge: float = 1e-3) -> Coupling:
-    """Ridge regression of the residual in V on that in U: L = Z D' (D D' + lambda I)^-1 (app. C).
+    """Fit the ridge regression of the residual in V on that in U: L = Z D' (D D' + lambda I)^-1 (app. C).
 
-    D and Z hold the residuals in the bases of U and V, a column a sample. lambda = `ridge` tr(D D') / R, so
-    that a ridge means the same for any number of samples and any scale.
+    D and Z are the residuals in the bases of U and V, one column a sample. lambda = `ridge` tr(D D') / R, so
+    that a ridge means the same for any number and scale of samples.
 
     Raises:
         ConfigError: `ridge` is negative.
@@ -268,17 +272,17 @@ def coupling(delta_ND: np.ndarray, zeta_ND: np.ndarray, frame: FixedFrame, ridge
     )
 
 
-# What is shorter is the rounding of a difference of two directions.
+# A shorter drift is a rounding error: the difference of two directions.
 _ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
 class PhantomDrift:
-    """The drift of a sample beside its second-order prediction from the same sample's mean and covariance.
+    """The drift of a sample, and its second-order prediction from the same sample's mean and covariance.
 
-    Both are of the sample's own distribution, so what is between them is the orders left out, not noise.
-    `relative_error` is ||measured - predicted|| / ||measured||. It and `cosine` are NaN where a drift is
-    zero within rounding.
+    Both belong to the sample's own distribution, so they differ by the higher orders, not by noise.
+    `relative_error` is ||measured - predicted|| / ||measured||. It and `cosine` are NaN if a drift is zero
+    within rounding.
     """
 
     measured_D: np.ndarray
@@ -290,7 +294,7 @@ class PhantomDrift:
 
 
 def second_order(mean_D: np.ndarray, covariance_DD: np.ndarray) -> np.ndarray:
-    """Delta_pi to second order in eps, float64 (D,): with r = ||mu|| and a = mu / r,
+    """Return Delta_pi to second order in eps, float64 (D,). With r = ||mu|| and a = mu / r it is
 
     -(1/r^2) Sigma a - (1/(2 r^2)) a tr(Sigma) + (3/(2 r^2)) a (a' Sigma a).
 
@@ -305,7 +309,7 @@ def second_order(mean_D: np.ndarray, covariance_DD: np.ndarray) -> np.ndarray:
 
 
 def measured(rows_ND: np.ndarray) -> np.ndarray:
-    """Delta_pi of a sample of rows before normalisation, float64 (D,).
+    """Return Delta_pi of a sample of rows before normalisation, float64 (D,).
 
     Raises:
         DataError: rows are not finite or have no direction, or their mean is zero.
@@ -316,7 +320,7 @@ def measured(rows_ND: np.ndarray) -> np.ndarray:
 
 
 def compare(rows_ND: np.ndarray) -> PhantomDrift:
-    """The drift of a sample of rows before normalisation, measured and predicted.
+    """Measure and predict the drift of a sample of rows before normalisation.
 
     Raises:
         DataError: as `measured`, or fewer than two rows.

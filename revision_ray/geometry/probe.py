@@ -1,12 +1,13 @@
 """The cross-modal probe: a linear head learns attributes from aligned text and is tested on real images.
 
-Distances between distributions do not say which strategy serves a model that is trained on text and meets
-images; this does, for the price of a few logistic regressions. Accuracy says whether the classes stay apart
-across the gap, the negative log-likelihood (nats) whether the head's confidence carries over, too.
+Distances between distributions do not show which strategy serves a model that is trained on text and then
+sees images; a few logistic regressions do. Accuracy shows whether the classes stay apart across the gap, the
+negative log-likelihood (nats) whether the head's confidence carries over as well.
+studies/cross_modal_probe.py calls this.
 
 Shapes: N training rows, T test rows, D embedding dim, C classes, A attributes, P penalties,
 S seeds, R resamples.
-Labels are codes into an attribute's classes, -1 where a row has no label of it.
+Labels are indices of an attribute's classes, -1 if a row has no label of it.
 """
 
 import math
@@ -20,7 +21,7 @@ from scipy.special import log_softmax
 
 from revision_ray.core.errors import DataError
 
-# Strengths of the weights' penalty, strong to weak.
+# Strengths of the penalty on the weights, strong to weak.
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 _VALIDATION_SHARE = 0.2
 _MAX_ITERATIONS = 500
@@ -37,7 +38,7 @@ class LogisticHead:
     bias_C: np.ndarray
 
     def log_probabilities(self, rows_ND: np.ndarray) -> np.ndarray:
-        """(N, C), natural logarithms."""
+        """Return log probabilities (N, C) of the classes."""
         inputs_ND = _scaled(rows_ND, self.centre_D)
         return log_softmax(inputs_ND @ self.weights_DC + self.bias_C, axis=1)
 
@@ -54,10 +55,10 @@ def train_head(
     penalty: float,
     start: LogisticHead | None = None,
 ) -> LogisticHead:
-    """The minimum of mean negative log-likelihood + penalty / 2 * |W|^2, which is unique; no randomness.
+    """Fit the head that minimises mean negative log-likelihood + penalty / 2 * |W|^2; the minimum is unique.
 
-    Rows are centred on their own mean, which the bias (not penalised) makes good: it only eases the search.
-    `start` is a head of the same rows to begin from.
+    Rows are centred on their own mean, which only eases the search (the bias is not penalised). `start` is a
+    head of the same rows to begin from.
     """
     dim = rows_ND.shape[1]
     centre_D = rows_ND.astype(np.float64).mean(0)
@@ -75,33 +76,33 @@ def train_head(
         slope = np.vstack([inputs_ND.T @ error_NC + penalty * both[:-1], error_NC.sum(0)])
         return float(value), slope.ravel()
 
-    found = scipy.optimize.minimize(
+    minimum = scipy.optimize.minimize(
         loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": _MAX_ITERATIONS, "gtol": 1e-5}
     )
-    both = found.x.reshape(dim + 1, num_classes)
+    both = minimum.x.reshape(dim + 1, num_classes)
     return LogisticHead(centre_D=centre_D, weights_DC=both[:-1], bias_C=both[-1])
 
 
 def heads(
     rows_ND: np.ndarray, labels_N: np.ndarray, num_classes: int, seed: int
 ) -> tuple[list[LogisticHead], int]:
-    """(a head for each of `PENALTIES`, which one is taken), trained on 80 % of the rows.
+    """Train a head for each of `PENALTIES` on 80 % of the rows; return the heads and the index of the best.
 
-    Taken is the one under which the other 20 % are likeliest: who trains on text has nothing else to go by.
+    The best has the lowest nll on the other 20 %: training on text has nothing else to choose by.
     """
     order_N = np.random.default_rng(seed).permutation(len(rows_ND))
     num_held = max(1, int(len(rows_ND) * _VALIDATION_SHARE))
     held_N, rest_N = order_N[:num_held], order_N[num_held:]
-    found: list[LogisticHead] = []
+    trained: list[LogisticHead] = []
     for penalty in PENALTIES:
-        start = found[-1] if found else None
-        found.append(train_head(rows_ND[rest_N], labels_N[rest_N], num_classes, penalty, start))
-    losses = [nll(head.log_probabilities(rows_ND[held_N]), labels_N[held_N]).mean() for head in found]
-    return found, int(np.argmin(losses))
+        start = trained[-1] if trained else None
+        trained.append(train_head(rows_ND[rest_N], labels_N[rest_N], num_classes, penalty, start))
+    losses = [nll(head.log_probabilities(rows_ND[held_N]), labels_N[held_N]).mean() for head in trained]
+    return trained, int(np.argmin(losses))
 
 
 def nll(log_NC: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
-    """(N,): negative log-likelihood of the true class, nats."""
+    """Return the negative log-likelihood (N,) of the true class, in nats."""
     return -np.take_along_axis(log_NC, labels_N[:, None], axis=1)[:, 0]
 
 
@@ -113,23 +114,26 @@ def scores(
     num_classes: Sequence[int],
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(correct, nll), each (1 + P, T, A), NaN where a test row has no label: of the head that is taken, and
-    then of the heads of every penalty. One head an attribute."""
+    """Train one head an attribute and score the test rows.
+
+    Returns (correct, nll), each (1 + P, T, A), NaN if a test row has no label: first of the chosen head, then
+    of the heads of each penalty.
+    """
     correct_PTA, nll_PTA = np.full((2, 1 + len(PENALTIES), *test_TA.shape), np.nan)
     for attribute, classes in enumerate(num_classes):
         known_N = train_NA[:, attribute] >= 0
-        found, taken = heads(train_ND[known_N], train_NA[known_N, attribute], classes, seed)
-        asked_T = test_TA[:, attribute] >= 0
-        truth = test_TA[asked_T, attribute]
-        for place, head in enumerate([found[taken], *found]):
-            log_TC = head.log_probabilities(test_TD[asked_T])
-            correct_PTA[place, asked_T, attribute] = log_TC.argmax(1) == truth
-            nll_PTA[place, asked_T, attribute] = nll(log_TC, truth)
+        trained, chosen = heads(train_ND[known_N], train_NA[known_N, attribute], classes, seed)
+        labelled_T = test_TA[:, attribute] >= 0
+        truth = test_TA[labelled_T, attribute]
+        for place, head in enumerate([trained[chosen], *trained]):
+            log_TC = head.log_probabilities(test_TD[labelled_T])
+            correct_PTA[place, labelled_T, attribute] = log_TC.argmax(1) == truth
+            nll_PTA[place, labelled_T, attribute] = nll(log_TC, truth)
     return correct_PTA, nll_PTA
 
 
 def chance(train_NA: np.ndarray, test_TA: np.ndarray, num_classes: Sequence[int]) -> dict[str, float]:
-    """What knowing nothing but the training labels' frequencies gives, as mean over the attributes."""
+    """Return accuracy and nll of predicting the training labels' frequencies, means over the attributes."""
     accuracies, losses = [], []
     for attribute, classes in enumerate(num_classes):
         labels = train_NA[:, attribute]
@@ -143,10 +147,10 @@ def chance(train_NA: np.ndarray, test_TA: np.ndarray, num_classes: Sequence[int]
 def check_labels(
     attributes: Sequence[str], train_NA: np.ndarray, test_TA: np.ndarray, train: str, test: str
 ) -> None:
-    """Every attribute has two classes or more to learn from, and test rows.
+    """Check that every attribute has two or more classes to learn from, and test rows.
 
     Raises:
-        DataError: one has not.
+        DataError: one of them does not.
     """
     for place, name in enumerate(attributes):
         learnt = np.unique(train_NA[train_NA[:, place] >= 0, place])
@@ -164,7 +168,7 @@ def check_labels(
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeScores:
-    """Every test row's score under every seed, NaN where it has no label."""
+    """Scores of each test row under each seed, NaN if it has no label."""
 
     correct_STA: np.ndarray
     nll_STA: np.ndarray
@@ -172,7 +176,7 @@ class ProbeScores:
 
     @staticmethod
     def of(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> "ProbeScores":
-        """Of what `scores` gave for every seed."""
+        """Collect the results of `scores` of each seed."""
         correct_SPTA, nll_SPTA = (np.stack(parts) for parts in zip(*seeds, strict=True))
         by_penalty = [
             {
@@ -186,8 +190,7 @@ class ProbeScores:
 
 
 def resampled_means(values_STA: np.ndarray, seed: int, resamples: int = _RESAMPLES) -> np.ndarray:
-    """(R + 1, A): mean over seeds and test rows of every attribute; first as measured, then with seeds and
-    test rows drawn with replacement.
+    """Return means (R + 1, A) over seeds and test rows: first as measured, then of R resamples of both.
 
     The same `seed` draws the same rows and seeds, so differences between two strategies are paired.
     """
@@ -201,20 +204,20 @@ def resampled_means(values_STA: np.ndarray, seed: int, resamples: int = _RESAMPL
     filled_STA = np.nan_to_num(values_STA)
     sums_SRA = weights_RT @ filled_STA
     means_RA = np.einsum("rs,sra->ra", weights_RS, sums_SRA)
-    # An attribute that a resample misses altogether has no mean there.
+    # An attribute without a row in a resample has no mean there.
     with np.errstate(invalid="ignore"):
         return means_RA / (weights_RT @ known_TA)
 
 
 def interval(values_R: np.ndarray) -> dict[str, float]:
-    """{"mean", "low", "high"}: the measured value (first) and the central 95 % of the resampled ones."""
+    """Return {"mean", "low", "high"}: the measured value (the first) and the central 95 % of the others."""
     tail = 100 * (1 - _LEVEL) / 2
     low, high = np.nanpercentile(values_R[1:], [tail, 100 - tail])
     return {"mean": float(values_R[0]), "low": float(low), "high": float(high)}
 
 
 def summary(scored: ProbeScores, attributes: Sequence[str], seed: int) -> dict[str, Any]:
-    """Accuracy and nll with intervals: mean over the attributes, and of each; and the mean of every seed."""
+    """Return accuracy and nll with intervals, over all attributes and of each, and the means of each seed."""
     accuracy_RA = resampled_means(scored.correct_STA, seed)
     nll_RA = resampled_means(scored.nll_STA, seed)
     by_seed = [
@@ -237,7 +240,7 @@ def summary(scored: ProbeScores, attributes: Sequence[str], seed: int) -> dict[s
 
 
 def difference(one: ProbeScores, other: ProbeScores, seed: int) -> dict[str, dict[str, float]]:
-    """{"accuracy", "nll"}: mean over the attributes of `one` minus `other` on the same rows and seeds."""
+    """Return {"accuracy", "nll"} of `one` minus `other` on the same rows and seeds, means over attributes."""
     return {
         name: interval((resampled_means(a, seed) - resampled_means(b, seed)).mean(1))
         for name, a, b in (
@@ -247,15 +250,15 @@ def difference(one: ProbeScores, other: ProbeScores, seed: int) -> dict[str, dic
     }
 
 
-def best_penalty(found: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of the penalty with the lowest nll on real images: hindsight that training on text lacks."""
-    return min(found["by_penalty"], key=lambda each: each["nll"])
+def best_penalty(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of the penalty with the lowest nll on real images, which text alone cannot tell."""
+    return min(figures["by_penalty"], key=lambda each: each["nll"])
 
 
 def verdict(
     tested: Mapping[str, ProbeScores], upper_bound: ProbeScores, attributes: Sequence[str], seed: int
 ) -> str:
-    """Which strategy to trust on these data, and which ones cannot be told from it."""
+    """Say which strategy to trust on these data, and which ones cannot be told from it."""
     summaries = {name: summary(scored, attributes, seed) for name, scored in tested.items()}
     sentences = []
     for figure, best_of, what, form in (

@@ -1,4 +1,4 @@
-"""Figures of covariance spectra, checks of rows, and the projection onto two leading directions.
+"""Checks of rows, covariances and their spectra, and the projection onto two leading directions.
 
 arXiv 2602.07026 sec. 6 and app. D-G; AnisoAlign, arXiv 2605.07825. Eigenvalues come in descending order, in
 squared units of the embedding (dimensionless for unit rows).
@@ -18,18 +18,18 @@ from revision_ray.core.errors import ConfigError, DataError
 
 # Rounding to float16 changes a row's length by a factor of up to 2^-11 = 4.9e-4.
 UNIT_TOLERANCE = 1e-3
-# What is shorter has no direction, as in align/rows.py.
+# A shorter row has no direction; the same limit as in align/maps.py.
 SMALLEST_NORM = 1e-8
 
 
 def id_keys(ids: Sequence[str], key: bytes = b"") -> np.ndarray:
-    """uint64 (N,): a hash of every id, another one under another key."""
+    """Return a 64-bit hash (N,) of each id; another key gives other hashes."""
     digests = (hashlib.blake2b(row_id.encode(), digest_size=8, key=key).digest() for row_id in ids)
     return np.frombuffer(b"".join(digests), "<u8")
 
 
 def finite_rows(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) -> np.ndarray:
-    """The rows in float64 (not a copy where they are), all finite.
+    """Return the rows in float64 (without a copy if they are) after checking that they are finite.
 
     Raises:
         DataError: not a matrix, fewer than `minimum` rows, no columns, or a row is NaN or infinite.
@@ -50,7 +50,7 @@ def finite_rows(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1)
 
 
 def directions(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) -> np.ndarray:
-    """The rows scaled to unit length, in float64.
+    """Return the rows scaled to unit length, in float64.
 
     Raises:
         DataError: as `finite_rows`, or a row is zero.
@@ -66,7 +66,7 @@ def directions(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) 
 
 
 def unit_rows(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) -> np.ndarray:
-    """The rows in float64 as they are, of unit length within the rounding of float16.
+    """Return the rows in float64 after checking that they have unit length within the rounding of float16.
 
     Raises:
         DataError: as `finite_rows`, or a row is not of unit length.
@@ -83,7 +83,7 @@ def unit_rows(rows_ND: np.ndarray, what: str = "the sample", minimum: int = 1) -
 
 
 def same_shape(one_ND: np.ndarray, other_ND: np.ndarray, what: str = "the two samples") -> None:
-    """Row i of one belongs to row i of the other.
+    """Check that row i of one can belong to row i of the other.
 
     Raises:
         DataError: the shapes differ.
@@ -96,7 +96,7 @@ def same_shape(one_ND: np.ndarray, other_ND: np.ndarray, what: str = "the two sa
 
 
 def same_dim(one_ND: np.ndarray, other_ND: np.ndarray, what: str = "the two samples") -> None:
-    """Both lie in one space.
+    """Check that both have the same embedding dimension.
 
     Raises:
         DataError: the embedding dimensions differ.
@@ -108,16 +108,16 @@ def same_dim(one_ND: np.ndarray, other_ND: np.ndarray, what: str = "the two samp
         )
 
 
-# A covariance that was made by subtraction has negative eigenvalues of this share of the largest, not more.
+# A covariance computed by subtraction has negative eigenvalues of at most this share of the largest.
 _NEGATIVE_BY_ROUNDING = 1e-8
-# Rows that differ by less than this share of their length are constant; float32 cannot even hold that.
+# Rows that differ by less than this share of their length are constant; float32 cannot resolve that.
 _CONSTANT = 1e-13
 
 
 def covariance(rows_ND: np.ndarray) -> np.ndarray:
-    """Centred covariance E[(e - mu)(e - mu)'], float64 (D, D): divided by N, as `Moments.covariance`.
+    """Return the centred covariance E[(e - mu)(e - mu)'], float64 (D, D), divided by N.
 
-    Zero where rows differ from their mean by rounding alone.
+    Zero if the rows differ from their mean by rounding alone.
 
     Raises:
         DataError: fewer than two rows, or NaN or infinite ones.
@@ -130,7 +130,7 @@ def covariance(rows_ND: np.ndarray) -> np.ndarray:
 
 
 def eigenvalues_of(covariance_DD: np.ndarray) -> np.ndarray:
-    """Eigenvalues of a covariance, descending, float64 (D,); what rounding made negative is 0.
+    """Return the eigenvalues of a covariance, descending, float64 (D,); tiny negative ones become 0.
 
     Raises:
         DataError: the matrix is not square, not finite, not symmetric, or has a truly negative eigenvalue.
@@ -142,7 +142,7 @@ def eigenvalues_of(covariance_DD: np.ndarray) -> np.ndarray:
 
 
 def leading_directions(covariance_DD: np.ndarray, num_directions: int) -> np.ndarray:
-    """Eigenvectors (D, Q) of the `num_directions` largest eigenvalues, the largest first.
+    """Return the eigenvectors (D, Q) of the `num_directions` largest eigenvalues, the largest first.
 
     Raises:
         ConfigError: `num_directions` is not between 1 and D.
@@ -164,16 +164,16 @@ def leading_directions(covariance_DD: np.ndarray, num_directions: int) -> np.nda
 
 
 def numerical_rank(eigenvalues_D: np.ndarray) -> int:
-    """How many eigenvalues are positive beyond rounding: above D eps times the largest."""
+    """Count the eigenvalues that are positive beyond rounding: above D eps times the largest."""
     values_D = _spectrum(eigenvalues_D)
     return int(np.sum(values_D > _rounding(values_D[0], len(values_D))))
 
 
 def spectrum_exponent(eigenvalues_D: np.ndarray, first: int = 10, last: int | None = None) -> float:
-    """alpha: minus the least-squares slope of log eigenvalue on log rank, ranks `first` to `last` (from 1).
+    """Return alpha, minus the slope of log eigenvalue on log rank over ranks `first` to `last` (from 1).
 
-    `last` is min(256, D - 1) unless given. Trace normalisation adds a constant to every logarithm, so the
-    figure is the same with and without it.
+    A least-squares fit. `last` is min(256, D - 1) by default. Normalising the trace changes nothing, for it
+    adds a constant to every logarithm.
 
     Raises:
         ConfigError: the ranks are not 1 <= first < last <= D.
@@ -190,10 +190,10 @@ def spectrum_exponent(eigenvalues_D: np.ndarray, first: int = 10, last: int | No
 
 
 def condition_number(eigenvalues_D: np.ndarray, floor: float | None = None) -> float:
-    """Largest over smallest eigenvalue; infinite where the smallest is zero within rounding (D eps).
+    """Return the largest over the smallest eigenvalue; infinite if the smallest is zero within rounding.
 
-    With `floor`, eigenvalues below that share of the largest are left out: the figure is then at most
-    1/floor, and has to be quoted with it.
+    With `floor`, eigenvalues below that share of the largest are left out: the result is at most 1/floor and
+    has to be quoted with it.
 
     Raises:
         ConfigError: `floor` is not between 0 and 1.
@@ -210,9 +210,9 @@ def condition_number(eigenvalues_D: np.ndarray, floor: float | None = None) -> f
 
 
 def effective_condition_number(eigenvalues_D: np.ndarray, energy: float) -> tuple[float, int]:
-    """(kappa_eff, rank): largest over smallest of the leading eigenvalues that hold the share `energy`.
+    """Return (kappa_eff, rank): largest over smallest of the leading eigenvalues that hold `energy`.
 
-    `rank` is the smallest that reaches the share of the trace. The cut-off belongs beside the figure.
+    `rank` is the smallest that reaches that share of the trace. Quote the share with the figure.
 
     Raises:
         ConfigError: `energy` is not between 0 and 1.
@@ -227,7 +227,7 @@ def effective_condition_number(eigenvalues_D: np.ndarray, energy: float) -> tupl
 
 
 def effective_rank(eigenvalues_D: np.ndarray) -> float:
-    """exp(entropy of the trace-normalised eigenvalues): D for a flat spectrum, 1 for a single direction."""
+    """Return exp(entropy of the eigenvalue shares): D for a flat spectrum, 1 for a single direction."""
     values_D = _spectrum(eigenvalues_D)
     share_D = values_D / values_D.sum()
     share_D = share_D[share_D > 0]
@@ -235,7 +235,7 @@ def effective_rank(eigenvalues_D: np.ndarray) -> float:
 
 
 def spectral_correlation(eigenvalues_x_D: np.ndarray, eigenvalues_y_D: np.ndarray) -> float:
-    """C_lambda: Pearson correlation of the log spectra of Sigma_x and Sigma_y.
+    """Return C_lambda, the correlation of the log spectra of Sigma_x and Sigma_y.
 
     Raises:
         DataError: the spectra differ in length, hold a zero, or are flat.
@@ -252,10 +252,10 @@ def spectral_correlation(eigenvalues_x_D: np.ndarray, eigenvalues_y_D: np.ndarra
 def subspace_overlap(
     covariance_x_DD: np.ndarray, covariance_y_DD: np.ndarray, num_directions: int
 ) -> tuple[float, float]:
-    """(O_q, baseline): (1/q) ||U_x,q' U_y,q||_F^2 of the q leading directions of each side, and q/D.
+    """Return (O_q, q/D): O_q = (1/q) ||U_x,q' U_y,q||_F^2 of the q leading directions of each side.
 
-    The baseline is what two random subspaces of this size have on average. Where eigenvalues q and q + 1
-    are equal the subspace, and so the figure, is not determined.
+    q/D is the mean for two random subspaces. If eigenvalues q and q + 1 are equal, the subspace and so the
+    figure are not determined.
 
     Raises:
         ConfigError: q is not between 1 and D.
@@ -269,26 +269,26 @@ def subspace_overlap(
 
 
 def cumulative_energy(eigenvalues_D: np.ndarray) -> np.ndarray:
-    """E(K), K = 1..D: share of the trace that the K largest eigenvalues hold, float64 (D,)."""
+    """Return E(K) for K = 1..D, the share of the trace that the K largest eigenvalues hold, float64 (D,)."""
     total_D = np.cumsum(_spectrum(eigenvalues_D))
     return total_D / total_D[-1]
 
 
 def residual_anisotropy(eigenvalues_D: np.ndarray) -> float:
-    """A_r = lambda_max / (tr/D): 1 where isotropic, D where a single direction holds everything."""
+    """Return A_r = lambda_max / (tr/D): 1 if isotropic, D for a single direction."""
     values_D = _spectrum(eigenvalues_D)
     return float(values_D[0] / values_D.mean())
 
 
 def effective_dimension(eigenvalues_D: np.ndarray) -> float:
-    """d_eff = tr(Sigma)^2 / tr(Sigma^2), between 1 and D; tables show d_eff / D."""
+    """Return d_eff = tr(Sigma)^2 / tr(Sigma^2), between 1 and D; tables show d_eff / D."""
     values_D = _spectrum(eigenvalues_D)
     values_D = values_D / values_D[0]  # squares of small numbers underflow
     return float(values_D.sum() ** 2 / np.sum(values_D**2))
 
 
 def covariance_gap(covariance_x_DD: np.ndarray, covariance_y_DD: np.ndarray) -> float:
-    """G_Sigma = ||Sigma_x - Sigma_y||_F / ||Sigma_x||_F, x the image side.
+    """Return G_Sigma = ||Sigma_x - Sigma_y||_F / ||Sigma_x||_F, where x is the image side.
 
     Raises:
         DataError: the dimensions differ, or the image side does not vary.
@@ -302,7 +302,7 @@ def covariance_gap(covariance_x_DD: np.ndarray, covariance_y_DD: np.ndarray) -> 
 
 
 def pearson(one: np.ndarray, other: np.ndarray, what: str) -> float:
-    """Pearson correlation of two sequences of equal length.
+    """Return the Pearson correlation of two sequences of equal length.
 
     Raises:
         DataError: fewer than two values, or a sequence is constant within rounding.
@@ -322,12 +322,12 @@ def pearson(one: np.ndarray, other: np.ndarray, what: str) -> float:
 
 
 def _rounding(largest: float, dim: int) -> float:
-    """What an eigenvalue of zero comes out as at most."""
+    """Return the largest value that rounding gives an eigenvalue of zero."""
     return float(largest) * dim * np.finfo(np.float64).eps
 
 
 def _logarithms(values_D: np.ndarray, count: int) -> np.ndarray:
-    """log of the first `count` eigenvalues."""
+    """Return the logarithms of the first `count` eigenvalues."""
     rank = numerical_rank(values_D)
     if rank < count:
         raise DataError(
@@ -358,28 +358,28 @@ def _covariance(covariance_DD: np.ndarray) -> np.ndarray:
     return matrix_DD
 
 
-# Points of each cloud in a figure: more would hide one another.
+# Points of each cloud in a figure; more would hide each other.
 NUM_POINTS = 250
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """An origin and two orthonormal directions; `shares` of the variance that each of them carries."""
+    """An origin and two orthonormal directions, with the share of the variance along each."""
 
     origin_D: np.ndarray
     axes_D2: np.ndarray
     shares: list[float]
 
     def points(self, rows_ND: np.ndarray, seed: int) -> list[list[float]]:
-        """Coordinates of up to `NUM_POINTS` rows, drawn uniformly."""
+        """Return the coordinates of up to `NUM_POINTS` rows, drawn uniformly."""
         chosen = np.random.default_rng(seed).permutation(len(rows_ND))[:NUM_POINTS]
         return np.round((rows_ND[np.sort(chosen)] - self.origin_D) @ self.axes_D2, 5).tolist()
 
 
 def plane(image_ND: np.ndarray, text_ND: np.ndarray) -> Plane:
-    """The first two principal components of both clouds together, each weighing the same.
+    """Return the first two principal components of both clouds together, with equal weights.
 
-    The sign of each direction is fixed by its largest component.
+    The largest component of each direction is positive.
     """
     centres = [rows.mean(axis=0) for rows in (image_ND, text_ND)]
     origin_D = (centres[0] + centres[1]) / 2

@@ -23,18 +23,6 @@ from revision_ray.core.cluster import one_thread, user_errors
 from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.core.observe import progress
 from revision_ray.geometry import angles, neighbours, spectra
-from revision_ray.geometry.cells import (
-    NEEDS_PAIRS,
-    Cell,
-    beside_images,
-    cell,
-    cloud_figures,
-    divergence_cell,
-    drift_figures,
-    gap_bounds,
-    mean_cell,
-    possible,
-)
 from revision_ray.geometry.fixed_frame import (
     FixedFrame,
     angle_by_chance_degrees,
@@ -53,7 +41,19 @@ from revision_ray.geometry.spectra import (
     eigenvalues_of,
     residual_anisotropy,
 )
-from revision_ray.report.claims import METRICS
+from revision_ray.report.cells import (
+    NEEDS_PAIRS,
+    Cell,
+    beside_images,
+    cell,
+    cloud_figures,
+    divergence_cell,
+    drift_figures,
+    gap_bounds,
+    mean_cell,
+    possible,
+)
+from revision_ray.report.metrics import METRICS
 from revision_ray.report.sample import (
     MatchedPairs,
     ReportInputs,

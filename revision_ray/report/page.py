@@ -9,9 +9,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from revision_ray.report import claims, plots
-from revision_ray.report.claims import ANISO_PAPER, IMAGE, REALIGN_PAPER, SECTIONS, STUDIES
+from revision_ray.report.metrics import ANISO_PAPER, IMAGE, REALIGN_PAPER, SECTIONS, Metric, quoted, shown
 from revision_ray.report.plots import ReportFigure
-from revision_ray.report.verdict import Metric, quoted, shown
 
 TEMPLATE = "page.html"
 
@@ -26,8 +25,7 @@ def render(document: Mapping[str, Any], figures: Sequence[ReportFigure], first: 
     looks = plots.styles([(entry["label"], entry["strategy"]) for entry in strategies])
     return template.render(
         report=document,
-        light=Markup(plots.css(dark=False)),
-        dark=Markup(plots.css(dark=True)),
+        colours=Markup(plots.css()),
         columns=[
             {"label": entry["label"], "colour": looks[entry["label"]].name, "held_out": entry["held_out"]}
             for entry in strategies
@@ -44,7 +42,7 @@ def render(document: Mapping[str, Any], figures: Sequence[ReportFigure], first: 
         claims=[{**row, "ours": _typeset(claims.text_of(row["figures"]))} for row in document["claims"]],
         tally=_tally(document["claims"]),
         elsewhere=claims.ELSEWHERE,
-        studies=STUDIES,
+        studies=claims.STUDIES,
         papers=(REALIGN_PAPER, ANISO_PAPER),
         shown=shown,
     )

@@ -15,8 +15,9 @@ from revision_ray.core.errors import DataError, quote
 from revision_ray.data.store import REJECTED
 from revision_ray.report import claims, figures, page, plots
 from revision_ray.report.measure import MeasureSettings, measure
+from revision_ray.report.metrics import shown, value_of
 from revision_ray.report.sample import ReportInputs, ReportSources, open_inputs
-from revision_ray.report.verdict import GapVerdict, shown, value_of, verdict
+from revision_ray.report.verdict import GapVerdict, verdict
 
 FORMAT_VERSION = 1
 DOCUMENT, PAGE, CONFIG, FIGURES = "report.json", "report.html", "config.yaml", "figures"

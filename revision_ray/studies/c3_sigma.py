@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from revision_ray.align.map_reduce import UniformSample, checked_moments, draw_sample, moments_here
 from revision_ray.align.maps import Affine
@@ -15,6 +16,8 @@ from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig, fit_c3
 from revision_ray.core.errors import ConfigError
 from revision_ray.geometry import neighbours, probe, spectra
+from revision_ray.report import plots
+from revision_ray.report.plots import BLUE, GREY
 from revision_ray.studies.cross_modal_probe import CrossModalProbe, ProbeRows, tested
 from revision_ray.studies.inputs import (
     StudyStores,
@@ -150,3 +153,28 @@ def reading(result: dict[str, Any]) -> str:
         f"{text} The probe's negative log-likelihood is lowest, {losses[best]:.3f} nats, at noise of length "
         f"{result['lengths'][best]:g}; without noise it is {losses[0]:.3f}."
     )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    wanted = [
+        ("gap", "modality gap of held-out rows\n(Euclidean)", 1.0, None),
+        ("alpha", "spectrum exponent alpha", 1.0, ("images", result["image_alpha"])),
+        ("mixing_rate", f"kNN mixing rate (%), k = {result['k']}", 100.0, None),
+    ]
+    drawing, grid = plots.new_grid(columns=2, rows=2, width=6.6, height=5.2)
+    for axes, (key, label, scale, line) in zip(grid.flat, wanted, strict=False):
+        axes.plot(result["lengths"], scale * np.array(result[key]), marker="o", color=BLUE)
+        if line:
+            axes.axhline(line[1], color=GREY, linestyle=":", label=line[0])
+            axes.legend()
+        axes.set_ylabel(label)
+    last = grid.flat[3]
+    if result["probe"]:
+        plots.draw_intervals(last, result["lengths"], [probed["nll"] for probed in result["probe"]])
+        last.set_ylabel("probe on real images:\nnegative log-likelihood (nats)")
+    else:
+        last.set_axis_off()
+        last.text(0.5, 0.5, "no labels, no probe", ha="center", color=GREY)
+    for axes in grid.flat:
+        axes.set_xlabel("length of the noise, sigma sqrt(d)")
+    return drawing

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from revision_ray.align import moments
 from revision_ray.align.map_reduce import UniformSample, checked_moments, draw_sample, read_sampled
@@ -24,6 +26,8 @@ from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.data import shards
 from revision_ray.data.store import RowGroup, Store, shares
 from revision_ray.geometry import probe, spectra
+from revision_ray.report import plots
+from revision_ray.report.plots import BLUE, ORANGE
 from revision_ray.studies.cross_modal_probe import CrossModalProbe, fitted_maps, probe_rows, tested
 from revision_ray.studies.inputs import (
     GROUPS_PER_TASK,
@@ -282,3 +286,38 @@ def _probe_reading(short: Mapping[str, Any], long: Mapping[str, Any]) -> str:
         f"{100 * other['accuracy']['mean']:.1f} % of real images ({one['nll']['mean']:.3f} and "
         f"{other['nll']['mean']:.3f} nats)."
     )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    groups = [group for group in (result["bins"], result["stores"]) if group]
+    names = ("bins of one store", "stores: " + ", ".join(row["name"] for row in result["stores"]))
+    truncated = any(row["truncated"] is not None for row in result["bins"] + result["stores"])
+    wanted = [("raw_gap", "raw modality gap\n(Euclidean)"), ("effective_rank", "effective rank"),
+              ("trace", "trace")]  # fmt: skip
+    probed = any(row["probe"] for row in result["stores"])
+    wanted += [("truncated", "cut off by the encoder\n(% of texts)")] if truncated else []
+    panels = len(wanted) + probed
+    drawing, grid = plots.new_grid(columns=panels, width=2.3 * panels, height=3.3)
+    for axes, (key, label) in zip(grid[0], wanted, strict=False):
+        for rows, colour, name in zip(groups, (BLUE, ORANGE), names, strict=False):
+            scale = 100.0 if key == "truncated" else 1.0
+            known = [row for row in rows if row[key] is not None]
+            x, y = [row["mean_words"] for row in known], [scale * row[key] for row in known]
+            errors = [row["raw_gap_standard_error"] or 0.0 for row in known] if key == "raw_gap" else None
+            axes.errorbar(x, y, errors, marker="o", color=colour, capsize=2, label=name)
+        axes.set_ylabel(label)
+        axes.margins(x=0.1, y=0.15)
+    if probed:
+        _probed_stores(grid[0, -1], [row for row in result["stores"] if row["probe"]])
+    for axes in grid[0]:
+        axes.set_xlabel("words (mean)")
+    if len(groups) > 1:
+        drawing.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return drawing
+
+
+def _probed_stores(axes: Axes, stores: Sequence[dict[str, Any]]) -> None:
+    accuracies = [row["probe"]["accuracy"] for row in stores]
+    plots.draw_intervals(axes, [row["mean_words"] for row in stores], accuracies, scale=100)
+    axes.set_ylabel("probe on real images:\naccuracy (%)")
+    axes.margins(x=0.1, y=0.15)

@@ -6,11 +6,15 @@ arXiv 2602.07026 sec. 4.3 takes one step.
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from revision_ray.align.alignment import gap_floor
 from revision_ray.align.map_reduce import checked_moments, draw_sample
 from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.core.errors import ConfigError
+from revision_ray.report import plots
+from revision_ray.report.plots import BLUE, GREY, ORANGE
 from revision_ray.studies.inputs import StudyStores, fit_rest, num_rows
 
 
@@ -69,3 +73,17 @@ def reading(result: dict[str, Any]) -> str:
         f"{result['gap_held_out'][0]:.2g} to {result['gap_held_out'][-1]:.2g}, where chance alone leaves "
         f"{result['floor']:.2g}."
     )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    drawing, grid = plots.new_grid()
+    axes = grid[0, 0]
+    axes.plot(result["steps"], result["gap_on_fit"], marker="o", color=BLUE, label="rows of the fit")
+    axes.plot(result["steps"], result["gap_held_out"], marker="s", color=ORANGE, label="held-out rows")
+    axes.axhline(result["floor"], color=GREY, linestyle=":", label="floor of the held-out rows")
+    axes.set_yscale("log")
+    axes.set_xticks(result["steps"])
+    axes.set_xlabel("centroid steps after Anchor and Trace")
+    axes.set_ylabel("modality gap\n(Euclidean, unit embeddings)")
+    axes.legend()
+    return drawing

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from matplotlib.figure import Figure
 
 from revision_ray.align import apply, fit
 from revision_ray.align.alignment import Alignment, load_alignment
@@ -22,6 +23,8 @@ from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.data.store import Store
 from revision_ray.geometry import probe
 from revision_ray.geometry.probe import ProbeScores
+from revision_ray.report import plots
+from revision_ray.report.plots import BLUE, GREY, ORANGE
 from revision_ray.studies.inputs import (
     LabelledRows,
     RowLabels,
@@ -229,3 +232,41 @@ def reading(result: dict[str, Any]) -> str:
         f"Heads learn {', '.join(result['attributes'])} from {result['num_train']:,} texts and are asked "
         f"about {result['num_test']:,} real images, {result['num_seeds']} draws of texts. {result['verdict']}"
     )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    named = sorted(result["strategies"].items(), key=lambda item: -item[1]["nll"]["mean"])
+    named.append(("images (upper bound)", result["upper_bound"]))
+    drawing, grid = plots.new_grid(columns=2, width=7.4, height=1.3 + 0.3 * len(named))
+    for axes, (key, label) in zip(
+        grid[0],
+        (
+            ("nll", "negative log-likelihood on real images (nats)"),
+            ("accuracy", "accuracy on real images (%)"),
+        ),
+        strict=True,
+    ):
+        scale = 100.0 if key == "accuracy" else 1.0
+        for place, (name, found) in enumerate(named):
+            middle, low, high = (scale * found[key][part] for part in ("mean", "low", "high"))
+            colour = GREY if name.startswith("images (") else BLUE
+            axes.errorbar(
+                middle, place, xerr=[[middle - low], [high - middle]], marker="o", color=colour, capsize=3
+            )
+            if key == "nll":
+                best = min(each["nll"] for each in found["by_penalty"])
+                axes.plot(best, place, "|", color=ORANGE, markersize=9, markeredgewidth=1.5)
+        axes.set_xlabel(label)
+        if key == "nll":
+            axes.set_xscale("log")
+            plots.label_decades(axes.xaxis)
+        axes.set_yticks(range(len(named)), [name for name, _ in named] if key == "nll" else [])
+        axes.set_ylim(-0.6, len(named) - 0.4)
+    grid[0, 0].set_ylabel("head trained on")
+    for look, colour, label in (
+        ("o", BLUE, "penalty chosen on held-out text, 95 % interval"),
+        ("|", ORANGE, "penalty chosen in hindsight on the images"),
+    ):
+        grid[0, 0].plot([], [], look, color=colour, markeredgewidth=1.5, label=label)
+    drawing.legend(loc="outside upper center", ncols=2)
+    return drawing

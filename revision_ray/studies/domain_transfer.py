@@ -6,11 +6,15 @@ arXiv 2602.07026, app. E.3.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+
 from revision_ray.align.alignment import gap_floor
 from revision_ray.align.map_reduce import checked_moments
 from revision_ray.align.moments import modality_gap
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.core.errors import DataError
+from revision_ray.report import plots
 from revision_ray.studies.inputs import StudyStores, fit_rest, num_rows
 
 
@@ -76,3 +80,25 @@ def reading(result: dict[str, Any]) -> str:
         f"Held-out gap of {result['strategy']}: {min(inside):.2g} to {max(inside):.2g} with statistics of "
         f"the domain itself, {min(outside):.2g} to {max(outside):.2g} with those of another."
     )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    names = result["domains"]
+    rows = np.array([*result["gap"], result["raw"]])
+    size = (2.6 + 1.1 * len(names), 1.6 + 0.6 * len(rows))
+    drawing, grid = plots.new_grid(width=size[0], height=size[1])
+    axes = grid[0, 0]
+    axes.grid(False)
+    image = axes.imshow(np.log10(rows), cmap="Blues", aspect="auto")
+    middle = np.log10(rows).mean()
+    for (y, x), value in np.ndenumerate(rows):
+        colour = "white" if np.log10(value) > middle else "black"
+        axes.text(x, y, f"{value:.3f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(rows)), [*names, "(no alignment)"])
+    axes.axhline(len(names) - 0.5, color="white", linewidth=4)
+    axes.set(xlabel="measured on held-out rows of", ylabel="statistics of")
+    axes.set_title(f"modality gap after {result['strategy']}\n(Euclidean; darker is larger)")
+    axes.tick_params(length=0)
+    image.set_clim(np.log10(rows).min() - 0.3, np.log10(rows).max() + 0.1)
+    return drawing

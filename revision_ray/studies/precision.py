@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from revision_ray.align import moments
 from revision_ray.align.maps import chunks
 from revision_ray.align.moments import Moments
 from revision_ray.core.errors import ConfigError
 from revision_ray.data.store import RowGroup, Store, read_group
+from revision_ray.report import plots
+from revision_ray.report.plots import BLUE, GREEN, ORANGE
 from revision_ray.studies.inputs import gathered, remote, sizes_for
 from revision_ray.studies.sample_efficiency import SIZES
 
@@ -132,3 +135,21 @@ def reading(result: dict[str, Any]) -> str:
         f"when summed row by row in float32, {last['float64']:.1e} in float64, {last['moments']:.1e} in this "
         "library's accumulator."
     )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    drawing, grid = plots.new_grid()
+    axes = grid[0, 0]
+    for name, label, colour, mark in (
+        ("float32", "float32, row by row", ORANGE, "o"),
+        ("float64", "float64, row by row", BLUE, "s"),
+        ("moments", "this library", GREEN, "^"),
+    ):
+        # A logarithmic axis has no zero: an error of none is shown at the resolution of float64.
+        values = np.maximum(result[name], np.finfo(np.float64).eps / 16)
+        axes.plot(result["sizes"], values, marker=mark, color=colour, label=label)
+    axes.set_yscale("log")
+    plots.label_sizes(axes, result["sizes"])
+    axes.set(xlabel="rows summed", ylabel="error of the mean\n(Euclidean norm, against an exact sum)")
+    axes.legend(loc="center right")
+    return drawing

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from revision_ray.align.alignment import gap_floor, sampling_floor
 from revision_ray.align.map_reduce import checked_moments, moments_here
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig
 from revision_ray.core.errors import ConfigError
+from revision_ray.report import plots
+from revision_ray.report.plots import BLUE, GREY, ORANGE
 from revision_ray.studies.inputs import (
     StudyStores,
     derived_seed,
@@ -109,3 +112,29 @@ def reading(result: dict[str, Any]) -> str:
         f"fit ({len(result['gaps'][0])} trials). On average no fit gets below {result['floor']:.2g}: by that "
         f"{result['num_heldout_texts']:,} texts and {result['num_heldout_images']:,} images differ by chance."
     )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    drawing, grid = plots.new_grid()
+    axes = grid[0, 0]
+    mean, spread = np.array(result["mean"]), np.array(result["sd"])
+    for trial in np.array(result["gaps"]).T:
+        axes.plot(result["sizes"], trial, ".", color=BLUE, alpha=0.3, markersize=4, linewidth=0)
+    label = f"{result['strategy']}, mean and s.d. of {len(result['gaps'][0])} trials"
+    axes.errorbar(result["sizes"], mean, spread, color=BLUE, marker="o", capsize=3, label=label)
+    if result["expected"]:
+        axes.plot(
+            result["sizes"],
+            result["expected"],
+            "--",
+            color=ORANGE,
+            label="expected from sampling alone (r.m.s.)",
+        )
+    axes.axhline(result["floor"], color=GREY, linestyle=":", label="floor of the held-out rows")
+    axes.set_yscale("log")
+    plots.label_decades(axes.yaxis)
+    plots.label_sizes(axes, result["sizes"])
+    axes.set_xlabel("rows of the fit, each side")
+    axes.set_ylabel("modality gap of held-out rows\n(Euclidean, unit embeddings)")
+    axes.legend()
+    return drawing

@@ -18,6 +18,7 @@ from revision_ray.core.cluster import connect
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.data.store import Store, open_stores
+from revision_ray.report import plots
 from revision_ray.studies import (
     c3_sigma,
     caption_length,
@@ -25,7 +26,6 @@ from revision_ray.studies import (
     cross_modal_probe,
     domain_transfer,
     inputs,
-    plots,
     precision,
     sample_efficiency,
 )
@@ -335,7 +335,7 @@ def _c3_sigma(opened: _Opened) -> dict[str, Any]:
 
 def _write(output: str, name: str, asked: dict[str, Any], result: dict[str, Any]) -> str:
     module = _MODULES[name]
-    images = plots.files(getattr(plots, name), result)
+    images = plots.image_files(lambda: module.figure(result))
     return write(output, name, asked, result, module.table(result), module.reading(result), images)
 
 

@@ -211,7 +211,7 @@ class GapMonitor:
         """The figure stands beside the record; nothing more is written."""
         if self.writer is not None:
             # Only here: no worker without a monitor needs matplotlib.
-            from revision_ray.report.figures import draw_file
+            from revision_ray.report.dynamics_figure import draw_file
 
             self.writer.close()
             draw_file(storage.join(self.output, DYNAMICS), storage.join(self.output, FIGURE))

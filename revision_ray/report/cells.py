@@ -1,4 +1,4 @@
-"""Report cells (a value with n and an interval, or why there is none), and figures of a cloud's shape.
+"""Cells of report.json (a value with its interval, or why there is none), and the figures made into cells.
 
 Shapes: N rows, D embedding dim, B bootstrap resamples, H histogram bins.
 """
@@ -39,23 +39,23 @@ def cell(
     note: str = "",
     **stated: Any,
 ) -> Cell:
-    """The figure as report.json holds it. `n`: rows it was measured on; `stated`: numbers such as k.
+    """Return a figure as report.json holds it. `n`: rows it was measured on; `stated`: conditions such as k.
 
-    JSON has no infinity: an infinite value is None with a note.
+    JSON has no infinity: an infinite value becomes None with a note.
     """
-    found: Cell = {"value": value} if n is None else {"value": value, "n": n}
-    found |= stated
+    entry: Cell = {"value": value} if n is None else {"value": value, "n": n}
+    entry |= stated
     if value is not None and not math.isfinite(value):
-        found |= {"value": None, "note": "infinite" if math.isinf(value) else "undefined"}
+        entry |= {"value": None, "note": "infinite" if math.isinf(value) else "undefined"}
     if bounds is not None:
-        found |= {"low": bounds[0], "high": bounds[1]}
+        entry |= {"low": bounds[0], "high": bounds[1]}
     if note:
-        found["note"] = note
-    return found
+        entry["note"] = note
+    return entry
 
 
 def possible(measure: Callable[[], float], *, n: int | None = None, **stated: Any) -> Cell:
-    """The figure that `measure` gives, or why these rows do not allow it."""
+    """Return the cell of the value of `measure`, or of the reason why these rows do not allow it."""
     try:
         return cell(float(measure()), n=n, **stated)
     except RevisionError as error:
@@ -63,12 +63,12 @@ def possible(measure: Callable[[], float], *, n: int | None = None, **stated: An
 
 
 def mean_cell(values_N: np.ndarray, num: int, seed: int, **stated: Any) -> Cell:
-    """The mean over rows with its bootstrap interval (`num` resamples; none where 0)."""
+    """Return the cell of the mean over rows, with a bootstrap interval of `num` resamples (none if 0)."""
     n = len(values_N)
     if not num:
         return cell(float(values_N.mean()), n=n, **stated)
-    found = mean_interval(values_N, num=num, seed=seed, level=LEVEL, bounds=(float(values_N.min()), math.inf))
-    return cell(found.value, n=n, bounds=(found.low, found.high), **stated)
+    mean = mean_interval(values_N, num=num, seed=seed, level=LEVEL, bounds=(float(values_N.min()), math.inf))
+    return cell(mean.value, n=n, bounds=(mean.low, mean.high), **stated)
 
 
 def gap_bounds(
@@ -79,11 +79,11 @@ def gap_bounds(
     num: int,
     seed: int,
 ) -> tuple[float, float] | None:
-    """Percentile interval of the norm of `gap_D` = mu_x - mu_y, which was measured on more rows than these.
+    """Return the percentile interval of the norm of `gap_D` = mu_x - mu_y; None without resamples.
 
-    Deviations of resampled means of these rows shrink by the square root of `shares`: rows here over rows
-    there, for images and texts. A norm cannot be negative, so near zero the interval lies above the value:
-    it says what other rows of the same number would show.
+    The gap may have been measured on more rows than these: `shares` (images, texts) are the rows here over
+    the rows there, and deviations of resampled means shrink by their square root. A norm cannot be negative,
+    so near zero the interval lies above the value: it shows what as many other rows would give.
     """
     if not num:
         return None
@@ -97,7 +97,7 @@ def gap_bounds(
 
 
 def divergence_cell(p_H: np.ndarray, q_H: np.ndarray, num: int, seed: int, **stated: Any) -> Cell:
-    """JS divergence of two histograms of cosines; its interval from resampled cosines.
+    """Return the cell of the JS divergence of two histograms of cosines, its interval from resampled cosines.
 
     Cosines that share a row are not independent, so the interval is a little too narrow.
     """
@@ -111,7 +111,7 @@ def divergence_cell(p_H: np.ndarray, q_H: np.ndarray, num: int, seed: int, **sta
 
 
 def cloud_figures(covariance_DD: np.ndarray, n: int) -> tuple[dict[str, Cell], np.ndarray]:
-    """Trace, exponent, effective rank and condition number of a cloud of `n` rows; and its spectrum (D,)."""
+    """Return trace, exponent, effective rank and condition number of `n` rows, and their spectrum (D,)."""
     values_D = eigenvalues_of(covariance_DD)
     condition = possible(lambda: condition_number(values_D), n=n)
     if n <= len(values_D):
@@ -130,7 +130,7 @@ def cloud_figures(covariance_DD: np.ndarray, n: int) -> tuple[dict[str, Cell], n
 def beside_images(
     text_DD: np.ndarray, image_DD: np.ndarray, text_D: np.ndarray, image_D: np.ndarray, n: int, q: int
 ) -> dict[str, Cell]:
-    """Covariances and spectra of `n` aligned texts compared with the images'."""
+    """Compare covariance and spectrum of `n` aligned texts with those of the images."""
     return {
         "covariance_gap": possible(lambda: covariance_gap(image_DD, text_DD), n=n),
         "spectral_correlation": possible(lambda: spectral_correlation(image_D, text_D), n=n),
@@ -141,7 +141,7 @@ def beside_images(
 
 
 def before_normalisation(affine: Affine, unit_ND: np.ndarray, ids: list[str]) -> np.ndarray:
-    """The rows z that the map scales to length one: linear part, offset and noise, float64."""
+    """Return the rows before the map scales them to length 1 (linear part, offset, noise), float64."""
     moved_ND = affine.scale * unit_ND if affine.matrix is None else unit_ND @ affine.matrix.T
     if affine.noise:
         moved_ND = moved_ND + affine.noise * noise_rows(ids, affine.embedding_dim, affine.seed)
@@ -151,11 +151,14 @@ def before_normalisation(affine: Affine, unit_ND: np.ndarray, ids: list[str]) ->
 def drift_figures(
     affine: Affine, unit_ND: np.ndarray, ids: list[str]
 ) -> tuple[dict[str, Cell], dict[str, list]]:
-    """Phantom Drift (paper, sec. 3.4) of the map on these rows: measured, predicted, and both vectors."""
+    """Measure the Phantom Drift (paper, sec. 3.4) of the map on these rows.
+
+    Returns the figures, and the measured and predicted vectors (none if the map does not scale rows).
+    """
     names = ("drift_measured", "drift_predicted", "drift_cosine", "drift_error")
     if not affine.unit_output:
         return {name: cell(None, note="does not scale rows to length 1") for name in names}, {}
     drift = fixed_frame.compare(before_normalisation(affine, unit_ND, ids))
-    found = (drift.measured_norm, drift.predicted_norm, drift.cosine, drift.relative_error)
-    figures = {name: cell(value, n=len(unit_ND)) for name, value in zip(names, found, strict=True)}
+    values = (drift.measured_norm, drift.predicted_norm, drift.cosine, drift.relative_error)
+    figures = {name: cell(value, n=len(unit_ND)) for name, value in zip(names, values, strict=True)}
     return figures, {"measured": drift.measured_D.tolist(), "predicted": drift.predicted_D.tolist()}
