@@ -12,23 +12,23 @@ from revision_ray.report.plots import IMAGE, PARTS, SOFT, CurveStyle, PlotPanel,
 
 
 def every_figure(measured: Mapping[str, Any]) -> list[ReportFigure]:
-    """The figures that these measurements allow, in the order of the page."""
+    """Build the figures that these measurements allow, in the order of the page."""
     looks = styles([(entry["label"], entry["strategy"]) for entry in measured["strategies"]])
-    found = [
+    built = [
         _at_a_glance(measured, looks),
         _scatter(measured, looks),
         _cosines(measured, looks),
         _spectra(measured, looks),
     ]
     if measured["curves"]["residual_energy"]:
-        found += [_parts(measured), _residual_energy(measured, looks)]
+        built += [_parts(measured), _residual_energy(measured, looks)]
     if measured["curves"]["drift"]:
-        found.append(_drift(measured, looks))
-    return found
+        built.append(_drift(measured, looks))
+    return built
 
 
-def _told(measured: Mapping[str, Any], key: str) -> str:
-    """ "none 0.554, realign 0.0003": the figure of every strategy, in words."""
+def _in_words(measured: Mapping[str, Any], key: str) -> str:
+    """Write a figure of all strategies in words: "none 0.554, realign 0.0003"."""
     metric = METRICS[key]
     return ", ".join(
         f"{e['label']} {shown(value_of(e, key), metric.percent)}" for e in measured["strategies"]
@@ -46,14 +46,14 @@ def _at_a_glance(measured: Mapping[str, Any], looks: Mapping[str, CurveStyle]) -
     panels = (
         plots.dots("Modality gap", "distance of the means (sphere of radius 1)", rows("modality_gap"),
                    log=True, floor="floor",
-                   alt=f"Modality gap by strategy: {_told(measured, 'modality_gap')}."),
+                   alt=f"Modality gap by strategy: {_in_words(measured, 'modality_gap')}."),
         plots.dots("Covariance gap", "relative difference", rows("covariance_gap"),
-                   alt=f"Covariance gap by strategy: {_told(measured, 'covariance_gap')}."),
+                   alt=f"Covariance gap by strategy: {_in_words(measured, 'covariance_gap')}."),
         plots.dots("Neighbours of the other kind", "kNN mixing rate, %", rows("mixing_rate"), percent=True,
                    marks=[(chance, "one cloud")] if chance else (),
-                   alt=f"Mixing rate by strategy: {_told(measured, 'mixing_rate')}."),
+                   alt=f"Mixing rate by strategy: {_in_words(measured, 'mixing_rate')}."),
         plots.dots("Neighbours kept", "overlap with before, %", rows("neighbourhood_overlap"), percent=True,
-                   alt=f"Neighbourhood overlap by strategy: {_told(measured, 'neighbourhood_overlap')}."),
+                   alt=f"Neighbourhood overlap by strategy: {_in_words(measured, 'neighbourhood_overlap')}."),
     )  # fmt: skip
     return ReportFigure(
         "strategies",
@@ -91,7 +91,7 @@ def _scatter(measured: Mapping[str, Any], looks: Mapping[str, CurveStyle]) -> Re
 
 
 def before_and_after(measured: Mapping[str, Any]) -> ReportFigure | None:
-    """Two clouds without axes for the first screen: as they are, and after the fit that is spoken of."""
+    """Build the figure of the first screen: both clouds, before and after the fit of the verdict."""
     looks = styles([(entry["label"], entry["strategy"]) for entry in measured["strategies"]])
     fitted = [entry["label"] for entry in measured["strategies"] if entry["strategy"] != "none"]
     named = [measured["verdict"]["trusted"], "realign", *reversed(fitted)]
@@ -116,17 +116,17 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def _cosines(measured: Mapping[str, Any], looks: Mapping[str, CurveStyle]) -> ReportFigure:
-    found = measured["curves"]
-    edges = [_filled(counts) for group in ("cosines", "across") for counts in found[group].values()]
+    counts = measured["curves"]
+    edges = [_filled(each) for group in ("cosines", "across") for each in counts[group].values()]
     low, high = min(e[0] for e in edges), max(e[1] for e in edges)
     panels = []
     for entry in measured["strategies"]:
         label = entry["label"]
         lines = [
-            ("within images", IMAGE, *_density(found["cosines"]["image"], low, high)),
-            ("within texts", looks[label], *_density(found["cosines"][label], low, high)),
+            ("within images", IMAGE, *_density(counts["cosines"]["image"], low, high)),
+            ("within texts", looks[label], *_density(counts["cosines"][label], low, high)),
             ("text to another's image", replace(SOFT, dash=(0, (2, 1.5))),
-             *_density(found["across"][label], low, high)),
+             *_density(counts["across"][label], low, high)),
         ]  # fmt: skip
         alt = (
             f"Densities of cosines with {label}: angular JS divergence within texts against within images "
@@ -144,7 +144,7 @@ def _cosines(measured: Mapping[str, Any], looks: Mapping[str, CurveStyle]) -> Re
             )
         )
     pairs = (
-        " The dotted vertical line is the mean cosine of a text and its own image." if found["pairs"] else ""
+        " The dotted vertical line is the mean cosine of a text and its own image." if counts["pairs"] else ""
     )
     return ReportFigure(
         "cosines",
@@ -157,13 +157,13 @@ def _cosines(measured: Mapping[str, Any], looks: Mapping[str, CurveStyle]) -> Re
 
 
 def _filled(counts: Sequence[int]) -> tuple[int, int]:
-    """First and last bin that hold more than stray cosines."""
+    """Return the first and the last bin with more than stray cosines."""
     places = np.flatnonzero(np.asarray(counts) > 2e-4 * sum(counts))
     return int(places[0]), int(places[-1])
 
 
 def _density(counts: Sequence[int], low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bin centres and density, two of the fine bins together."""
+    """Return bin centres and density, with two fine bins joined."""
     values = np.asarray(counts, float)
     width = 2 / len(values)
     values = values.reshape(-1, 2).mean(axis=1) / (values.sum() * width)
@@ -173,16 +173,16 @@ def _density(counts: Sequence[int], low: int, high: int) -> tuple[np.ndarray, np
 
 
 def _spectra(measured: Mapping[str, Any], looks: Mapping[str, CurveStyle]) -> ReportFigure:
-    found = measured["curves"]["spectra"]
+    spectra = measured["curves"]["spectra"]
     lines = []
-    for label, values in found.items():
+    for label, values in spectra.items():
         spectrum = np.asarray(values)
         spectrum = spectrum[spectrum > spectrum[0] * 1e-12] / spectrum.sum()
         style = IMAGE if label == "image" else looks[label]
         lines.append(
             ("images" if label == "image" else label, style, np.arange(1, len(spectrum) + 1), spectrum)
         )
-    alt = f"Spectra of the covariances; exponents: {_told(measured, 'spectrum_exponent')}."
+    alt = f"Spectra of the covariances; exponents: {_in_words(measured, 'spectrum_exponent')}."
     return ReportFigure(
         "spectra",
         "How variance spreads over directions",
@@ -201,7 +201,7 @@ def _parts(measured: Mapping[str, Any]) -> ReportFigure:
             beta, gamma, delta, zeta = (float(v or 0.0) for v in values)
             rows.append((entry["label"], (beta**2, gamma**2, delta, zeta)))
     names = ("‖β‖², mean in U", "‖γ‖², mean in V", "tr Cov δ, rest in U", "tr Cov ζ, rest in V")
-    alt = f"Mean squared distance of a pair by strategy: {_told(measured, 'squared_distance')}."
+    alt = f"Mean squared distance of a pair by strategy: {_in_words(measured, 'squared_distance')}."
     frame = measured["frame"]
     return ReportFigure(
         "decomposition",
@@ -214,15 +214,15 @@ def _parts(measured: Mapping[str, Any]) -> ReportFigure:
 
 
 def _residual_energy(measured: Mapping[str, Any], looks: Mapping[str, CurveStyle]) -> ReportFigure:
-    found = measured["curves"]["residual_energy"]
+    energies = measured["curves"]["residual_energy"]
     lines = [
         (label, looks[label], np.arange(1, len(energy) + 1), np.asarray(energy))
-        for label, energy in found.items()
+        for label, energy in energies.items()
     ]
     dim = measured["embedding_dim"]
     isotropic = replace(SOFT, dash=(0, (1, 1.5)))
     lines.append(("isotropic", isotropic, np.array([1, dim]), np.array([1 / dim, 1.0])))
-    alt = f"Residual energy; directions that hold 90 %: {_told(measured, 'directions_for_90')} of {dim}."
+    alt = f"Residual energy; directions that hold 90 %: {_in_words(measured, 'directions_for_90')} of {dim}."
     return ReportFigure(
         "residual-energy",
         "How many directions the residual needs",

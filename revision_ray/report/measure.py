@@ -1,4 +1,4 @@
-"""Measure every figure of the report for every strategy, from stores and fits to one plain dictionary.
+"""Measure the report's figures for every strategy; stores and fits go in, one plain dictionary comes out.
 
     stores --map-reduce--> second moments --> gap, spectra, shape
        |---uniform sample--> cosines, neighbours (blocks of queries as tasks), drift, projections
@@ -64,19 +64,19 @@ from revision_ray.report.sample import (
 )
 
 PAIRED = tuple(key for key, metric in METRICS.items() if metric.paired)
-# Of the coupling, as a share of the mean eigenvalue of D D': it settles directions of little variance.
+# Ridge of the coupling, as a share of the mean eigenvalue of D D'; it steadies directions of little variance.
 RIDGE = 1e-3
 
 
 def without_pairs(reason: str = NEEDS_PAIRS) -> dict[str, Cell]:
-    """Every paired figure, with the reason why it is not there."""
+    """Return the cells of all paired figures, empty for this reason."""
     return {key: cell(None, note=reason) for key in PAIRED}
 
 
 def pair_figures(
     image_ND: np.ndarray, text_ND: np.ndarray, frame: FixedFrame, residual_energy: float, num: int, seed: int
 ) -> tuple[dict[str, Cell], list[float]]:
-    """Every paired figure of unit images and their aligned texts, and E(K) of the residual for K = 1..D."""
+    """Measure all paired figures of unit images and their aligned texts, and E(K) of the residual (D,)."""
     difference_ND = image_ND - text_ND
     residual_ND = difference_ND - difference_ND.mean(axis=0)
     values_D = eigenvalues_of(covariance(residual_ND))
@@ -121,7 +121,7 @@ def _in_frame(
     parts = decompose(image_ND, text_ND, frame)
     n = len(image_ND)
     squared_N = np.sum((image_ND - text_ND) ** 2, axis=1)
-    found: dict[str, Any] = {
+    cells: dict[str, Any] = {
         "delta_trace": mean_cell(np.sum(parts.delta_ND**2, axis=1), num, seed),
         "zeta_trace": mean_cell(np.sum(parts.zeta_ND**2, axis=1), num, seed),
         "squared_distance": mean_cell(squared_N, num, seed),
@@ -129,23 +129,23 @@ def _in_frame(
     }
     covariances = block_covariances(parts, frame)
     for key, block_RR in zip(("kappa_u", "kappa_v"), covariances, strict=True):
-        found[key] = _kappa(block_RR, n, energy)
-    found["gamma_angle"] = possible(
+        cells[key] = _kappa(block_RR, n, energy)
+    cells["gamma_angle"] = possible(
         lambda: leading_angle_degrees(frame.v_DS.T @ parts.gamma_D, covariances[1]),
         n=n,
         by_chance=angle_by_chance_degrees(frame.v_DS.shape[1]),
     )
     try:
-        linked = coupling(parts.delta_ND, parts.zeta_ND, frame, RIDGE)
+        ridge = coupling(parts.delta_ND, parts.zeta_ND, frame, RIDGE)
     except DataError as error:
-        return found | {
+        return cells | {
             key: cell(None, n=n, note=str(error)) for key in ("coupling_norm", "coupling_explained")
         }
-    found["coupling_norm"] = cell(linked.spectral_norm, n=n, ridge=RIDGE)
-    found["coupling_explained"] = cell(
-        linked.explained_variance, n=n, ridge=RIDGE, by_chance=linked.chance_explained_variance
+    cells["coupling_norm"] = cell(ridge.spectral_norm, n=n, ridge=RIDGE)
+    cells["coupling_explained"] = cell(
+        ridge.explained_variance, n=n, ridge=RIDGE, by_chance=ridge.chance_explained_variance
     )
-    return found
+    return cells
 
 
 def _kappa(covariance_RR: np.ndarray, n: int, energy: float) -> Cell:
@@ -163,16 +163,16 @@ _QUERIES_PER_TASK = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings:
-    """How the figures are measured."""
+    """Settings of the measurements."""
 
     seed: int = 0
-    """Of samples, pairs of rows, resamples."""
+    """Seed of samples, pairs of rows and resamples."""
     num_heldout: int = 10_000
-    """Rows a side for cosines and neighbours, and pairs, at most."""
+    """At most this many rows a side for cosines and neighbours, and pairs."""
     max_rows: int | None = None
-    """Second moments from a uniform sample of this many rows a side; by default from all."""
+    """Take second moments from a uniform sample of this many rows a side; by default from all."""
     num_bootstrap: int = 200
-    """Resamples of each 95 % interval; 0 leaves intervals out."""
+    """Resamples of each 95 % interval; 0 for no intervals."""
     num_cosines: int = 200_000
     """Pairs of rows whose cosines are compared."""
     k_mixing: int = 20
@@ -184,7 +184,7 @@ class MeasureSettings:
     frame_energy: float = 0.9
     """Share of the trace of both covariances together that U holds."""
     residual_energy: float = 0.99
-    """Share of the trace over which the effective condition numbers are taken."""
+    """Share of the trace that the effective condition numbers use."""
     max_rejected_fraction: float = 0.001
     """Fail when a larger share of rows is NaN, infinite, zero, or of another dimension."""
 
@@ -203,7 +203,7 @@ class MeasureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
-    """What every strategy is measured on."""
+    """Rows and moments on which every strategy is measured."""
 
     image: Moments
     text_rows: SampledRows
@@ -216,14 +216,14 @@ class _Sample:
 
 
 def measure(inputs: ReportInputs, settings: MeasureSettings) -> dict[str, Any]:
-    """Figures by strategy, the images' own, curves for the plots, and what they were measured on.
+    """Measure the figures of each strategy and of the images, the curves for the plots, and the row counts.
 
     Raises:
         AlignmentError: fits and stores do not belong together, or a side does not vary.
-        DataError: stores cannot be read, or hold too many rows without a direction.
+        DataError: a store cannot be read, or has too many rows without a direction.
     """
     image = second_moments(inputs, inputs.images, "images", settings.max_rows, settings.seed)
-    sample, curves = _sample(inputs, settings, image)
+    sample, curves = _draw_samples(inputs, settings, image)
     dim = image.embedding_dim
     q = min(settings.num_directions or max(1, round(dim / 10)), dim)
     image_cells, image_D = cloud_figures(image.covariance, image.count)
@@ -237,7 +237,7 @@ def measure(inputs: ReportInputs, settings: MeasureSettings) -> dict[str, Any]:
             cells, values_D = cloud_figures(text.covariance, text.count)
             cells |= beside_images(text.covariance, image.covariance, values_D, image_D, text.count, q)
             with one_thread():
-                cells |= _sampled(fit.affine, text, sample, settings, curves, fit.label)
+                cells |= _row_figures(fit.affine, text, sample, settings, curves, fit.label)
             if fit.alignment is not None:
                 own = fit.alignment.modality_gap.after
                 cells["fit_gap"] = cell(own, n=fit.alignment.num_texts, num_images=fit.alignment.num_images)
@@ -260,7 +260,7 @@ def measure(inputs: ReportInputs, settings: MeasureSettings) -> dict[str, Any]:
     }
 
 
-def _sample(
+def _draw_samples(
     inputs: ReportInputs, settings: MeasureSettings, image: Moments
 ) -> tuple[_Sample, dict[str, Any]]:
     seed = settings.seed
@@ -292,7 +292,7 @@ def _sample(
 
 
 def _frame(inputs: ReportInputs, settings: MeasureSettings, image: Moments) -> FixedFrame:
-    """From the stores that were named, before held-out ones: the frame is fixed before it is looked at."""
+    """Return the frame of `texts` and `images`, not of held-out stores: it is fixed before it is used."""
     name, most, seed = "frame", settings.max_rows, settings.seed
     text = second_moments(inputs, inputs.reference_texts, name, most, seed)
     if inputs.reference_images != inputs.images:
@@ -302,7 +302,7 @@ def _frame(inputs: ReportInputs, settings: MeasureSettings, image: Moments) -> F
         return frame_of(reference_DD, settings.frame_energy, min(text.count, image.count))
 
 
-def _sampled(
+def _row_figures(
     affine: Affine,
     text: Moments,
     sample: _Sample,
@@ -310,7 +310,7 @@ def _sampled(
     curves: dict[str, Any],
     label: str,
 ) -> dict[str, Cell]:
-    """The figures of one strategy that need rows; its curves are added to `curves`."""
+    """Measure the figures of one strategy that need rows; add its curves to `curves`."""
     seed, num = settings.seed, settings.num_bootstrap
     rows = sample.text_rows
     before_ND, image_ND = rows.unit_ND, sample.image_rows.unit_ND
@@ -350,10 +350,10 @@ def _sampled(
     curves["scatter"][label] = sample.projection.points(after_ND, seed)
     if curve:
         curves["drift"][label] = curve
-    return cells | drift | _paired(affine, sample, settings, curves, label)
+    return cells | drift | _measure_pairs(affine, sample, settings, curves, label)
 
 
-def _paired(
+def _measure_pairs(
     affine: Affine, sample: _Sample, settings: MeasureSettings, curves: dict[str, Any], label: str
 ) -> dict[str, Cell]:
     if sample.pairs is None:
@@ -370,7 +370,7 @@ def _paired(
 
 
 def _aligned(affine: Affine, rows: SampledRows) -> np.ndarray:
-    """float64 (N, D): as the map gives them in float32."""
+    """Return the mapped rows, computed in float32 as for training, as float64 (N, D)."""
     return affine.apply(rows.stored_ND, rows.ids)[0].astype(np.float64)
 
 
@@ -386,7 +386,7 @@ def _histogram_across(image_ND: np.ndarray, text_ND: np.ndarray, num: int) -> li
 def _neighbour_figures(
     image_ND: np.ndarray, text_ND: np.ndarray, before_NK: np.ndarray | None, settings: MeasureSettings
 ) -> dict[str, Cell]:
-    num, seed, k, kept = settings.num_bootstrap, settings.seed, settings.k_mixing, settings.k_overlap
+    num, seed, k, k_overlap = settings.num_bootstrap, settings.seed, settings.k_mixing, settings.k_overlap
     names = ("mixing_rate", "origin_entropy_text", "origin_entropy_image")
     cells = {}
     if k >= len(image_ND) + len(text_ND):
@@ -403,15 +403,15 @@ def _neighbour_figures(
         chance = neighbours.mixing_rate_by_chance(len(image_ND), len(text_ND))
         cells["mixing_rate"]["by_chance"] = chance
     if before_NK is None:
-        cells["neighbourhood_overlap"] = cell(None, note=f"k = {kept} needs more rows", k=kept)
+        cells["neighbourhood_overlap"] = cell(None, note=f"k = {k_overlap} needs more rows", k=k_overlap)
     else:
-        shares_N = neighbours.kept_shares(before_NK, _nearest(text_ND, kept))
-        cells["neighbourhood_overlap"] = mean_cell(shares_N, num, seed, k=kept)
+        shares_N = neighbours.kept_shares(before_NK, _nearest(text_ND, k_overlap))
+        cells["neighbourhood_overlap"] = mean_cell(shares_N, num, seed, k=k_overlap)
     return cells
 
 
 def _nearest(rows_ND: np.ndarray, k: int) -> np.ndarray:
-    """Indices (N, K) of every row's nearest others, exactly; a task for each block of queries."""
+    """Return the exact nearest other rows (N, K) of each row, with one task for each block of queries."""
     base = ray.put(rows_ND)
     starts = range(0, len(rows_ND), _QUERIES_PER_TASK)
     with user_errors():

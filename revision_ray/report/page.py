@@ -1,4 +1,4 @@
-"""The report as one HTML file: no script, font, style or picture from anywhere else."""
+"""The report as one HTML file that loads nothing from elsewhere."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ TEMPLATE = "page.html"
 
 
 def render(document: Mapping[str, Any], figures: Sequence[ReportFigure], first: ReportFigure | None) -> str:
-    """The page that shows this report; `first` is the small figure of its first screen."""
+    """Render the page of a report; `first` is the small figure on its first screen."""
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
@@ -62,7 +62,7 @@ def _table(
         }
         for metric in metrics
     ]
-    # The images' column only where the table has something to say of them.
+    # The images have a column only in tables with figures of them.
     with_image = any(row["cells"][0]["value"] for row in rows)
     if not with_image:
         for row in rows:
@@ -71,29 +71,29 @@ def _table(
 
 
 def _cell(metric: Metric, name: str, figures: Mapping[str, Any]) -> dict[str, str]:
-    """What a cell shows: our figure, its interval, the paper's, and more on pointing at it."""
-    found = figures.get(metric.key)
+    """Return the texts of a cell: figure, interval, the paper's value, and a tooltip (`more`)."""
+    measured = figures.get(metric.key)
     paper = metric.paper.get(name)
     texts = {"value": "", "interval": "", "more": "", "missing": "", "paper": ""}
     texts["paper"] = "" if paper is None else quoted(paper, metric.percent)
-    if found is None:
+    if measured is None:
         return texts
-    if found["value"] is None:
-        note = found.get("note", "")
-        said = {"value": "∞"} if note == "infinite" else {"missing": _short(note)}
-        return {**texts, **said, "more": note}
-    texts["value"] = shown(found["value"], metric.percent)
-    if "low" in found:
-        low, high = (shown(found[end], metric.percent).removesuffix(" %") for end in ("low", "high"))
+    if measured["value"] is None:
+        note = measured.get("note", "")
+        instead = {"value": "∞"} if note == "infinite" else {"missing": _short(note)}
+        return {**texts, **instead, "more": note}
+    texts["value"] = shown(measured["value"], metric.percent)
+    if "low" in measured:
+        low, high = (shown(measured[end], metric.percent).removesuffix(" %") for end in ("low", "high"))
         texts["interval"] = f"{low} to {high}"
-    texts["more"] = _conditions(found, metric.percent)
+    texts["more"] = _conditions(measured, metric.percent)
     return texts
 
 
-def _conditions(found: Mapping[str, Any], percent: bool) -> str:
-    """ "n = 2,000, k = 20, by chance 50.0 %": what a figure was measured with."""
+def _conditions(cell: Mapping[str, Any], percent: bool) -> str:
+    """Write the conditions of a figure, such as "n = 2,000, k = 20, by chance 50.0 %"."""
     parts = []
-    for key, value in found.items():
+    for key, value in cell.items():
         if key in ("value", "low", "high", "note"):
             continue
         if key == "by_chance":
@@ -105,7 +105,7 @@ def _conditions(found: Mapping[str, Any], percent: bool) -> str:
 
 
 def _stated(metric: Metric, columns: Sequence[Mapping[str, Any]]) -> str:
-    """Those conditions that all columns share."""
+    """Write the conditions that all columns share."""
     cells = [
         figures[metric.key] for figures in columns if figures.get(metric.key, {}).get("value") is not None
     ]
@@ -116,9 +116,9 @@ def _stated(metric: Metric, columns: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _typeset(symbol: str) -> Markup:
-    """ "M_k^Z" with its index and exponent set as such."""
-    found = re.sub(r"_(\w+?)(?=\^|\b)", r"<sub>\1</sub>", str(escape(symbol)))
-    return Markup(re.sub(r"\^(\w+)", r"<sup>\1</sup>", found))
+    """Set index and exponent of a symbol such as "M_k^Z" in HTML."""
+    indexed = re.sub(r"_(\w+?)(?=\^|\b)", r"<sub>\1</sub>", str(escape(symbol)))
+    return Markup(re.sub(r"\^(\w+)", r"<sup>\1</sup>", indexed))
 
 
 def _short(note: str) -> str:

@@ -1,4 +1,4 @@
-"""The report job: figures by strategy, the verdict, the claims, as a page, JSON and pictures."""
+"""The report job: measure the modality gap of an encoder, and write a page, JSON and pictures."""
 
 import json
 import math
@@ -26,13 +26,15 @@ _PACKAGES = ("numpy", "scipy", "pyarrow", "ray", "matplotlib")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportJob(ReportSources, MeasureSettings):
-    """What an encoder's modality gap looks like, whether fits close it, and which strategy to trust: a page
-    that works offline, with all numbers as JSON and all figures as PNG."""
+    """Report on an encoder's modality gap, whether fits close it, and which strategy to trust.
+
+    Writes a page that works offline, all numbers as JSON and all figures as PNG.
+    """
 
     output: str = MISSING
     """Directory of the report."""
     title: str = ""
-    """Of the page; by default the encoder's name."""
+    """Title of the page; by default the encoder's name."""
     replicates: list[ReportSources] = field(default_factory=list)
     """The same recipe under other seeds: {texts, images, alignments, ...} each. The paper's claims are judged
     on all of them."""
@@ -45,17 +47,17 @@ class ReportJob(ReportSources, MeasureSettings):
         return MeasureSettings(**{name: getattr(self, name) for name in MeasureSettings.__dataclass_fields__})
 
     def sources(self) -> list[ReportSources]:
-        """Of this encoder, then of each replicate."""
+        """Return the sources of this encoder, then those of each replicate."""
         first = ReportSources(**{name: getattr(self, name) for name in ReportSources.__dataclass_fields__})
         return [first, *self.replicates]
 
 
 def run(job: ReportJob) -> str:
-    """The report stands at the job's output; what it says, in short. One that stands there already is kept.
+    """Write the report and return its summary; a report of the same inputs at the output is kept.
 
     Raises:
         AlignmentError: fits and stores do not belong together, or a side does not vary.
-        DataError: stores cannot be used, or the output holds another report.
+        DataError: a store cannot be used, or the output has another report or other files.
     """
     output = storage.absolute(job.output)
     settings = job.settings()
@@ -63,14 +65,14 @@ def run(job: ReportJob) -> str:
     probes = [
         _read_probe(sources.probe, inputs) for sources, inputs in zip(job.sources(), opened, strict=True)
     ]
-    asked = _asked(job, settings, opened, probes)
-    standing = _standing(output, asked)
-    if standing is not None:
-        return _said(standing, output)
+    identity = _identity(job, settings, opened, probes)
+    finished = _read_finished(output, identity)
+    if finished is not None:
+        return _summary(finished, output)
     connect()
     config.save_resolved(job, storage.join(output, CONFIG))
     runs = [measure(inputs, settings) for inputs in opened]
-    document = _document(job, settings, asked, runs, probes)
+    document = _document(job, settings, identity, runs, probes)
     drawn = figures.every_figure(document)
     for figure in drawn:
         storage.write_bytes(storage.join(output, FIGURES, f"{figure.name}.png"), plots.png(figure))
@@ -78,24 +80,24 @@ def run(job: ReportJob) -> str:
         storage.join(output, PAGE), page.render(document, drawn, figures.before_and_after(document)).encode()
     )
     storage.write_json(storage.join(output, DOCUMENT), document)
-    return _said(document, output)
+    return _summary(document, output)
 
 
 def _document(
     job: ReportJob,
     settings: MeasureSettings,
-    asked: Mapping[str, Any],
+    identity: Mapping[str, Any],
     runs: Sequence[dict[str, Any]],
     probes: Sequence[dict[str, Any] | None],
 ) -> dict[str, Any]:
-    """Everything that the page shows; nothing in it depends on when or where it was made."""
+    """Return everything that the page shows; nothing in it depends on when or where it is made."""
     first, probe = runs[0], probes[0]
     judged: GapVerdict = verdict(first, probe["rows"] if probe else None)
     encoder = first["inputs"]["texts"]["encoder"]["name"]
     return _finite(
         {
             "format_version": FORMAT_VERSION,
-            "asked": asked,
+            "asked": identity,
             "title": job.title or encoder or "an unknown encoder",
             "settings": asdict(settings),
             "versions": {
@@ -106,14 +108,14 @@ def _document(
             "verdict": judged.document(),
             "limitations": _limitations(first, probe),
             "probe": probe,
-            "claims": claims.judge(runs, [found["rows"] if found else None for found in probes]),
+            "claims": claims.judge(runs, [each["rows"] if each else None for each in probes]),
             "replicates": [{k: v for k, v in run.items() if k != "curves"} for run in runs[1:]],
         }
     )
 
 
 def _finite(value: Any) -> Any:
-    """The same with NaN and infinity as null, which is all that JSON has for them."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -122,51 +124,51 @@ def _finite(value: Any) -> Any:
 
 
 def _limitations(run: Mapping[str, Any], probe: Mapping[str, Any] | None) -> list[str]:
-    """What a reader must know before trusting the figures."""
+    """List what a reader must know before quoting a number."""
     on, dim = run["measured_on"], run["embedding_dim"]
-    found = []
+    limits = []
     for side in ("texts", "images"):
         if on[f"num_{side}"] <= dim:
-            found.append(
+            limits.append(
                 f"Only {on[f'num_{side}']:,} {side} in {dim} dimensions: their covariance cannot have full "
                 "rank, so condition number, spectral correlation and covariance gap say more of the sample "
                 f"than of the encoder. Measure on several times {dim} rows."
             )
         if share := on["share_off_unit"]["text" if side == "texts" else "image"]:
-            found.append(
+            limits.append(
                 f"{shown(share, True)} of the {side} were not of length one; all rows are scaled to it."
             )
     if dim < min(on["num_texts"], on["num_images"]) < 10_000:
-        found.append(
+        limits.append(
             f"{on['num_texts']:,} texts and {on['num_images']:,} images were measured; statistics settle "
             "at about 10,000."
         )
     if on["pairs"] is None:
-        found.append(
+        limits.append(
             "No text and image share an id, so there are no pairs: what needs them is marked. Embed the "
             "same image-caption pairs (WebDataset tars, or Parquet, with one id) once as images and once "
             "as texts with jobs/embed.py, and give both stores as heldout_images and heldout_texts."
         )
     seen = [entry["label"] for entry in run["strategies"] if not entry["held_out"]]
     if seen:
-        found.append(
+        limits.append(
             f"Rows measured here took part in the fit of {', '.join(seen)}: centroid gaps come out too "
             "small. Give heldout_texts and heldout_images for an honest figure."
         )
     if on["num_dropped"]:
-        found.append(
+        limits.append(
             f"{on['num_dropped']:,} sampled rows without a direction (NaN, infinite, zero) are left out."
         )
     if probe and not probe["same_texts"]:
-        found.append("The probe was made with other texts than those of this report.")
-    return found
+        limits.append("The probe was made with other texts than those of this report.")
+    return limits
 
 
 def _read_probe(uri: str | None, inputs: ReportInputs) -> dict[str, Any] | None:
-    """Rows of the probe study's JSON: label, loss (negative log-likelihood) and accuracy on real images.
+    """Read label, loss (negative log-likelihood) and accuracy of each strategy from the probe study's JSON.
 
     Raises:
-        DataError: it is no result of that study.
+        DataError: the file is not a result of that study.
     """
     if uri is None:
         return None
@@ -176,10 +178,10 @@ def _read_probe(uri: str | None, inputs: ReportInputs) -> dict[str, Any] | None:
             {
                 "label": name.removeprefix("given_"),
                 "strategy": name.removeprefix("given_"),
-                **{f"loss{end}": found["nll"][key] for end, key in _ENDS},
-                **{f"accuracy{end}": found["accuracy"][key] for end, key in _ENDS},
+                **{f"loss{end}": scores["nll"][key] for end, key in _ENDS},
+                **{f"accuracy{end}": scores["accuracy"][key] for end, key in _ENDS},
             }
-            for name, found in document["strategies"].items()
+            for name, scores in document["strategies"].items()
         ]
         bound = document["upper_bound"]
         texts = storage.sha256(*(h.encode() for h in sorted(inputs.reference_texts.shard_hashes)))
@@ -192,7 +194,7 @@ def _read_probe(uri: str | None, inputs: ReportInputs) -> dict[str, Any] | None:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{uri}: is no result of a cross-modal probe ({quote(error, 80)} is missing); give the "
+            f"{uri}: is not a result of the cross-modal probe ({quote(error, 80)} is missing); give the "
             f"probe.json that "
             "jobs/study.py wrote"
         ) from error
@@ -201,11 +203,11 @@ def _read_probe(uri: str | None, inputs: ReportInputs) -> dict[str, Any] | None:
 _ENDS = (("", "mean"), ("_low", "low"), ("_high", "high"))
 
 
-def _asked(
+def _identity(
     job: ReportJob, settings: MeasureSettings, opened: Sequence[ReportInputs], probes: Sequence[Any]
 ) -> dict[str, Any]:
-    """What decides every number of the report, as JSON has it."""
-    found = {
+    """Return what decides every number of the report, as JSON has it."""
+    identity = {
         "title": job.title,
         "settings": asdict(settings),
         "inputs": [
@@ -217,36 +219,38 @@ def _asked(
             for inputs, probe in zip(opened, probes, strict=True)
         ],
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(identity))
 
 
-def _standing(output: str, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report at `output`, where it is this one; None where there is none.
+def _read_finished(output: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the finished report at `output`; None if there is none.
 
     Raises:
-        DataError: another report, or files that are no report.
+        DataError: the output has another report, or files that are not part of a report.
     """
-    place = storage.join(output, DOCUMENT)
-    if not storage.exists(place):
-        ours = {PAGE, CONFIG, REJECTED}  # what a report that was interrupted leaves
-        strangers = [uri for uri, _ in storage.list_files(output) if storage.name_of(uri) not in ours]
+    uri = storage.join(output, DOCUMENT)
+    if not storage.exists(uri):
+        ours = {PAGE, CONFIG, REJECTED}  # what an interrupted report leaves
+        strangers = [file for file, _ in storage.list_files(output) if storage.name_of(file) not in ours]
         if strangers:
-            raise DataError(f"{output}: holds files that are no report ({strangers[0]}); name another output")
+            raise DataError(
+                f"{output}: has files that are not part of a report ({strangers[0]}); name another output"
+            )
         return None
-    found = storage.read_json(place)
-    if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{place}: is no report that this version reads; name another output")
-    if found.get("asked") != asked:
-        different = [key for key in asked if found.get("asked", {}).get(key) != asked[key]]
+    document = storage.read_json(uri)
+    if not isinstance(document, dict) or document.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{uri}: is not a report that this version reads; name another output")
+    if document.get("asked") != identity:
+        different = [key for key in identity if document.get("asked", {}).get(key) != identity[key]]
         raise DataError(
-            f"{output}: holds another report (different: {', '.join(different)}); name another output, or "
-            "remove that directory yourself"
+            f"{output}: has a report with other {', '.join(different)}; name another output, or remove that "
+            "directory yourself"
         )
-    return found
+    return document
 
 
-def _said(document: Mapping[str, Any], output: str) -> str:
-    """The report in a few lines."""
+def _summary(document: Mapping[str, Any], output: str) -> str:
+    """Write the report in a few lines."""
     width = max(len(entry["label"]) for entry in document["strategies"]) + 2
     lines = [document["verdict"]["headline"], "", f"{'strategy':<{width}}{'gap':>12}{'floor':>12}"]
     for entry in document["strategies"]:

@@ -1,6 +1,6 @@
-"""Inputs of a report: stores and fits that belong together, samples of rows, pairs with equal ids.
+"""Inputs of a report: checked stores and fits, samples of rows, and pairs of texts and images of one id.
 
-Tasks read the stores; only sampled rows reach the driver. Everything is a function of content and seed.
+Tasks read the stores; only sampled rows reach the driver. All samples depend on content and seed alone.
 
 Shapes: N rows, D embedding dim.
 """
@@ -36,17 +36,17 @@ from revision_ray.geometry.spectra import id_keys
 
 log = logging.getLogger(__name__)
 
-# Ids a side that are looked at for pairs: those whose hash is smallest, so both sides look at the same ones.
+# Ids a side that are searched for pairs: those with the smallest hashes, so the same ones on both sides.
 PAIR_CANDIDATES = 200_000
 _ROW_GROUPS_PER_TASK = 8
 _HASHED = np.dtype([("hash", "<u8"), ("group", "<u4"), ("row", "<u4")])
-# Half floats round a unit row's length by less than this.
+# Rounding to float16 changes the length of a unit row by less than this.
 _UNIT_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledRows:
-    """Rows that have a direction, as stored, with their ids. `num_dropped` had none and are left out."""
+    """Rows as stored, with their ids. `num_dropped` rows without a direction are left out."""
 
     ids: list[str]
     stored_ND: np.ndarray
@@ -61,23 +61,25 @@ class SampledRows:
 
     @property
     def unit_ND(self) -> np.ndarray:
-        """float64, of length one."""
+        """Return the rows scaled to length 1, float64."""
         return self.stored_ND.astype(np.float64) / self.norms_N[:, None]
 
     @property
     def share_off_unit(self) -> float:
-        """Share of rows whose stored length is not one, beyond what half floats round."""
+        """Return the share of rows whose stored length is not 1 within the rounding of float16."""
         return float(np.mean(np.abs(self.norms_N - 1) > _UNIT_TOLERANCE)) if len(self) else 0.0
 
     def take(self, positions: np.ndarray) -> "SampledRows":
-        """The rows at these positions."""
+        """Return the rows at these positions."""
         return SampledRows(ids=[self.ids[p] for p in positions], stored_ND=self.stored_ND[positions])
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedPairs:
-    """Texts and images of the same ids, row by row. `num_matched` ids matched among those looked at, which
-    are the share `share_searched` of all."""
+    """Texts and images of the same ids, row by row.
+
+    `num_matched` ids matched in the searched share of all ids.
+    """
 
     text: SampledRows
     image: SampledRows
@@ -86,7 +88,7 @@ class MatchedPairs:
 
 
 def draw_rows(store: Store, num_rows: int, seed: int) -> SampledRows:
-    """A uniform sample of the store's rows without replacement; all of them where it has no more.
+    """Draw a uniform sample of the store's rows without replacement; all rows if it has fewer.
 
     Raises:
         DataError: a shard is missing or damaged.
@@ -107,11 +109,10 @@ def draw_rows(store: Store, num_rows: int, seed: int) -> SampledRows:
 
 
 def draw_pairs(texts: Store, images: Store, num_pairs: int, seed: int) -> MatchedPairs | None:
-    """Up to `num_pairs` ids that both stores hold, the same for the same ids whatever the shards; None where
-    no id matches.
+    """Draw up to `num_pairs` pairs of rows whose id is in both stores; None if no id matches.
 
-    Of large stores the ids with the smallest hashes are looked at, `PAIR_CANDIDATES` a side. Where an id
-    occurs twice in a store its first row counts.
+    The choice depends on the ids and the seed, not on the shards. In large stores only the `PAIR_CANDIDATES`
+    ids with the smallest hashes are searched. Of an id that a store has twice, the first row counts.
 
     Raises:
         DataError: a shard is missing or damaged.
@@ -162,7 +163,7 @@ def _drawn(
 
 
 def _hashed(store: Store, share: float, seed: int) -> np.ndarray:
-    """(H,) hashes and places of the ids whose hash falls into the share, sorted by hash, each once."""
+    """Return hashes and places (H,) of the ids whose hash is in the share, sorted by hash, each id once."""
     parts = ray.get(
         [
             _hashes.remote(groups, at * _ROW_GROUPS_PER_TASK, share, seed)
@@ -189,16 +190,16 @@ def _hashes(groups: Sequence[RowGroup], first_group: int, share: float, seed: in
 
 
 def _read(store: Store, places: np.ndarray) -> SampledRows:
-    """The rows at these places, in their order, also those without a direction."""
+    """Read the rows at these places, in this order, also those without a direction."""
     ids = [""] * len(places)
     stored: list[np.ndarray] = [np.empty(0)] * len(places)
-    wanted = [np.flatnonzero(places["group"] == group) for group in np.unique(places["group"])]
+    by_group = [np.flatnonzero(places["group"] == group) for group in np.unique(places["group"])]
     tasks = [
         _at.remote(store.row_groups[places["group"][at[0]]], places["row"][at], store.embedding_dim)
-        for at in wanted
+        for at in by_group
     ]
-    for at, (found, block_ND) in zip(wanted, ray.get(tasks), strict=True):
-        for position, row_id, row_D in zip(at, found, block_ND, strict=True):
+    for at, (group_ids, block_ND) in zip(by_group, ray.get(tasks), strict=True):
+        for position, row_id, row_D in zip(at, group_ids, block_ND, strict=True):
             ids[position], stored[position] = row_id, row_D
     return SampledRows(ids=ids, stored_ND=np.stack(stored))
 
@@ -210,7 +211,7 @@ def _at(group: RowGroup, rows: np.ndarray, embedding_dim: int) -> tuple[list[str
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSources:
-    """One encoder's embeddings and the fits made of them."""
+    """The stores of one encoder, and the fits made from them."""
 
     texts: str | list[str] = MISSING
     """Text store, or several."""
@@ -220,7 +221,7 @@ class ReportSources:
     alignments: list[str] = MISSING
     """Directories of fits. `none` is always measured beside them."""
     heldout_texts: str | list[str] | None = None
-    """Measure on these texts instead, which no fit has seen; `texts` and `images` then only fix the frame."""
+    """Measure on these texts instead, which no fit used; `texts` and `images` then only fix the frame."""
     heldout_images: str | list[str] | None = None
     """The same for images; give both or neither."""
     probe: str | None = None
@@ -233,8 +234,8 @@ class ReportSources:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedFit:
-    """One column of the report. `num_seen`: shards of the measured texts and images that the fit was made
-    from; None where nothing was fitted."""
+    """One column of the report. `num_seen`: shards of the measured texts and images that the fit used; None
+    if nothing was fitted."""
 
     label: str
     strategy: str
@@ -245,17 +246,17 @@ class ReportedFit:
 
     @property
     def held_out(self) -> bool:
-        """No measured row took part in the fit."""
+        """Return whether no measured row took part in the fit."""
         return not any(self.num_seen or ())
 
     def description(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        described: dict[str, Any] = {
             "label": self.label, "strategy": self.strategy, "held_out": self.held_out, "fit": None,
         }  # fmt: skip
         if self.alignment is not None:
             gap = self.alignment.modality_gap
             used = STRATEGIES[self.strategy].settings if self.strategy in STRATEGIES else ()
-            found["fit"] = {
+            described["fit"] = {
                 "uri": self.uri,
                 "content_hash": self.alignment.content_hash,
                 "settings": {
@@ -268,12 +269,12 @@ class ReportedFit:
                 "gap_after": gap.after,
                 "measured_shards_seen": list(self.num_seen or ()),
             }
-        return found
+        return described
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportInputs:
-    """Opened and checked: what is measured, what fixes the frame, and the fits, `none` first."""
+    """Opened and checked inputs: measured stores, stores that fix the frame, and fits, `none` first."""
 
     texts: Store
     images: Store
@@ -301,20 +302,22 @@ def _described(store: Store) -> dict[str, Any]:
 
 
 def open_inputs(sources: ReportSources, output: str, max_rejected_fraction: float) -> ReportInputs:
-    """The stores and fits of `sources`, checked against each other; rejected rows are listed below `output`.
+    """Open the stores and fits of `sources` and check them against each other.
+
+    Rejected rows will be listed in `output`.
 
     Raises:
         DataError: a store is missing, damaged or of the other modality.
-        AlignmentError: a fit is missing or damaged, or stores and fits are of other encoders or dimensions.
+        AlignmentError: a fit is missing or damaged, or encoders or dimensions of stores and fits differ.
     """
     measured = reference = open_pair(sources.texts, sources.images)
     if sources.heldout_texts is not None and sources.heldout_images is not None:
         measured = open_pair(sources.heldout_texts, sources.heldout_images)
     _check_same(measured[0], reference[0])
-    fits = [_opened(storage.absolute(uri), *measured) for uri in sources.alignments]
+    fits = [_open_fit(storage.absolute(uri), *measured) for uri in sources.alignments]
     if not any(fit.strategy == "none" for fit in fits):
-        as_they_are = Affine(offset=np.zeros(measured[0].embedding_dim), unit_output=False)
-        fits.append(ReportedFit(label="none", strategy="none", affine=as_they_are))
+        identity = Affine(offset=np.zeros(measured[0].embedding_dim), unit_output=False)
+        fits.append(ReportedFit(label="none", strategy="none", affine=identity))
     order = list(STRATEGIES)
     fits.sort(key=lambda fit: order.index(fit.strategy) if fit.strategy in order else len(order))
     return ReportInputs(
@@ -322,7 +325,7 @@ def open_inputs(sources: ReportSources, output: str, max_rejected_fraction: floa
         images=measured[1],
         reference_texts=reference[0],
         reference_images=reference[1],
-        fits=_labelled(fits),
+        fits=_label_fits(fits),
         output=output,
         max_rejected_fraction=max_rejected_fraction,
     )
@@ -338,7 +341,7 @@ def _check_same(heldout: Store, reference: Store) -> None:
         )
 
 
-def _opened(uri: str, texts: Store, images: Store) -> ReportedFit:
+def _open_fit(uri: str, texts: Store, images: Store) -> ReportedFit:
     alignment = load_alignment(uri)
     check_store(texts, alignment, allow_other_encoder=False)
     if images.encoder.fingerprint != alignment.image_encoder.fingerprint:
@@ -360,11 +363,11 @@ def _opened(uri: str, texts: Store, images: Store) -> ReportedFit:
     )
 
 
-def _labelled(fits: list[ReportedFit]) -> tuple[ReportedFit, ...]:
-    """The same fits; those of one strategy are told apart by the name of their directory, else by number."""
-    many = Counter(fit.strategy for fit in fits)
+def _label_fits(fits: list[ReportedFit]) -> tuple[ReportedFit, ...]:
+    """Give fits of one strategy different labels: by the name of their directory, else by number."""
+    num_fits = Counter(fit.strategy for fit in fits)
     named = [
-        f"{fit.strategy} ({storage.name_of(fit.uri)})" if many[fit.strategy] > 1 else fit.strategy
+        f"{fit.strategy} ({storage.name_of(fit.uri)})" if num_fits[fit.strategy] > 1 else fit.strategy
         for fit in fits
     ]
     labels = [
