@@ -197,7 +197,7 @@ def test_sizes_are_cut_to_what_the_store_has():
     assert inputs.sizes_for([100, 500], 10_000, "x") == [100, 500]
     assert inputs.sizes_for([500, 100, 10_000], 700, "x") == [100, 500, 700]
     assert inputs.sizes_for([100, 500, 1000], 500, "x") == [100, 500]
-    with pytest.raises(DataError, match="x: 50 rows can be used and the smallest size asked for is 100"):
+    with pytest.raises(DataError, match=r"x: 50 rows.* 100"):
         inputs.sizes_for([100, 500], 50, "x")
 
 
@@ -309,10 +309,10 @@ def test_labels_are_the_same_from_json_lines_and_parquet(tmp_path):
     [
         ([{"count": 1}], [], "line 1: expected a row with an id"),
         ([["text1", 1]], [], "line 1: expected a row with an id"),
-        ([{"id": "a"}], [], "nothing is labelled"),
+        ([{"id": "a"}], [], "no labels"),
         ([{"id": "a", "labels": {"count": 1}}], [], "line 1: labels is"),
         ([{"id": "a", "count": 1}, {"id": "a", "count": 2}], [], "line 2: id a has labels"),
-        ([{"id": "a", "count": 1}], ["shape"], "no row has a label of shape; there are count"),
+        ([{"id": "a", "count": 1}], ["shape"], "no row has a label of shape; .* count"),
         ([{"id": str(i), "name": str(i)} for i in range(1001)], [], "name has 1001 classes"),
     ],
 )
@@ -477,11 +477,11 @@ def test_what_is_missing_is_made_again_with_the_same_bytes(done, job):
 
 
 def test_a_study_of_other_settings_is_not_overwritten(done, job):
-    with pytest.raises(ConfigError, match=r"centroid_steps\.json: .* settings = \{'steps': 6\}, asked for"):
+    with pytest.raises(ConfigError, match=r"centroid_steps\.json: .* settings = \{'steps': 6\}, this"):
         study.run(replace(job, centroid_steps=replace(job.centroid_steps, steps=2)))
-    with pytest.raises(ConfigError, match=r"was made with seed = 0"):
+    with pytest.raises(ConfigError, match=r"seed = 0"):
         study.run(replace(job, seed=1))
-    with pytest.raises(ConfigError, match=r"was made with images"):
+    with pytest.raises(ConfigError, match=r"images = "):
         study.run(replace(job, images=job.domains["night"]["images"], studies=["centroid_steps"]))
 
 
@@ -517,21 +517,21 @@ def test_inputs_that_cannot_serve_are_refused(cluster, job, tmp_path):
     with pytest.raises(DataError, match=refused):
         study.run(bad(job, studies=["probe"], probe=CrossModalProbe(num_train=5000)))
     large = SampleEfficiency(sizes=[1000])
-    with pytest.raises(DataError, match="300 rows can be used and the smallest size asked for is 1000"):
+    with pytest.raises(DataError, match=r"300 rows.* 1000"):
         study.run(bad(job, studies=["sample_efficiency"], sample_efficiency=large))
-    with pytest.raises(DataError, match="held-out images are others"):
+    with pytest.raises(DataError, match="shards are part of images"):
         study.run(bad(job, heldout_images=job.images))
     with pytest.raises(DataError, match="expected text; are the two swapped"):
         study.run(bad(job, texts=job.images))
     few = write_store(tmp_path / "few", cloud(20, DIM, "text"))
-    with pytest.raises(DataError, match="has 20 rows and 5 would be held out"):
+    with pytest.raises(DataError, match="5 of its 20 rows"):
         study.run(bad(job, texts=few, domains={}, lengths={}))
     other = write_store(tmp_path / "other", cloud(80, DIM + 1, "image"), "image")
     with pytest.raises(AlignmentError, match="texts have dimension 12, images 13"):
         study.run(bad(job, images=other))
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "precision.json").write_text("{}")
-    with pytest.raises(DataError, match="is no result of study precision"):
+    with pytest.raises(DataError, match=r"precision\.json: is not a result"):
         study.run(replace(job, output=str(tmp_path / "strange")))
 
 

@@ -68,9 +68,9 @@ def job_of(folder: Path, **changes) -> MiniatureStudyJob:
 
 
 def test_a_missing_world_and_inputs_given_twice_are_refused(cluster, tmp_path):
-    with pytest.raises(DataError, match=r"no world there .* run `make demo` first"):
+    with pytest.raises(DataError, match=r"manifest\.json.* run `make demo` first"):
         miniature.run(job_of(tmp_path))
-    with pytest.raises(ConfigError, match="labels: miniature makes its own"):
+    with pytest.raises(ConfigError, match=r"labels: miniature"):
         miniature.run(job_of(tmp_path, labels=["x.jsonl"]))
 
 

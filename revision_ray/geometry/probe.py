@@ -265,7 +265,7 @@ def verdict(
         ("nll", min, "negative log-likelihood of real images", "{:.3f} nats"),
         ("accuracy", max, "accuracy on real images", "{:.3f}"),
     ):
-        means = {name: found[figure]["mean"] for name, found in summaries.items()}
+        means = {name: figures[figure]["mean"] for name, figures in summaries.items()}
         best = best_of(means, key=lambda name: means[name])
         against = {
             name: difference(scored, tested[best], seed)[figure]
@@ -279,8 +279,8 @@ def verdict(
             sentences.append(f"Not to be told from it here: {', '.join(close)}.")
         if "none" in against and "none" not in close:
             sentences.append(f"Against it, none is {form.format(abs(against['none']['mean']))} behind.")
-    if all(found["by_penalty"] for found in summaries.values()):
-        hindsight = {name: best_penalty(found)["nll"] for name, found in summaries.items()}
+    if all(figures["by_penalty"] for figures in summaries.values()):
+        hindsight = {name: best_penalty(figures)["nll"] for name, figures in summaries.items()}
         best = min(hindsight, key=lambda name: hindsight[name])
         spread = max(hindsight.values()) - hindsight[best]
         sentences.append(

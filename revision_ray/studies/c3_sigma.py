@@ -1,6 +1,6 @@
-"""What C3's noise does: gap, spectrum, mixing and (with labels) the probe, against its length. Ray.
+"""Study of C3's noise: gap, spectrum, mixing and (with labels) the probe against the noise's length. Ray.
 
-The paper (arXiv 2602.07026, table of spectra) finds that it flattens the spectrum; it names no sigma.
+arXiv 2602.07026 (table of spectra) finds that the noise flattens the spectrum; it names no sigma.
 """
 
 import math
@@ -33,10 +33,10 @@ from revision_ray.studies.inputs import (
 
 @dataclass(frozen=True, kw_only=True)
 class C3Sigma:
-    """C3 with more and more noise."""
+    """Settings of the study of C3's noise."""
 
     lengths: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2])
-    """Lengths of the noise, sigma sqrt(d), beside rows of length 1."""
+    """Lengths of the noise, sigma sqrt(d); rows have length 1."""
     k: int = 20
     """Neighbours for the mixing rate."""
     neighbour_rows: int = 2000
@@ -57,7 +57,7 @@ class C3Sigma:
 def run(
     stores: StudyStores, settings: C3Sigma, rows: ProbeRows | None, probe_settings: CrossModalProbe, seed: int
 ) -> dict[str, Any]:
-    """Figures of the held-out texts for every length; those of the probe where `rows` has labels."""
+    """Measure the held-out texts for each length of the noise, and the probe if `rows` is given."""
     fitted = fit_rest(stores, StrategyConfig(strategy="anchor", seed=seed))
     image = checked_moments(stores.images, "held-out images", second=True, sample=stores.heldout_images)
     dim = stores.texts.embedding_dim
@@ -65,11 +65,11 @@ def run(
     maps = [fit_c3(fitted.text, fitted.image, noise=sigma) for sigma in sigmas]
     few = _few(stores, settings.neighbour_rows, seed)
     measure = remote(_figures)
-    found = gathered([measure(stores, affine, few, settings.k) for affine in maps])
+    measured = gathered([measure(stores, affine, few, settings.k) for affine in maps])
     curves = {
-        "gap": [modality_gap(text, image) for text, _ in found],
-        "alpha": [spectra.spectrum_exponent(spectrum(text)) for text, _ in found],
-        "mixing_rate": [mixing for _, mixing in found],
+        "gap": [modality_gap(text, image) for text, _ in measured],
+        "alpha": [spectra.spectrum_exponent(spectrum(text)) for text, _ in measured],
+        "mixing_rate": [mixing for _, mixing in measured],
     }
     sizes = [num_rows(sample) for sample in few]
     return {
@@ -87,7 +87,7 @@ def run(
 
 
 def _few(stores: StudyStores, most: int, seed: int) -> tuple[UniformSample, UniformSample]:
-    """Equally many rows of both sides, none of them the fit's."""
+    """Draw equally many rows of both sides that no fit uses."""
     size = min(most, num_rows(stores.heldout_texts), num_rows(stores.heldout_images))
     samples = []
     for place, (store, held) in enumerate(
@@ -101,7 +101,7 @@ def _few(stores: StudyStores, most: int, seed: int) -> tuple[UniformSample, Unif
 def _figures(
     stores: StudyStores, affine: Affine, few: tuple[UniformSample, UniformSample], k: int
 ) -> tuple[Any, float]:
-    """Second moments of the mapped held-out texts, and their mixing rate with images."""
+    """Return second moments of the mapped held-out texts, and their mixing rate with images."""
     text, _ = moments_here(stores.texts, affine=affine, second=True, sample=stores.heldout_texts)
     ids, rows_ND = sample_rows(stores.texts, few[0])
     _, image_ND = sample_rows(stores.images, few[1])
@@ -117,8 +117,8 @@ def _probed(
         num_train=probe_settings.num_train, num_test=probe_settings.num_test, num_seeds=settings.num_seeds
     )
     scored = tested(rows, {str(place): affine for place, affine in enumerate(maps)}, fewer, seed)
-    summaries = [probe.summary(found, rows.labels.attributes, seed) for found in scored.values()]
-    return [{"accuracy": found["accuracy"], "nll": found["nll"]} for found in summaries]
+    summaries = [probe.summary(scores, rows.labels.attributes, seed) for scores in scored.values()]
+    return [{"accuracy": summary["accuracy"], "nll": summary["nll"]} for summary in summaries]
 
 
 def table(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def reading(result: dict[str, Any]) -> str:
     )
     if not result["probe"]:
         return text
-    losses = [found["nll"]["mean"] for found in result["probe"]]
+    losses = [probed["nll"]["mean"] for probed in result["probe"]]
     best = losses.index(min(losses))
     return (
         f"{text} The probe's negative log-likelihood is lowest, {losses[best]:.3f} nats, at noise of length "
@@ -156,13 +156,13 @@ def reading(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    wanted = [
+    panels = [
         ("gap", "modality gap of held-out rows\n(Euclidean)", 1.0, None),
         ("alpha", "spectrum exponent alpha", 1.0, ("images", result["image_alpha"])),
         ("mixing_rate", f"kNN mixing rate (%), k = {result['k']}", 100.0, None),
     ]
     drawing, grid = plots.new_grid(columns=2, rows=2, width=6.6, height=5.2)
-    for axes, (key, label, scale, line) in zip(grid.flat, wanted, strict=False):
+    for axes, (key, label, scale, line) in zip(grid.flat, panels, strict=False):
         axes.plot(result["lengths"], scale * np.array(result[key]), marker="o", color=BLUE)
         if line:
             axes.axhline(line[1], color=GREY, linestyle=":", label=line[0])

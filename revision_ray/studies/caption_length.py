@@ -1,8 +1,8 @@
-"""The long-caption paradox: rank, trace, raw gap and truncation by length of the caption. Ray.
+"""Study of the long-caption paradox: rank, trace, raw gap and truncation by length of the caption. Ray.
 
-arXiv 2602.07026, app. G: longer captions hold more, their embeddings spread over more dimensions, and yet the
-raw gap grows and the trained model gets worse. A text encoder of short context cuts them off besides. Where
-there are labels, the cross-modal probe stands in for the trained model.
+arXiv 2602.07026, app. G: embeddings of longer captions spread over more dimensions, and yet the raw gap grows
+and the trained model gets worse. A text encoder of short context also cuts them off. With labels, the
+cross-modal probe stands in for the trained model.
 
 Shapes: N rows, D embedding dim.
 """
@@ -43,10 +43,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionLength:
-    """Texts by their number of words (between white space)."""
+    """Settings of the study of caption length: bins of texts by their number of words."""
 
     bins: int = 4
-    """Bins of about equally many texts; fewer where many texts are of one length."""
+    """Bins of about equally many texts; fewer if many texts have the same length."""
     edges: list[int] | None = None
     """Instead: the fewest words of the second bin, the third, ..."""
 
@@ -58,12 +58,13 @@ class CaptionLength:
 
 
 def has_texts(store: Store) -> bool:
-    """Whether the store holds the texts themselves and not their embeddings alone."""
+    """Return whether the store has the texts themselves, not just their embeddings."""
     return "text" in shards.column_names(store.row_groups[0].uri)
 
 
 def check_texts(store: Store, name: str) -> None:
-    """
+    """Check that the store has the texts themselves.
+
     Raises:
         DataError: the store has no column `text`.
     """
@@ -76,7 +77,7 @@ def check_texts(store: Store, name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeInputs:
-    """What the probe of every store of `lengths` needs."""
+    """Inputs of the probe of each store of `lengths`."""
 
     heldout: Store | None
     labels: RowLabels
@@ -92,11 +93,12 @@ def run(
     probing: ProbeInputs | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Figures of every length bin of `texts`, and of equally many texts of every store of `lengths`; with
-    labels, also what heads make of real images that learnt from each of these stores, aligned.
+    """Measure each length bin of `texts`, and equally many texts of each store of `lengths`.
+
+    With `probing`, the probe also tests heads trained on each of these stores, aligned.
 
     Raises:
-        DataError: a store without texts, or all texts of one length.
+        DataError: a store has no texts, or all texts have one length.
     """
     for name, store in {"texts": texts, **lengths}.items():
         check_texts(store, name)
@@ -114,7 +116,7 @@ def run(
 
 
 def _probed(name: str, store: Store, images: Store, probing: ProbeInputs, seed: int) -> dict[str, Any] | None:
-    """Accuracy and nll of the probe; None, and a warning, where too few of the store's texts have labels."""
+    """Return accuracy and nll of the probe; None, with a warning, if too few texts have labels."""
     settings, labels = probing.settings, probing.labels
     try:
         rows = probe_rows(store, images, probing.heldout, labels, settings, seed)
@@ -122,13 +124,13 @@ def _probed(name: str, store: Store, images: Store, probing: ProbeInputs, seed: 
         log.warning("caption_length: no probe of %s: %s", name, error)
         return None
     maps = fitted_maps(store, images, {name: probing.strategy})
-    found = probe.summary(tested(rows, maps, settings, seed)[name], labels.attributes, seed)
-    return {key: found[key] for key in ("accuracy", "nll", "per_attribute")}
+    scores = probe.summary(tested(rows, maps, settings, seed)[name], labels.attributes, seed)
+    return {key: scores[key] for key in ("accuracy", "nll", "per_attribute")}
 
 
 @dataclass
 class _Part:
-    """Texts of one length bin. `num_truncated` is None where the store does not say."""
+    """Sums over the texts of one length bin. `num_truncated` is None if the store does not record it."""
 
     moments: Moments
     fewest: int = 0
@@ -174,7 +176,7 @@ def _figures(name: str, part: _Part, image: Moments) -> dict[str, Any]:
 
 
 def _word_counts(store: Store) -> Counter[int]:
-    """How many texts have how many words."""
+    """Count the texts by their number of words."""
     count = remote(_count_words)
     return sum(gathered([count(share) for share in shares(store.row_groups, GROUPS_PER_TASK)]), Counter())
 
@@ -184,23 +186,23 @@ def _count_words(groups: Sequence[RowGroup]) -> Counter[int]:
 
 
 def _words(group: RowGroup) -> np.ndarray:
-    """int64 (N,): words of every text of the row group."""
+    """Return the number of words (N,) of each text of the row group."""
     texts = shards.read_columns(group.uri, ["text"], group.index)["text"].to_pylist()
     return np.array([len((text or "").split()) for text in texts], np.int64)
 
 
 def _quantile_edges(counts: Mapping[int, int], bins: int) -> list[int]:
-    """The fewest words of every bin but the first, so that bins are about equally full."""
+    """Return the fewest words of each bin but the first, so that bins are about equally full."""
     words = sorted(counts)
     if len(words) < 2:
-        raise DataError(f"caption_length: every text has {words[0]} words; there is nothing to compare")
+        raise DataError(f"caption_length: every text has {words[0]} words; give texts of different lengths")
     reached = np.cumsum([counts[number] for number in words])
     at = np.searchsorted(reached, reached[-1] * np.arange(1, bins) / bins) + 1
     return sorted({words[place] for place in at if place < len(words)})
 
 
 def _by_length(store: Store, sample: UniformSample | None, edges: Sequence[int]) -> list[_Part]:
-    """The texts of every bin that has any, bins ascending."""
+    """Sum up the texts of each bin; return the bins that have texts, ascending."""
     groups = [group for group in store.row_groups if sample is None or sample.size(group)]
     add_up = remote(_sum_by_length)
     totals = _empty(edges, store.embedding_dim)
@@ -258,12 +260,12 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _probe_columns(row: Mapping[str, Any]) -> dict[str, float]:
-    found = row.get("probe") or {}
-    return {f"probe {key}": found[key]["mean"] for key in ("accuracy", "nll") if found}
+    scores = row.get("probe") or {}
+    return {f"probe {key}": scores[key]["mean"] for key in ("accuracy", "nll") if scores}
 
 
 def reading(result: dict[str, Any]) -> str:
-    """The paper's paradox is a rise of rank and raw gap with length; what happens here is said as it is."""
+    """Say how rank and raw gap change with length; the paper's paradox is that both rise."""
     rows = result["stores"] if len(result["stores"]) > 1 else result["bins"]
     short, long = min(rows, key=lambda row: row["mean_words"]), max(rows, key=lambda row: row["mean_words"])
     change = 100 * (long["raw_gap"] / short["raw_gap"] - 1)
@@ -292,13 +294,13 @@ def figure(result: dict[str, Any]) -> Figure:
     groups = [group for group in (result["bins"], result["stores"]) if group]
     names = ("bins of one store", "stores: " + ", ".join(row["name"] for row in result["stores"]))
     truncated = any(row["truncated"] is not None for row in result["bins"] + result["stores"])
-    wanted = [("raw_gap", "raw modality gap\n(Euclidean)"), ("effective_rank", "effective rank"),
+    columns = [("raw_gap", "raw modality gap\n(Euclidean)"), ("effective_rank", "effective rank"),
               ("trace", "trace")]  # fmt: skip
     probed = any(row["probe"] for row in result["stores"])
-    wanted += [("truncated", "cut off by the encoder\n(% of texts)")] if truncated else []
-    panels = len(wanted) + probed
+    columns += [("truncated", "cut off by the encoder\n(% of texts)")] if truncated else []
+    panels = len(columns) + probed
     drawing, grid = plots.new_grid(columns=panels, width=2.3 * panels, height=3.3)
-    for axes, (key, label) in zip(grid[0], wanted, strict=False):
+    for axes, (key, label) in zip(grid[0], columns, strict=False):
         for rows, colour, name in zip(groups, (BLUE, ORANGE), names, strict=False):
             scale = 100.0 if key == "truncated" else 1.0
             known = [row for row in rows if row[key] is not None]

@@ -1,4 +1,4 @@
-"""What repeating the centroid step gains: the gap after each step, on the fit's rows and on others. Ray.
+"""Study of repeated centroid steps: the gap after each step, on rows of the fit and on others. Ray.
 
 arXiv 2602.07026 sec. 4.3 takes one step.
 """
@@ -20,10 +20,10 @@ from revision_ray.studies.inputs import StudyStores, fit_rest, num_rows
 
 @dataclass(frozen=True, kw_only=True)
 class CentroidSteps:
-    """Anchor and Trace, then one centroid step after another."""
+    """Settings of the study of centroid steps after Anchor and Trace."""
 
     steps: int = 6
-    """How many steps to take."""
+    """Number of steps."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -31,7 +31,7 @@ class CentroidSteps:
 
 
 def run(stores: StudyStores, settings: CentroidSteps, seed: int) -> dict[str, Any]:
-    """The gap after 0 to `steps` centroid steps: on the rows of the fit, and on held-out rows."""
+    """Measure the gap after 0 to `steps` centroid steps, on the rows of the fit and on held-out rows."""
     fitted = fit_rest(stores, StrategyConfig(strategy="anchor_trace", seed=seed))
     rest = draw_sample(stores.texts, stores.texts.num_rows, seed, stores.heldout_texts)
     image = checked_moments(stores.images, "held-out images", sample=stores.heldout_images)

@@ -1,4 +1,4 @@
-"""The cross-modal probe of every strategy: heads learn from aligned texts, real images test them. Ray.
+"""Cross-modal probe of each strategy: heads learn from aligned texts and are tested on real images. Ray.
 
 The mathematics is in `geometry/probe.py`.
 """
@@ -42,16 +42,16 @@ _POOL = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CrossModalProbe:
-    """Heads that learn attributes from aligned texts, tested on real images."""
+    """Settings of the cross-modal probe."""
 
     num_train: int = 4096
     """Labelled texts that a head learns from (and labelled images, for the upper bound)."""
     num_test: int = 2000
-    """Labelled held-out images that it is tested on, at most."""
+    """At most this many labelled held-out images that it is tested on."""
     num_seeds: int = 5
     """Draws of training rows; every strategy gets the same draws."""
     attributes: list[str] = field(default_factory=list)
-    """Those to probe; by default all that the labels have."""
+    """Attributes to probe; by default all of the labels."""
     c3_noise: float = 0.3
     """Length of C3's noise beside a row of length 1: sigma sqrt(d)."""
     gaussian_ot_noise: float = 0.2
@@ -65,7 +65,7 @@ class CrossModalProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRows:
-    """What heads learn from and are tested on. No text and no training image is of a test scene."""
+    """Training and test rows of the heads. No text and no training image belongs to a test image."""
 
     texts: LabelledRows
     images: LabelledRows
@@ -74,7 +74,7 @@ class ProbeRows:
 
 
 def strategies(settings: CrossModalProbe, embedding_dim: int, seed: int) -> dict[str, StrategyConfig]:
-    """Every strategy that is probed, by the name that its figures get."""
+    """Return the strategies to probe, by the name of their results."""
     plain = {
         name: StrategyConfig(strategy=name, seed=seed)
         for name in ("none", "anchor", "anchor_trace", "realign", "blockwise", "gaussian_ot")
@@ -85,27 +85,27 @@ def strategies(settings: CrossModalProbe, embedding_dim: int, seed: int) -> dict
 
 
 def fitted_maps(texts: Store, images: Store, configs: Mapping[str, StrategyConfig]) -> dict[str, Affine]:
-    """Every strategy fitted to all rows of both stores, which need not be paired."""
+    """Fit each strategy to all rows of both stores, which need not be paired."""
     text = checked_moments(texts, "texts", second=True)
     image = checked_moments(images, "images", second=True)
     return {name: fit.fit(texts, images, text, image, config).affine for name, config in configs.items()}
 
 
 def given_maps(uris: Sequence[str], texts: Store) -> dict[str, Alignment]:
-    """Finished fits by the last part of their place; a strategy's own name gets "given_" before it.
+    """Load finished fits, by the name of their directory with "given_" before it.
 
     Raises:
         AlignmentError: a fit is missing, or not for these texts.
     """
-    found = {}
+    given = {}
     for uri in uris:
         alignment = load_alignment(uri)
         apply.check_store(texts, alignment, False)
         name = "given_" + storage.name_of(storage.absolute(uri))
-        if name in found:
-            raise ConfigError(f"alignments: two fits are called {name.removeprefix('given_')}; rename one")
-        found[name] = alignment
-    return found
+        if name in given:
+            raise ConfigError(f"alignments: two fits have the name {name.removeprefix('given_')}; rename one")
+        given[name] = alignment
+    return given
 
 
 def probe_rows(
@@ -116,19 +116,19 @@ def probe_rows(
     settings: CrossModalProbe,
     seed: int,
 ) -> ProbeRows:
-    """Labelled texts to learn from, labelled images to test on, and labelled images for the upper bound.
+    """Draw labelled texts to learn from, images to test on, and images for the upper bound.
 
-    Without `heldout`, the images to test on are taken out of `images`.
+    Without `heldout`, the test images are taken out of `images`.
 
     Raises:
-        DataError: fewer labelled rows than asked for.
+        DataError: there are fewer labelled rows than the settings need.
     """
     most = _POOL * settings.num_train
     test = labelled_rows(heldout or images, labels, settings.num_test, seed)
-    # A text or an image of a test scene has no place in training: rows to spare for those.
+    # Texts and images of test scenes are left out of training, so draw more rows.
     learnt = labelled_rows(texts, labels, most + len(test), seed).without(test.ids).lowest(most)
-    shown = labelled_rows(images, labels, most + len(test), seed).without(test.ids).lowest(most)
-    for name, rows, store in (("texts", learnt, texts), ("images", shown, images)):
+    pictured = labelled_rows(images, labels, most + len(test), seed).without(test.ids).lowest(most)
+    for name, rows, store in (("texts", learnt, texts), ("images", pictured, images)):
         if len(rows) < settings.num_train:
             raise DataError(
                 f"{', '.join(store.uris)}: {len(rows)} {name} have labels (and are no test image's), "
@@ -137,20 +137,20 @@ def probe_rows(
     if len(test) < 2:
         raise DataError(f"{', '.join((heldout or images).uris)}: {len(test)} images have labels to test on")
     probe.check_labels(labels.attributes, learnt.codes_NA, test.codes_NA, "texts", "test images")
-    return ProbeRows(texts=learnt, images=shown, test=test, labels=labels)
+    return ProbeRows(texts=learnt, images=pictured, test=test, labels=labels)
 
 
 def tested(
     rows: ProbeRows, maps: Mapping[str, Affine | None], settings: CrossModalProbe, seed: int
 ) -> dict[str, ProbeScores]:
-    """Scores of every map under every seed, one Ray task each; the map None learns from images."""
+    """Train and test heads for each map and seed, one Ray task each; for the map None, on images."""
     shared = ray.put(rows)
     work = remote(_one_seed)
     seeds = [derived_seed(seed, 7, number) for number in range(settings.num_seeds)]
-    found = gathered(
+    scores = gathered(
         [work(shared, affine, settings.num_train, each) for affine in maps.values() for each in seeds]
     )
-    parts = [found[at : at + len(seeds)] for at in range(0, len(found), len(seeds))]
+    parts = [scores[at : at + len(seeds)] for at in range(0, len(scores), len(seeds))]
     return {name: ProbeScores.of(part) for name, part in zip(maps, parts, strict=True)}
 
 
@@ -175,14 +175,14 @@ def run(
     settings: CrossModalProbe,
     seed: int,
 ) -> dict[str, Any]:
-    """Accuracy and negative log-likelihood on real images, for every strategy and every fit given.
+    """Measure accuracy and negative log-likelihood on real images for each strategy and each given fit.
 
     Raises:
-        DataError: too few labelled rows, or an attribute with one class.
+        DataError: there are too few labelled rows, or an attribute has one class.
         AlignmentError: a given fit is not for these stores.
     """
     rows = probe_rows(texts, images, heldout, labels, settings, seed)
-    given = {name: found.affine for name, found in given_maps(alignments, texts).items()}
+    given = {name: alignment.affine for name, alignment in given_maps(alignments, texts).items()}
     configs = strategies(settings, texts.embedding_dim, seed)
     maps = {**fitted_maps(texts, images, configs), **given}
     scored = tested(rows, {**maps, "": None}, settings, seed)
@@ -193,10 +193,10 @@ def run(
     return {
         "attributes": names,
         "classes": labels.classes,
-        "strategies": {name: probe.summary(found, names, seed) for name, found in scored.items()},
+        "strategies": {name: probe.summary(scores, names, seed) for name, scores in scored.items()},
         "against_none": {
-            name: probe.difference(found, scored["none"], seed)
-            for name, found in scored.items()
+            name: probe.difference(scores, scored["none"], seed)
+            for name, scores in scored.items()
             if name != "none"
         },
         "upper_bound": probe.summary(upper_bound, names, seed),
@@ -213,18 +213,18 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
     best_first = sorted(result["strategies"].items(), key=lambda item: item[1]["nll"]["mean"])
     lines = [*best_first, ("images (upper bound)", result["upper_bound"])]
     rows = [
-        {"head trained on": name, "accuracy": found["accuracy"]["mean"],
-         "95 % interval": _range(found["accuracy"]), "nll, nats": found["nll"]["mean"],
-         "95 % interval ": _range(found["nll"]), "nll in hindsight": probe.best_penalty(found)["nll"],
-         **{each: found["per_attribute"][each]["accuracy"]["mean"] for each in result["attributes"]}}
-        for name, found in lines
+        {"head trained on": name, "accuracy": figures["accuracy"]["mean"],
+         "95 % interval": _range(figures["accuracy"]), "nll, nats": figures["nll"]["mean"],
+         "95 % interval ": _range(figures["nll"]), "nll in hindsight": probe.best_penalty(figures)["nll"],
+         **{each: figures["per_attribute"][each]["accuracy"]["mean"] for each in result["attributes"]}}
+        for name, figures in lines
     ]  # fmt: skip
     chance = result["chance"]
     return [*rows, {"head trained on": "chance", "accuracy": chance["accuracy"], "nll, nats": chance["nll"]}]
 
 
-def _range(found: Mapping[str, float]) -> str:
-    return f"[{found['low']:.3f}, {found['high']:.3f}]"
+def _range(interval: Mapping[str, float]) -> str:
+    return f"[{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 def reading(result: dict[str, Any]) -> str:
@@ -247,14 +247,14 @@ def figure(result: dict[str, Any]) -> Figure:
         strict=True,
     ):
         scale = 100.0 if key == "accuracy" else 1.0
-        for place, (name, found) in enumerate(named):
-            middle, low, high = (scale * found[key][part] for part in ("mean", "low", "high"))
+        for place, (name, figures) in enumerate(named):
+            middle, low, high = (scale * figures[key][part] for part in ("mean", "low", "high"))
             colour = GREY if name.startswith("images (") else BLUE
             axes.errorbar(
                 middle, place, xerr=[[middle - low], [high - middle]], marker="o", color=colour, capsize=3
             )
             if key == "nll":
-                best = min(each["nll"] for each in found["by_penalty"])
+                best = min(each["nll"] for each in figures["by_penalty"])
                 axes.plot(best, place, "|", color=ORANGE, markersize=9, markeredgewidth=1.5)
         axes.set_xlabel(label)
         if key == "nll":

@@ -1,4 +1,4 @@
-"""Whether statistics of one domain serve another: the held-out gap of every pair of domains. Ray.
+"""Study of domain transfer: the held-out gap of each domain with the statistics of another. Ray.
 
 arXiv 2602.07026, app. E.3.
 """
@@ -19,8 +19,10 @@ from revision_ray.studies.inputs import StudyStores, fit_rest, num_rows
 
 
 def run(domains: Mapping[str, StudyStores], strategy: StrategyConfig) -> dict[str, Any]:
-    """`gap[s][e]`: texts of domain e, mapped by the statistics of domain s, against images of domain e; on
-    rows that no fit saw. `raw` is the gap of each domain without alignment.
+    """Measure the held-out gap of each domain with the statistics of each domain.
+
+    `gap[s][e]` is that of texts and images of domain e, with the statistics of domain s; `raw` is the gap of
+    each domain without alignment.
 
     Raises:
         DataError: the domains' stores are of different encoders.
@@ -58,10 +60,10 @@ def run(domains: Mapping[str, StudyStores], strategy: StrategyConfig) -> dict[st
 
 
 def _check_encoders(domains: Mapping[str, StudyStores]) -> None:
-    found = {(at.texts.encoder.fingerprint, at.texts.embedding_dim) for at in domains.values()}
-    if len(found) > 1:
+    encoders = {(at.texts.encoder.fingerprint, at.texts.embedding_dim) for at in domains.values()}
+    if len(encoders) > 1:
         listed = ", ".join(f"{name}: {at.texts.encoder.name}" for name, at in domains.items())
-        raise DataError(f"domains: their stores are of different encoders ({listed}); embed all with one")
+        raise DataError(f"domains: the stores come from different encoders ({listed}); embed all with one")
 
 
 def table(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""Inputs of the studies: stores, the rows that no fit sees, labels by id, and labelled samples. Ray.
+"""Inputs of the studies: stores, held-out rows, labels by id, and labelled samples. Ray.
 
-Labels are JSONL or Parquet with a column `id` and one column an attribute. Ids are kept as 64-bit hashes, so
-each label costs the same few bytes, and tasks share one copy. Which rows are taken is a function of their
-ids and a seed (the lowest hashes win), so it does not depend on shards or on the order of tasks.
+Labels are JSONL or Parquet with a column `id` and one column for each attribute. Ids are kept as 64-bit
+hashes, so that each label takes the same few bytes; tasks share one copy. Samples take the rows whose hash of
+id and seed is lowest, so they do not depend on shards or on the order of tasks.
 
 Shapes: N rows or labelled ids, D embedding dim, A attributes.
 """
@@ -40,7 +40,7 @@ _BATCH_ROWS = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class RowLabels:
-    """Codes into the classes of every attribute, -1 where an id has no label of it."""
+    """Labels by id: for each attribute the index of the class, -1 if the id has no label of it."""
 
     classes: dict[str, list[str]]  # attribute -> its classes, both in order
     keys_N: np.ndarray  # uint64, ascending: hashes of the ids
@@ -55,7 +55,7 @@ class RowLabels:
         return [len(classes) for classes in self.classes.values()]
 
     def of(self, keys_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(positions among `keys_N` that have a label, their codes (.., A))."""
+        """Return the positions in `keys_N` of ids that have labels, and the codes (.., A) of these."""
         if not len(self.keys_N):
             return np.empty(0, np.int64), self.codes_NA
         at_N = np.minimum(np.searchsorted(self.keys_N, keys_N), len(self.keys_N) - 1)
@@ -64,60 +64,62 @@ class RowLabels:
 
 
 def read_labels(uris: Sequence[str], attributes: Sequence[str] = ()) -> RowLabels:
-    """The labels of all files, of these attributes (of all, where none are named).
+    """Read the labels of all files, of these attributes (by default all).
 
     Raises:
         DataError: a file is missing or damaged, a row has no id, an id has two different labels, an attribute
             is unknown or has more than a thousand classes, or nothing is labelled.
     """
-    found: dict[str, dict[str, str]] = {}
+    by_id: dict[str, dict[str, str]] = {}
     for uri in uris:
-        for where, row in _rows(uri):
-            row_id, values = _parsed(where, row)
-            former = found.setdefault(row_id, values)
+        for where, row in _read_rows(uri):
+            row_id, values = _parse_row(where, row)
+            former = by_id.setdefault(row_id, values)
             if former != values:
                 raise DataError(f"{where}: id {row_id} has labels {values}, and {former} in another row")
-    named = sorted({name for values in found.values() for name in values})
+    named = sorted({name for values in by_id.values() for name in values})
     where = ", ".join(uris)
     unknown = sorted(set(attributes) - set(named))
     if unknown:
-        raise DataError(f"{where}: no row has a label of {', '.join(unknown)}; there are {', '.join(named)}")
+        raise DataError(f"{where}: no row has a label of {', '.join(unknown)}; labels are {', '.join(named)}")
     if not named:
-        raise DataError(f"{where}: nothing is labelled; expected rows with an id and one column an attribute")
-    wanted = list(attributes) or named
-    classes = {name: sorted({v[name] for v in found.values() if name in v}) for name in wanted}
+        raise DataError(f"{where}: has no labels; expected rows with an id and one column for each attribute")
+    chosen = list(attributes) or named
+    classes = {name: sorted({v[name] for v in by_id.values() if name in v}) for name in chosen}
     for name, values in classes.items():
         if len(values) > _MOST_CLASSES:
             raise DataError(
-                f"{where}: {name} has {len(values)} classes; more than {_MOST_CLASSES} is no attribute to "
-                "probe; name the attributes in probe.attributes"
+                f"{where}: {name} has {len(values)} classes, at most {_MOST_CLASSES} can be probed; name the "
+                "attributes in probe.attributes"
             )
     codes = {name: {value: code for code, value in enumerate(values)} for name, values in classes.items()}
     codes_NA = np.array(
-        [[codes[name].get(values.get(name, ""), -1) for name in wanted] for values in found.values()],
+        [[codes[name].get(values.get(name, ""), -1) for name in chosen] for values in by_id.values()],
         np.int16,
     )
-    keys_N = id_keys(list(found))
+    keys_N = id_keys(list(by_id))
     order_N = np.argsort(keys_N)
     return RowLabels(classes=classes, keys_N=keys_N[order_N], codes_NA=codes_NA[order_N])
 
 
-def _parsed(where: str, row: Any) -> tuple[str, dict[str, str]]:
+def _parse_row(where: str, row: Any) -> tuple[str, dict[str, str]]:
     if not isinstance(row, dict) or row.get("id") in (None, ""):
         raise DataError(
-            f"{where}: expected a row with an id and one field an attribute, found {str(row)[:80]}"
+            f"{where}: expected a row with an id and one field for each attribute, found {str(row)[:80]}"
         )
     values = {name: value for name, value in row.items() if name != "id" and value is not None}
     nested = [name for name, value in values.items() if isinstance(value, list | dict)]
     if nested:
-        raise DataError(f"{where}: {nested[0]} is {values[nested[0]]!r:.80}; a label is one text or number")
+        raise DataError(
+            f"{where}: {nested[0]} is {values[nested[0]]!r:.80}; a label must be a text or a number"
+        )
     return str(row["id"]), {name: str(value) for name, value in values.items()}
 
 
-def _rows(uri: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, row) of every row of a file."""
+def _read_rows(uri: str) -> Iterator[tuple[str, Any]]:
+    """Read each row of a file, with its place for messages."""
     if storage.name_of(uri).endswith(".parquet"):
-        yield from _parquet_rows(uri)
+        yield from _read_parquet(uri)
         return
     for number, line in enumerate(storage.read_bytes(uri).splitlines(), 1):
         if not line.strip():
@@ -129,7 +131,7 @@ def _rows(uri: str) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{where}: is not JSON: {error}; labels are JSONL or .parquet") from error
 
 
-def _parquet_rows(uri: str) -> Iterator[tuple[str, Any]]:
+def _read_parquet(uri: str) -> Iterator[tuple[str, Any]]:
     try:
         with storage.open_input(uri) as file:
             number = 0
@@ -138,17 +140,17 @@ def _parquet_rows(uri: str) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{uri}, row {number}", row
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{uri}: is no readable Parquet file: {error}") from error
+        raise DataError(f"{uri}: cannot be read as Parquet: {error}") from error
 
 
 _FEWEST_HELD_OUT = 8
-# Row groups that a task of a study reads.
+# Row groups that one task of a study reads.
 GROUPS_PER_TASK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyStores:
-    """Texts and images of one encoder, and the rows of each that are kept from every fit."""
+    """Texts and images of one encoder, and the rows of each that no fit uses."""
 
     texts: Store
     images: Store
@@ -157,7 +159,7 @@ class StudyStores:
 
     @property
     def num_rest(self) -> int:
-        """Rows that a fit may use, of the side that has fewer."""
+        """Return the number of rows that a fit may use, of the side that has fewer."""
         return min(
             side.num_rows - num_rows(held)
             for side, held in ((self.texts, self.heldout_texts), (self.images, self.heldout_images))
@@ -169,7 +171,7 @@ def num_rows(sample: UniformSample) -> int:
 
 
 def hold_out(texts: Store, images: Store, most: int, seed: int) -> StudyStores:
-    """A uniform sample of each side, `most` rows and at most a quarter, is set apart.
+    """Hold out a uniform sample of each side: `most` rows, and at most a quarter.
 
     Raises:
         DataError: the texts are aligned already, or there are too few rows to hold any out.
@@ -181,7 +183,7 @@ def hold_out(texts: Store, images: Store, most: int, seed: int) -> StudyStores:
         size = min(most, store.num_rows // 4)
         if size < _FEWEST_HELD_OUT:
             raise DataError(
-                f"{', '.join(store.uris)}: has {store.num_rows} rows and {size} would be held out (at most a "
+                f"{', '.join(store.uris)}: {size} of its {store.num_rows} rows would be held out (at most a "
                 f"quarter); the studies need {4 * _FEWEST_HELD_OUT} rows a side and heldout_rows of "
                 f"{_FEWEST_HELD_OUT} or more"
             )
@@ -190,13 +192,13 @@ def hold_out(texts: Store, images: Store, most: int, seed: int) -> StudyStores:
 
 
 def derived_seed(seed: int, *place: int) -> int:
-    """A seed of its own for every `place` of a study."""
+    """Return a seed that differs for every `place` of a study."""
     return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedMap:
-    """A map and the statistics that it came from."""
+    """A fitted map and the statistics that it came from."""
 
     affine: Affine
     text: Moments
@@ -204,20 +206,20 @@ class FittedMap:
 
 
 def fit_rest(stores: StudyStores, config: StrategyConfig) -> FittedMap:
-    """The strategy fitted to every row that is not held out, by map-reduce."""
+    """Fit the strategy to all rows that are not held out, by map-reduce."""
     text_sample = draw_sample(stores.texts, stores.texts.num_rows, config.seed, stores.heldout_texts)
     image_sample = draw_sample(stores.images, stores.images.num_rows, config.seed, stores.heldout_images)
-    return _fitted(stores, config, text_sample, image_sample, checked_moments)
+    return _fit(stores, config, text_sample, image_sample, checked_moments)
 
 
 def fit_here(stores: StudyStores, config: StrategyConfig, size: int, seed: int) -> FittedMap:
-    """The strategy fitted in this process to `size` rows a side that are not held out."""
+    """Fit the strategy to `size` rows a side that are not held out, in this process."""
     text_sample = draw_sample(stores.texts, size, derived_seed(seed, 0), stores.heldout_texts)
     image_sample = draw_sample(stores.images, size, derived_seed(seed, 1), stores.heldout_images)
-    return _fitted(stores, config, text_sample, image_sample, lambda s, _, **how: moments_here(s, **how)[0])
+    return _fit(stores, config, text_sample, image_sample, lambda s, _, **how: moments_here(s, **how)[0])
 
 
-def _fitted(
+def _fit(
     stores: StudyStores,
     config: StrategyConfig,
     texts: UniformSample | None,
@@ -234,38 +236,38 @@ def _fitted(
 
 
 def spectrum(moments: Moments) -> np.ndarray:
-    """Eigenvalues (D,) of the covariance, descending; those that the sums of unit rows do not resolve are 0.
+    """Return the eigenvalues (D,) of the covariance, descending; those within rounding are 0.
 
-    E[ee'] has entries of up to 1, so its difference from mu mu' is known to D times the resolution of 1,
+    E[ee'] has entries of up to 1, so its difference from mu mu' is known to D times the rounding of 1,
     however little the rows vary.
     """
     values_D = np.linalg.eigvalsh(moments.covariance)[::-1]
     return np.where(values_D > len(values_D) * np.finfo(np.float64).eps, values_D, 0.0)
 
 
-def sizes_for(asked: Sequence[int], available: int, what: str) -> list[int]:
-    """The sizes of the list that `available` rows allow, and `available` itself in place of larger ones.
+def sizes_for(sizes: Sequence[int], available: int, what: str) -> list[int]:
+    """Return the sizes that `available` rows allow, and `available` itself in place of larger ones.
 
     Raises:
-        DataError: not even the smallest is there.
+        DataError: there are fewer rows than the smallest size.
     """
-    sizes = sorted(size for size in set(asked) if size <= available)
-    if not sizes:
+    allowed = sorted(size for size in set(sizes) if size <= available)
+    if not allowed:
         raise DataError(
-            f"{what}: {available} rows can be used and the smallest size asked for is {min(asked)}; embed "
-            "more rows, or ask for smaller sizes"
+            f"{what}: {available} rows can be used, the smallest of sizes is {min(sizes)}; embed more rows "
+            "or set smaller sizes"
         )
-    return sizes if len(sizes) == len(set(asked)) or sizes[-1] == available else [*sizes, available]
+    return allowed if len(allowed) == len(set(sizes)) or allowed[-1] == available else [*allowed, available]
 
 
 def gathered(references: Sequence[Any]) -> list[Any]:
-    """What Ray tasks returned, in order; an error of ours from one is raised as itself."""
+    """Return the results of Ray tasks, in order; user errors in a task are raised as themselves."""
     with user_errors():
         return ray.get(list(references))
 
 
 def remote(function: Any) -> Any:
-    """`function` as Ray tasks of one CPU, with BLAS on one thread, so that the bits are the same anywhere."""
+    """Make Ray tasks of `function`, each with one CPU and one BLAS thread, so that bits never change."""
     connect()
 
     def work(*arguments: Any) -> Any:
@@ -296,7 +298,7 @@ class LabelledRows:
         )
 
     def lowest(self, most: int) -> "LabelledRows":
-        """The `most` rows of lowest hash, in its order."""
+        """Return the `most` rows with the lowest hashes, in that order."""
         return self.taken(np.argsort(self.order_N, kind="stable")[:most])
 
     def without(self, ids: Sequence[str]) -> "LabelledRows":
@@ -305,9 +307,9 @@ class LabelledRows:
 
 
 def labelled_rows(store: Store, labels: RowLabels, most: int, seed: int) -> LabelledRows:
-    """At most `most` of the store's rows that have a label, uniformly drawn, as unit rows.
+    """Draw at most `most` of the store's labelled rows uniformly; return them as unit rows.
 
-    Rows without a direction are left out. The driver holds twice as many rows at most.
+    Rows without a direction are left out. The driver holds at most twice as many rows.
     """
     connect()
     shared = ray.put(labels)
@@ -316,54 +318,54 @@ def labelled_rows(store: Store, labels: RowLabels, most: int, seed: int) -> Labe
         read.remote(share, store.embedding_dim, shared, most, seed)
         for share in shares(store.row_groups, GROUPS_PER_TASK)
     ]
-    kept = _none(store.embedding_dim, len(labels.attributes))
+    kept = _no_rows(store.embedding_dim, len(labels.attributes))
     with user_errors():
         while running:
             (done,), running = ray.wait(running, num_returns=1)
-            kept = _joined([kept, ray.get(done)]).lowest(most)
+            kept = _join([kept, ray.get(done)]).lowest(most)
     return kept
 
 
 def _read(groups: Sequence[RowGroup], dim: int, labels: RowLabels, most: int, seed: int) -> LabelledRows:
-    kept = _none(dim, len(labels.attributes))
+    kept = _no_rows(dim, len(labels.attributes))
     for group in groups:
         ids = read_group_ids(group)
         keys_N = id_keys(ids)
         known_N, codes_NA = labels.of(keys_N)
         unit_ND, valid_N = unit_rows(read_group(group, dim)[known_N])
-        found = LabelledRows(
+        labelled = LabelledRows(
             ids=[ids[known_N[at]] for at in valid_N.tolist()],
             rows_ND=unit_ND,
             codes_NA=codes_NA[valid_N],
-            order_N=_mixed(keys_N[known_N[valid_N]], seed),
+            order_N=_scramble(keys_N[known_N[valid_N]], seed),
         )
-        kept = _joined([kept, found]).lowest(most)
+        kept = _join([kept, labelled]).lowest(most)
     return kept
 
 
 def sample_rows(store: Store, sample: UniformSample | None) -> tuple[list[str], np.ndarray]:
-    """(ids, float32 unit rows (N, D)) of a sample, read in this process."""
+    """Read the ids and the float32 unit rows (N, D) of a sample in this process."""
     ids: list[str] = []
-    found = [np.empty((0, store.embedding_dim), np.float32)]
+    parts = [np.empty((0, store.embedding_dim), np.float32)]
     for group in store.row_groups:
         if sample is not None and not sample.size(group):
             continue
         block_ND, positions_N = read_sampled(group, sample, store.embedding_dim)
         unit_ND, valid_N = unit_rows(block_ND)
         ids += read_group_ids(group, positions_N[valid_N])
-        found.append(unit_ND)
-    return ids, np.concatenate(found)
+        parts.append(unit_ND)
+    return ids, np.concatenate(parts)
 
 
 def unit_rows(block_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(float32 unit rows of those that have a direction, their positions in the block)."""
+    """Return the rows that have a direction as float32 unit rows, and their positions in the block."""
     parts = [(chunk.unit_rows().astype(np.float32), chunk.positions_C) for chunk in chunks(block_ND, [])]
     if not parts:
         return np.empty((0, block_ND.shape[1]), np.float32), np.empty(0, np.int64)
     return np.concatenate([rows for rows, _ in parts]), np.concatenate([at for _, at in parts])
 
 
-def _none(dim: int, num_attributes: int) -> LabelledRows:
+def _no_rows(dim: int, num_attributes: int) -> LabelledRows:
     return LabelledRows(
         ids=[],
         rows_ND=np.empty((0, dim), np.float32),
@@ -372,7 +374,7 @@ def _none(dim: int, num_attributes: int) -> LabelledRows:
     )
 
 
-def _joined(parts: Sequence[LabelledRows]) -> LabelledRows:
+def _join(parts: Sequence[LabelledRows]) -> LabelledRows:
     return LabelledRows(
         ids=[row_id for part in parts for row_id in part.ids],
         rows_ND=np.concatenate([part.rows_ND for part in parts]),
@@ -381,8 +383,8 @@ def _joined(parts: Sequence[LabelledRows]) -> LabelledRows:
     )
 
 
-def _mixed(keys_N: np.ndarray, seed: int) -> np.ndarray:
-    """Every key scrambled under `seed` (the finaliser of splitmix64), so that other seeds draw other rows."""
+def _scramble(keys_N: np.ndarray, seed: int) -> np.ndarray:
+    """Scramble each key by `seed` (the finaliser of splitmix64), so that other seeds draw other rows."""
     mixed_N = keys_N + np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift))) * np.uint64(factor)

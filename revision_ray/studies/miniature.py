@@ -1,6 +1,6 @@
-"""The studies on the miniature world: what they need beyond the demo's stores is made here.
+"""Studies of the miniature world, with the inputs that the demo's stores lack.
 
-That is another domain, long captions, held-out images, and labels.
+These are another domain, long captions, held-out images, and labels.
 """
 
 import json
@@ -22,7 +22,7 @@ from revision_ray.studies.study import StudyJob
 
 @dataclass(frozen=True, kw_only=True)
 class Miniature:
-    """Where the miniature world and its encoder are, and how much more of it is rendered and embedded."""
+    """Place of the miniature world and its encoder, and how much more of it to render and embed."""
 
     world: str = config.MISSING
     """Directory of the rendered world that the stores were made from."""
@@ -36,26 +36,26 @@ class Miniature:
 
 @dataclass(frozen=True, kw_only=True)
 class MiniatureStudyJob(StudyJob):
-    """Studies of a modality gap and of what closes it: sample efficiency, precision, centroid steps, domain
-    transfer, caption length, C3's noise, and the cross-modal probe. Each leaves a table, a plot and JSON."""
+    """Study a modality gap and what closes it: sample efficiency, precision, centroid steps, domain transfer,
+    caption length, C3's noise, and the cross-modal probe. Each study writes a table, a plot and JSON."""
 
     miniature: Miniature | None = None
-    """For the demo's stores: what else the studies need is made below OUTPUT/prepared."""
+    """For the demo's stores: make what else the studies need in OUTPUT/prepared."""
 
 
 def run(job: MiniatureStudyJob) -> str:
-    """The studies of the job, prepared first where it names a miniature world."""
+    """Run the job's studies; first make the inputs that they lack if it names a miniature world."""
     cluster.connect()
     plain = {name: getattr(job, name) for name in StudyJob.__dataclass_fields__}
     return study.run(StudyJob(**(plain if job.miniature is None else _prepared(job, job.miniature, plain))))
 
 
 def _prepared(job: MiniatureStudyJob, miniature: Miniature, plain: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the job with stores and labels filled in; everything stands below OUTPUT/prepared."""
-    given = [name for name in ("domains", "lengths", "labels", "heldout_images") if getattr(job, name)]
-    if given:
+    """Make stores and labels in OUTPUT/prepared; return the fields of the job with these filled in."""
+    excluded = [name for name in ("domains", "lengths", "labels", "heldout_images") if getattr(job, name)]
+    if excluded:
         raise ConfigError(
-            f"{', '.join(given)}: miniature makes its own; leave these out, or set miniature=null"
+            f"{', '.join(excluded)}: miniature makes these itself; leave them out, or set miniature=null"
         )
     if not isinstance(job.texts, str) or not isinstance(job.images, str):
         raise ConfigError("texts, images: with miniature, name one store each, those of its world")
@@ -92,23 +92,23 @@ def _prepared(job: MiniatureStudyJob, miniature: Miniature, plain: dict[str, Any
 
 
 def _world_of(uri: str) -> DatasetConfig:
-    """The settings of the world at `uri`.
+    """Read the settings of the world at `uri`.
 
     Raises:
-        DataError: no finished world there.
+        DataError: there is no finished world.
     """
     manifest = storage.join(uri, "manifest.json")
     if not storage.exists(manifest):
         raise DataError(
-            f"{uri}: no world there (no manifest.json); run `make demo` first, or name another with "
+            f"{uri}: has no finished world (no manifest.json); run `make demo` first, or name another with "
             "miniature.world=FOLDER"
         )
-    found = dict(storage.read_json(manifest)["settings"])
-    return DatasetConfig(**{**found, "world": WorldConfig(**found["world"]), "output": uri})
+    settings = dict(storage.read_json(manifest)["settings"])
+    return DatasetConfig(**{**settings, "world": WorldConfig(**settings["world"]), "output": uri})
 
 
 def _rendered(like: DatasetConfig, output: str, miniature: Miniature, num_images: int) -> str:
-    """Captions and images of a world like that one stand at `output`, which is given back."""
+    """Render captions and images of a world like that one to `output`; return `output`."""
     render(
         replace(
             like,
@@ -126,14 +126,14 @@ def _embedded(
     encoder: EncoderConfig, below: str, domain: str, name: str = "", *, texts: str | None = None,
     images: str | None = None,
 ) -> str:  # fmt: skip
-    """The store of these texts or images, below `below`."""
+    """Embed these texts or images into a store in the directory `below`; return its URI."""
     output = storage.join(below, f"{name or ('texts' if texts else 'images')}_store")
     embed.run(embed.EmbedJob(texts=texts, images=images, output=output, domain=domain, encoder=encoder))
     return output
 
 
 def _labelled(here: DatasetConfig, uri: str) -> str:
-    """Labels of every scene of the world's texts, images and held-out pairs stand at `uri`."""
+    """Write labels of all scenes of the world's texts, images and held-out pairs to `uri`; return `uri`."""
     settings = dataset.settings(here)
     about = uri.removesuffix(".jsonl") + ".json"
     if storage.exists(uri) and storage.exists(about) and storage.read_json(about) == settings:
@@ -151,10 +151,10 @@ def _labels(here: DatasetConfig) -> Iterator[dict[str, str]]:
 
 
 def attributes(scene: Scene) -> dict[str, str]:
-    """Background and count of every scene; colour, shape and size where all its things agree in them."""
-    found = {"background": scene.background, "count": str(len(scene.things))}
+    """Return background and count of a scene, and colour, shape and size if all its things agree in them."""
+    labels = {"background": scene.background, "count": str(len(scene.things))}
     for name in ("colour", "shape", "size"):
         values = {getattr(thing, name) for thing in scene.things}
         if len(values) == 1:
-            found[name] = values.pop()
-    return found
+            labels[name] = values.pop()
+    return labels

@@ -1,4 +1,4 @@
-"""What the precision of an accumulator costs: means in float32 and float64 against an exact one. Ray.
+"""Study of accumulator precision: means in float32 and float64 against an exact mean. Ray.
 
 arXiv 2602.07026, app. E.2. Shapes: N rows, D embedding dim.
 """
@@ -23,10 +23,10 @@ from revision_ray.studies.sample_efficiency import SIZES
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Means of the first N texts of the store, summed row by row in several precisions."""
+    """Settings of the study of precision: means of the first N texts, summed row by row."""
 
     sizes: list[int] = field(default_factory=lambda: [*SIZES, 1_000_000])
-    """Numbers of rows; cut to what the store has."""
+    """Numbers of rows N; limited to the rows of the store."""
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 1:
@@ -34,12 +34,12 @@ class Precision:
 
 
 def run(texts: Store, settings: Precision) -> dict[str, Any]:
-    """Norms of the differences between means, by number of rows, in the order that the store has them.
+    """Measure the error of the mean of the first N rows of the store for each size, in one Ray task.
 
-    One Ray task: a sum in floating point depends on its order, so it is not shared out.
+    A floating-point sum depends on its order, so it is not split into tasks.
 
     Raises:
-        DataError: fewer rows than the smallest size.
+        DataError: the store has fewer rows than the smallest size.
     """
     sizes = sizes_for(settings.sizes, texts.num_rows, "precision")
     (errors,) = gathered([remote(_of_groups)(texts.row_groups, texts.embedding_dim, sizes)])
@@ -53,7 +53,7 @@ def _of_groups(
 
 
 def mean_errors(blocks: Iterable[np.ndarray], sizes: Sequence[int]) -> dict[str, list[float]]:
-    """Errors of the mean of the first N unit rows for every N of `sizes` (ascending), Euclidean.
+    """Return the Euclidean errors of the mean of the first N unit rows, for each N of `sizes` (ascending).
 
     Keys: `float32_minus_float64` (the paper's figure), and against the exact mean `float32`, `float64` (both
     summed row after row) and `moments` (this library's accumulator). The exact sum is carried as an
@@ -62,8 +62,8 @@ def mean_errors(blocks: Iterable[np.ndarray], sizes: Sequence[int]) -> dict[str,
     errors: dict[str, list[float]] = {
         name: [] for name in ("float32_minus_float64", "float32", "float64", "moments")
     }
-    wanted = iter(sizes)
-    size = next(wanted)
+    remaining = iter(sizes)
+    size = next(remaining)
     count, total = 0, None
     single_D = double_D = high_D = low_D = np.empty(0)
     for rows_ND, block_ND in _cut(blocks, sizes):
@@ -92,29 +92,31 @@ def mean_errors(blocks: Iterable[np.ndarray], sizes: Sequence[int]) -> dict[str,
             for name, mean_D in of.items():
                 errors[name].append(float(np.linalg.norm(mean_D - exact_D)))
             errors["float32_minus_float64"].append(float(np.linalg.norm(of["float32"] - of["float64"])))
-            size = next(wanted, 0)
+            size = next(remaining, 0)
             if not size:
                 break
     return errors
 
 
 def _cut(blocks: Iterable[np.ndarray], sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(unit rows in float64, the same rows as stored) in pieces that end where a size is reached; rows
-    without a direction are left out."""
-    count, wanted = 0, list(sizes)
+    """Cut the blocks into pieces that end at the sizes; yield each as float64 unit rows and as stored.
+
+    Rows without a direction are left out.
+    """
+    count, ends = 0, list(sizes)
     for block_ND in blocks:
         invalid: list[int] = []
         unit = [chunk.unit_rows() for chunk in chunks(block_ND, invalid)]
         unit_ND = np.concatenate(unit) if unit else np.empty(block_ND.shape)
         kept_ND = np.delete(block_ND, invalid, axis=0)
         start = 0
-        while start < len(unit_ND) and wanted:
-            stop = min(len(unit_ND), start + wanted[0] - count)
+        while start < len(unit_ND) and ends:
+            stop = min(len(unit_ND), start + ends[0] - count)
             yield unit_ND[start:stop], kept_ND[start:stop]
             count += stop - start
             start = stop
-            if count == wanted[0]:
-                wanted.pop(0)
+            if count == ends[0]:
+                ends.pop(0)
 
 
 def table(result: dict[str, Any]) -> list[dict[str, Any]]:

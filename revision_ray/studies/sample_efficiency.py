@@ -1,4 +1,4 @@
-"""How many rows statistics need: the held-out gap against the number of rows of the fit. Ray.
+"""Study of sample efficiency: the held-out gap against the number of rows of the fit. Ray.
 
 arXiv 2602.07026, app. E.1.
 """
@@ -27,17 +27,17 @@ from revision_ray.studies.inputs import (
 )
 
 SIZES = [100, 500, 1_000, 5_000, 10_000, 50_000, 100_000, 500_000]
-"""Rows a side that the paper fits on."""
+"""Rows a side of the paper's fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleEfficiency:
-    """Fits on few and on many rows, each measured on rows that no fit saw."""
+    """Settings of the study of sample efficiency: fits on few and many rows, measured on held-out rows."""
 
     sizes: list[int] = field(default_factory=lambda: list(SIZES))
-    """Rows a side of a fit; cut to what the stores have."""
+    """Rows a side of a fit; limited to the rows of the stores."""
     trials: int = 5
-    """Fits of each size, on samples of their own."""
+    """Fits of each size, each on another sample."""
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 2 or self.trials < 2:
@@ -50,26 +50,26 @@ class SampleEfficiency:
 def run(
     stores: StudyStores, strategy: StrategyConfig, settings: SampleEfficiency, seed: int
 ) -> dict[str, Any]:
-    """Mean and standard deviation of the held-out gap for every size. One Ray task a fit.
+    """Measure mean and standard deviation of the held-out gap for each size, with one Ray task a fit.
 
-    `expected` is what sampling alone predicts, sqrt(sum of T (1/N + 1/M) over both sides) for N rows of the
-    fit and M held-out rows; given for the strategies that end in a centroid step, whose own bias is small.
+    `expected` is what sampling alone predicts: sqrt(sum of T (1/N + 1/M) over both sides) for N rows of the
+    fit and M held-out rows. It is given for strategies that end in a centroid step; others have a bias.
 
     Raises:
-        DataError: fewer rows than the smallest size.
+        DataError: there are fewer rows than the smallest size.
     """
     sizes = sizes_for(settings.sizes, stores.num_rest, "sample_efficiency")
     image = checked_moments(stores.images, "held-out images", sample=stores.heldout_images)
     fitted = remote(_heldout_gap)
     places = [(size, trial) for size in sizes for trial in range(settings.trials)]
-    found = gathered(
+    results = gathered(
         [
             fitted(stores, strategy, size, derived_seed(seed, size, trial), image.centroid)
             for size, trial in places
         ]
     )
-    gaps = np.array([gap for gap, _ in found]).reshape(len(sizes), settings.trials)
-    text = found[-1][1]  # aligned held-out texts, from a fit on the most rows
+    gaps = np.array([gap for gap, _ in results]).reshape(len(sizes), settings.trials)
+    text = results[-1][1]  # aligned held-out texts, from a fit on the most rows
     expected = [
         math.hypot(*(sampling_floor(side.trace, side.count, size) for side in (text, image)))
         for size in sizes

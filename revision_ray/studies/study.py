@@ -1,4 +1,4 @@
-"""The study job: run every experiment that the inputs allow; write a table, a plot and JSON of each. Ray."""
+"""The study job: run every study that the inputs allow; write a table, a plot and JSON of each. Ray."""
 
 import csv
 import io
@@ -40,55 +40,61 @@ from revision_ray.studies.sample_efficiency import SampleEfficiency
 FORMAT_VERSION = 1
 
 
-def standing(output: str, name: str, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of study `name` at `output`, where one of the same settings and inputs stands.
+def read_finished(output: str, name: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the finished result of study `name` at `output`; None if there is none.
 
     Raises:
-        ConfigError: one of other settings or inputs stands there.
-        DataError: it is no result of a study.
+        ConfigError: the result there has other settings or inputs.
+        DataError: the file is not a result of this study.
     """
     uri = storage.join(output, f"{name}.json")
     if not storage.exists(uri):
         return None
-    found = storage.read_json(uri)
-    if not isinstance(found, dict) or "asked" not in found or found.get("study") != name:
-        raise DataError(f"{uri}: is no result of study {name}; name another output, or remove the file")
-    if found.get("format_version") != FORMAT_VERSION:
+    document = storage.read_json(uri)
+    if not isinstance(document, dict) or "asked" not in document or document.get("study") != name:
+        raise DataError(f"{uri}: is not a result of study {name}; name another output, or remove the file")
+    if document.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{uri}: format_version is {found.get('format_version')}, this version writes {FORMAT_VERSION}; "
-            "name another output"
+            f"{uri}: format_version is {document.get('format_version')}, this version writes "
+            f"{FORMAT_VERSION}; name another output"
         )
-    different = [key for key in asked if found["asked"].get(key) != asked[key]]
+    different = [key for key in identity if document["asked"].get(key) != identity[key]]
     if different:
         key = different[0]
         raise ConfigError(
-            f"{uri}: this study was made with {key} = {_shown(found['asked'].get(key))}, asked for is "
-            f"{_shown(asked[key])}; name another output, or remove the study's files yourself"
+            f"{uri}: has a result with {key} = {_shorten(document['asked'].get(key))}, this job has "
+            f"{_shorten(identity[key])}; name another output, or remove the study's files yourself"
         )
-    return found
+    return document
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return str(value) if len(str(value)) < 200 else f"{str(value)[:200]}..."
 
 
 def write(
-    output: str, name: str, asked: dict[str, Any], result: dict[str, Any], rows: Sequence[dict[str, Any]],
+    output: str, name: str, identity: dict[str, Any], result: dict[str, Any], rows: Sequence[dict[str, Any]],
     reading: str, images: dict[str, bytes],
 ) -> str:  # fmt: skip
-    """Every file of the study stands below `output`; the text of its table."""
+    """Write all files of the study to `output`; return the text of its table."""
     text = f"{name.replace('_', ' ')}\n{reading}\n\n{table(rows)}\n"
     for suffix, content in images.items():
         storage.write_bytes(storage.join(output, f"{name}.{suffix}"), content)
     storage.write_bytes(storage.join(output, f"{name}.csv"), _csv(rows))
     storage.write_bytes(storage.join(output, f"{name}.txt"), text.encode())
-    document = {"format_version": FORMAT_VERSION, "study": name, "asked": asked, "reading": reading, **result}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "study": name,
+        "asked": identity,
+        "reading": reading,
+        **result,
+    }
     storage.write_json(storage.join(output, f"{name}.json"), document)
     return text
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as aligned text: the first column to the left, others to the right, a dash for nothing."""
+    """Write rows as aligned text: the first column to the left, others to the right, a dash for None."""
     heads = list(dict.fromkeys(head for row in rows for head in row))
     cells = [[_cell(row.get(head)) for head in heads] for row in rows]
     widths = [max(len(line[at]) for line in [heads, *cells]) for at in range(len(heads))]
@@ -135,33 +141,33 @@ _MODULES: dict[str, ModuleType] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StudyJob:
-    """Studies of a modality gap and of what closes it: sample efficiency, precision, centroid steps, domain
-    transfer, caption length, C3's noise, and the cross-modal probe. Each leaves a table, a plot and JSON."""
+    """Study a modality gap and what closes it: sample efficiency, precision, centroid steps, domain transfer,
+    caption length, C3's noise, and the cross-modal probe. Each study writes a table, a plot and JSON."""
 
     texts: str | list[str] = MISSING
     """Text store, or several."""
     images: str | list[str] = MISSING
     """Image store, or several; it need not be paired with the texts."""
     output: str = MISSING
-    """Directory of the results. A study that stands there, of the same settings and inputs, stays."""
+    """Directory of the results. A finished study of the same settings and inputs is kept."""
     studies: list[StudyName] = field(default_factory=list)
-    """Which ones; by default all that the inputs allow (those that they do not are named)."""
+    """Studies to run; by default all that the inputs allow (the others are named)."""
     seed: int = 0
-    """Of every sample."""
+    """Seed of every sample."""
     strategy: StrategyName = "realign"
-    """What sample_efficiency, domain_transfer and caption_length fit."""
+    """Strategy that sample_efficiency, domain_transfer and caption_length fit."""
     heldout_rows: int = 10_000
-    """Rows of each side that no fit sees and gaps are measured on; at most a quarter of a store."""
+    """Rows a side that no fit uses, on which gaps are measured; at most a quarter of a store."""
     domains: dict[str, dict[str, str]] = field(default_factory=dict)
     """For domain_transfer, two or more: {NAME: {texts: STORE, images: STORE}}."""
     lengths: dict[str, str] = field(default_factory=dict)
     """For caption_length: text stores to compare, {NAME: STORE}, such as short and long captions. With labels
     of their texts, the probe compares them, too."""
     labels: list[str] = field(default_factory=list)
-    """For the probe: JSONL or Parquet files with a column id and one column an attribute."""
+    """For the probe: JSONL or Parquet files with a column id and one column for each attribute."""
     heldout_images: str | None = None
-    """For the probe: image store of scenes that take no part in the statistics. Without it, a part of
-    `images` is tested on."""
+    """For the probe: store of images that take no part in the statistics. Without it, a part of `images` is
+    the test set."""
     alignments: list[str] = field(default_factory=list)
     """Directories of fits that the probe tests beside its own."""
     sample_efficiency: SampleEfficiency = field(default_factory=SampleEfficiency)
@@ -190,7 +196,7 @@ class StudyJob:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """A job's inputs, opened."""
+    """The opened inputs of a job."""
 
     job: StudyJob
     stores: StudyStores
@@ -205,10 +211,10 @@ class _Opened:
 
 
 def run(job: StudyJob) -> str:
-    """Every study that the job asks for stands below its output; the text of their tables.
+    """Run the job's studies and write their files; return the text of their tables.
 
     Raises:
-        ConfigError: a study is asked for that the inputs do not allow, or one of other settings stands there.
+        ConfigError: the inputs do not allow a study of the job, or the output has a result of other settings.
         DataError: a store or a file of labels cannot be used.
     """
     output = storage.absolute(job.output)
@@ -218,18 +224,18 @@ def run(job: StudyJob) -> str:
         if name in lacking:
             raise ConfigError(f"study {name} needs {lacking[name]}")
     chosen = [name for name in get_args(StudyName) if name in (job.studies or set(_MODULES) - set(lacking))]
-    asked = {name: _asked(name, opened) for name in chosen}
-    found = {name: standing(output, name, asked[name]) for name in chosen}
+    identities = {name: _study_identity(name, opened) for name in chosen}
+    finished = {name: read_finished(output, name, identities[name]) for name in chosen}
     connect()
     config.save_resolved(job, storage.join(output, "config.yaml"))
     texts = []
     for name in chosen:
-        if found[name] is not None:
-            log.info("%s stands in %s already and is not run again", name, output)
+        if finished[name] is not None:
+            log.info("%s is finished in %s and is not run again", name, output)
             texts.append(storage.read_bytes(storage.join(output, f"{name}.txt")).decode())
             continue
         log.info("study %s", name)
-        texts.append(_write(output, name, asked[name], _study(name, opened)()))
+        texts.append(_write(output, name, identities[name], _study(name, opened)()))
     left_out = (
         [] if job.studies else [f"left out: {name}, which needs {need}" for name, need in lacking.items()]
     )
@@ -245,7 +251,7 @@ def _open(job: StudyJob) -> _Opened:
         if shared:
             raise DataError(
                 f"{job.heldout_images}: {len(shared)} of its shards are part of images, too; held-out images "
-                "are others than those of the statistics"
+                "must be other images"
             )
     return _Opened(
         job=job,
@@ -261,11 +267,11 @@ def _open(job: StudyJob) -> _Opened:
 
 
 def _lacks(name: str, opened: _Opened) -> str:
-    """What the study needs and the inputs do not have; empty where nothing is missing."""
+    """Return what the study needs and the inputs lack; empty if nothing is missing."""
     if name == "domain_transfer" and not opened.domains:
         return "domains, two or more: domains={NAME: {texts: STORE, images: STORE}, ...}"
     if name == "probe" and opened.labels is None:
-        return "labels: JSONL or Parquet files with a column id and one column an attribute"
+        return "labels: JSONL or Parquet files with a column id and one column for each attribute"
     if name == "caption_length":
         without = [
             f"{', '.join(store.uris)}"
@@ -273,12 +279,12 @@ def _lacks(name: str, opened: _Opened) -> str:
             if not caption_length.has_texts(store)
         ]
         if without:
-            return f"text stores with a column text, which {without[0]} has not; embed with jobs/embed.py"
+            return f"text stores with a column text, which {without[0]} lacks; embed with jobs/embed.py"
     return ""
 
 
 def _study(name: str, opened: _Opened) -> Callable[[], dict[str, Any]]:
-    """The study with its inputs."""
+    """Return the study with its inputs bound."""
     job, stores = opened.job, opened.stores
     match name:
         case "sample_efficiency":
@@ -333,42 +339,43 @@ def _c3_sigma(opened: _Opened) -> dict[str, Any]:
     return c3_sigma.run(stores, job.c3_sigma, rows, job.probe, job.seed)
 
 
-def _write(output: str, name: str, asked: dict[str, Any], result: dict[str, Any]) -> str:
+def _write(output: str, name: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
     module = _MODULES[name]
     images = plots.image_files(lambda: module.figure(result))
-    return write(output, name, asked, result, module.table(result), module.reading(result), images)
+    return write(output, name, identity, result, module.table(result), module.reading(result), images)
 
 
-def _asked(name: str, opened: _Opened) -> dict[str, Any]:
-    """Everything that the study's result depends on, as JSON has it: settings, and hashes of inputs."""
+def _study_identity(name: str, opened: _Opened) -> dict[str, Any]:
+    """Return what decides the study's result, as JSON has it: settings, and hashes of inputs."""
     job, stores = opened.job, opened.stores
-    found: dict[str, Any] = {"seed": job.seed, "texts": _identity(stores.texts)}
+    identity: dict[str, Any] = {"seed": job.seed, "texts": _store_identity(stores.texts)}
     if name in ("sample_efficiency", "domain_transfer", "caption_length"):
-        found["strategy"] = job.strategy
+        identity["strategy"] = job.strategy
     if name in ("sample_efficiency", "centroid_steps", "domain_transfer", "c3_sigma"):
-        found["heldout_rows"] = job.heldout_rows
+        identity["heldout_rows"] = job.heldout_rows
     if name != "precision":
-        found["images"] = _identity(stores.images)
+        identity["images"] = _store_identity(stores.images)
     if name == "domain_transfer":
-        found = {key: found[key] for key in ("seed", "strategy", "heldout_rows")}
-        found["domains"] = {
-            domain: [_identity(at.texts), _identity(at.images)] for domain, at in opened.domains.items()
+        identity = {key: identity[key] for key in ("seed", "strategy", "heldout_rows")}
+        identity["domains"] = {
+            domain: [_store_identity(at.texts), _store_identity(at.images)]
+            for domain, at in opened.domains.items()
         }
     else:
-        found["settings"] = asdict(getattr(job, name))
+        identity["settings"] = asdict(getattr(job, name))
     if name == "caption_length":
-        found["lengths"] = {length: _identity(store) for length, store in opened.lengths.items()}
+        identity["lengths"] = {length: _store_identity(store) for length, store in opened.lengths.items()}
     if name in ("probe", "c3_sigma", "caption_length"):
-        found["labels"] = None if opened.labels is None else _label_identity(opened.labels)
-        found["heldout_images"] = None if opened.heldout is None else _identity(opened.heldout)
+        identity["labels"] = None if opened.labels is None else _label_identity(opened.labels)
+        identity["heldout_images"] = None if opened.heldout is None else _store_identity(opened.heldout)
     if name == "probe":
-        found["alignments"] = [load_alignment(uri).content_hash for uri in job.alignments]
+        identity["alignments"] = [load_alignment(uri).content_hash for uri in job.alignments]
     if name in ("c3_sigma", "caption_length"):
-        found["probe"] = asdict(job.probe)
-    return json.loads(json.dumps(found))
+        identity["probe"] = asdict(job.probe)
+    return json.loads(json.dumps(identity))
 
 
-def _identity(store: Store) -> str:
+def _store_identity(store: Store) -> str:
     return storage.sha256(*(shard.encode() for shard in sorted(store.shard_hashes)))
 
 
