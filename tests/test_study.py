@@ -393,7 +393,7 @@ def read(output: Path, name: str) -> dict:
     return json.loads((output / f"{name}.json").read_text())
 
 
-STUDIES = list(study._MODULES)
+STUDIES = list(study.STUDIES)
 
 
 def test_every_study_leaves_a_table_a_plot_and_json(done):
@@ -459,7 +459,10 @@ def test_centroid_steps_are_those_of_realign(done, job):
 
 def test_a_second_run_computes_nothing(done, job, monkeypatch):
     output, said = done
-    monkeypatch.setattr(study, "_study", lambda *_: pytest.fail("a study was run again"))
+    monkeypatch.setattr(study, "_write", lambda *_: pytest.fail("a study was run again"))
+    for name in study.STUDIES:
+        again = replace(study.STUDIES[name], work=lambda _: pytest.fail("a study was run again"))
+        monkeypatch.setitem(study.STUDIES, name, again)
     before = {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
     assert study.run(job) == said
     assert {path: path.stat().st_mtime_ns for path in output.glob("*.json")} == before

@@ -6,9 +6,8 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from revision_ray.align.alignment import load_alignment
 from revision_ray.align.apply import open_pair
@@ -128,15 +127,6 @@ StudyName = Literal[
     "sample_efficiency", "precision", "centroid_steps", "domain_transfer", "caption_length", "c3_sigma",
     "probe",
 ]  # fmt: skip
-_MODULES: dict[str, ModuleType] = {
-    "sample_efficiency": sample_efficiency,
-    "precision": precision,
-    "centroid_steps": centroid_steps,
-    "domain_transfer": domain_transfer,
-    "caption_length": caption_length,
-    "c3_sigma": c3_sigma,
-    "probe": cross_modal_probe,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,11 +209,11 @@ def run(job: StudyJob) -> str:
     """
     output = storage.absolute(job.output)
     opened = _open(job)
-    lacking = {name: need for name in get_args(StudyName) if (need := _lacks(name, opened))}
+    lacking = {name: need for name, study in STUDIES.items() if (need := study.lacks(opened))}
     for name in job.studies:
         if name in lacking:
             raise ConfigError(f"study {name} needs {lacking[name]}")
-    chosen = [name for name in get_args(StudyName) if name in (job.studies or set(_MODULES) - set(lacking))]
+    chosen = [name for name in STUDIES if name in (job.studies or set(STUDIES) - set(lacking))]
     identities = {name: _study_identity(name, opened) for name in chosen}
     finished = {name: read_finished(output, name, identities[name]) for name in chosen}
     connect()
@@ -235,7 +225,8 @@ def run(job: StudyJob) -> str:
             texts.append(storage.read_bytes(storage.join(output, f"{name}.txt")).decode())
             continue
         log.info("study %s", name)
-        texts.append(_write(output, name, identities[name], _study(name, opened)()))
+        result = STUDIES[name].work(opened)
+        texts.append(_write(output, name, identities[name], result))
     left_out = (
         [] if job.studies else [f"left out: {name}, which needs {need}" for name, need in lacking.items()]
     )
@@ -266,72 +257,32 @@ def _open(job: StudyJob) -> _Opened:
     )
 
 
-def _lacks(name: str, opened: _Opened) -> str:
-    """Return what the study needs and the inputs lack; empty if nothing is missing."""
-    if name == "domain_transfer" and not opened.domains:
-        return "domains, two or more: domains={NAME: {texts: STORE, images: STORE}, ...}"
-    if name == "probe" and opened.labels is None:
-        return "labels: JSONL or Parquet files with a column id and one column for each attribute"
-    if name == "caption_length":
-        without = [
-            f"{', '.join(store.uris)}"
-            for store in (opened.stores.texts, *opened.lengths.values())
-            if not caption_length.has_texts(store)
-        ]
-        if without:
-            return f"text stores with a column text, which {without[0]} lacks; embed with jobs/embed.py"
-    return ""
+@dataclass(frozen=True, kw_only=True)
+class _Study:
+    """A study: its module (table, reading, figure), its work, and what it depends on (`_study_identity`).
+
+    `lacks` returns what the study needs and the inputs lack; empty if nothing is missing.
+    """
+
+    module: ModuleType
+    work: Callable[[_Opened], dict[str, Any]]
+    depends_on: str
+    lacks: Callable[[_Opened], str] = lambda opened: ""
 
 
-def _study(name: str, opened: _Opened) -> Callable[[], dict[str, Any]]:
-    """Return the study with its inputs bound."""
-    job, stores = opened.job, opened.stores
-    match name:
-        case "sample_efficiency":
-            return partial(sample_efficiency.run, stores, opened.strategy, job.sample_efficiency, job.seed)
-        case "precision":
-            return partial(precision.run, stores.texts, job.precision)
-        case "centroid_steps":
-            return partial(centroid_steps.run, stores, job.centroid_steps, job.seed)
-        case "domain_transfer":
-            return partial(domain_transfer.run, opened.domains, opened.strategy)
-        case "caption_length":
-            return partial(
-                caption_length.run,
-                stores.texts,
-                stores.images,
-                opened.lengths,
-                job.caption_length,
-                _probing(opened),
-                job.seed,
-            )
-        case "c3_sigma":
-            return partial(_c3_sigma, opened)
-        case _:
-            assert opened.labels is not None
-            return partial(
-                cross_modal_probe.run,
-                stores.texts,
-                stores.images,
-                opened.heldout,
-                job.alignments,
-                opened.labels,
-                job.probe,
-                job.seed,
-            )
-
-
-def _probing(opened: _Opened) -> caption_length.ProbeInputs | None:
-    if opened.labels is None:
-        return None
-    return caption_length.ProbeInputs(
-        heldout=opened.heldout, labels=opened.labels, settings=opened.job.probe, strategy=opened.strategy
+def _caption_length(opened: _Opened) -> dict[str, Any]:
+    job, stores, probing = opened.job, opened.stores, None
+    if opened.labels is not None:
+        probing = caption_length.ProbeInputs(
+            heldout=opened.heldout, labels=opened.labels, settings=job.probe, strategy=opened.strategy
+        )
+    return caption_length.run(
+        stores.texts, stores.images, opened.lengths, job.caption_length, probing, job.seed
     )
 
 
 def _c3_sigma(opened: _Opened) -> dict[str, Any]:
-    job, stores = opened.job, opened.stores
-    rows = None
+    job, stores, rows = opened.job, opened.stores, None
     if opened.labels is not None:
         rows = cross_modal_probe.probe_rows(
             stores.texts, stores.images, opened.heldout, opened.labels, job.probe, job.seed
@@ -339,39 +290,100 @@ def _c3_sigma(opened: _Opened) -> dict[str, Any]:
     return c3_sigma.run(stores, job.c3_sigma, rows, job.probe, job.seed)
 
 
+def _probe(opened: _Opened) -> dict[str, Any]:
+    assert opened.labels is not None
+    job, stores = opened.job, opened.stores
+    return cross_modal_probe.run(
+        stores.texts, stores.images, opened.heldout, job.alignments, opened.labels, job.probe, job.seed
+    )
+
+
+def _lacks_texts(opened: _Opened) -> str:
+    for store in (opened.stores.texts, *opened.lengths.values()):
+        if not caption_length.has_texts(store):
+            uris = ", ".join(store.uris)
+            return f"text stores with a column text, which {uris} lacks; embed with jobs/embed.py"
+    return ""
+
+
+def _lacks_domains(opened: _Opened) -> str:
+    needed = "domains, two or more: domains={NAME: {texts: STORE, images: STORE}, ...}"
+    return "" if opened.domains else needed
+
+
+def _lacks_labels(opened: _Opened) -> str:
+    needed = "labels: JSONL or Parquet files with a column id and one column for each attribute"
+    return needed if opened.labels is None else ""
+
+
+STUDIES: dict[str, _Study] = {
+    "sample_efficiency": _Study(
+        module=sample_efficiency,
+        work=lambda o: sample_efficiency.run(o.stores, o.strategy, o.job.sample_efficiency, o.job.seed),
+        depends_on="texts strategy heldout_rows images settings",
+    ),
+    "precision": _Study(
+        module=precision,
+        work=lambda o: precision.run(o.stores.texts, o.job.precision),
+        depends_on="texts settings",
+    ),
+    "centroid_steps": _Study(
+        module=centroid_steps,
+        work=lambda o: centroid_steps.run(o.stores, o.job.centroid_steps, o.job.seed),
+        depends_on="texts heldout_rows images settings",
+    ),
+    "domain_transfer": _Study(
+        module=domain_transfer,
+        work=lambda o: domain_transfer.run(o.domains, o.strategy),
+        depends_on="strategy heldout_rows domains",
+        lacks=_lacks_domains,
+    ),
+    "caption_length": _Study(
+        module=caption_length,
+        work=_caption_length,
+        depends_on="texts strategy images settings lengths labels heldout_images probe",
+        lacks=_lacks_texts,
+    ),
+    "c3_sigma": _Study(
+        module=c3_sigma,
+        work=_c3_sigma,
+        depends_on="texts heldout_rows images settings labels heldout_images probe",
+    ),
+    "probe": _Study(
+        module=cross_modal_probe,
+        work=_probe,
+        depends_on="texts images settings labels heldout_images alignments",
+        lacks=_lacks_labels,
+    ),
+}
+
+
 def _write(output: str, name: str, identity: dict[str, Any], result: dict[str, Any]) -> str:
-    module = _MODULES[name]
+    module = STUDIES[name].module
     images = plots.image_files(lambda: module.figure(result))
     return write(output, name, identity, result, module.table(result), module.reading(result), images)
 
 
 def _study_identity(name: str, opened: _Opened) -> dict[str, Any]:
-    """Return what decides the study's result, as JSON has it: settings, and hashes of inputs."""
+    """Return what decides the study's result, as JSON has it: seed, settings, and hashes of inputs."""
     job, stores = opened.job, opened.stores
-    identity: dict[str, Any] = {"seed": job.seed, "texts": _store_identity(stores.texts)}
-    if name in ("sample_efficiency", "domain_transfer", "caption_length"):
-        identity["strategy"] = job.strategy
-    if name in ("sample_efficiency", "centroid_steps", "domain_transfer", "c3_sigma"):
-        identity["heldout_rows"] = job.heldout_rows
-    if name != "precision":
-        identity["images"] = _store_identity(stores.images)
-    if name == "domain_transfer":
-        identity = {key: identity[key] for key in ("seed", "strategy", "heldout_rows")}
-        identity["domains"] = {
+    parts: dict[str, Callable[[], Any]] = {
+        "texts": lambda: _store_identity(stores.texts),
+        "strategy": lambda: job.strategy,
+        "heldout_rows": lambda: job.heldout_rows,
+        "images": lambda: _store_identity(stores.images),
+        "domains": lambda: {
             domain: [_store_identity(at.texts), _store_identity(at.images)]
             for domain, at in opened.domains.items()
-        }
-    else:
-        identity["settings"] = asdict(getattr(job, name))
-    if name == "caption_length":
-        identity["lengths"] = {length: _store_identity(store) for length, store in opened.lengths.items()}
-    if name in ("probe", "c3_sigma", "caption_length"):
-        identity["labels"] = None if opened.labels is None else _label_identity(opened.labels)
-        identity["heldout_images"] = None if opened.heldout is None else _store_identity(opened.heldout)
-    if name == "probe":
-        identity["alignments"] = [load_alignment(uri).content_hash for uri in job.alignments]
-    if name in ("c3_sigma", "caption_length"):
-        identity["probe"] = asdict(job.probe)
+        },
+        "settings": lambda: asdict(getattr(job, name)),
+        "lengths": lambda: {length: _store_identity(store) for length, store in opened.lengths.items()},
+        "labels": lambda: None if opened.labels is None else _label_identity(opened.labels),
+        "heldout_images": lambda: None if opened.heldout is None else _store_identity(opened.heldout),
+        "alignments": lambda: [load_alignment(uri).content_hash for uri in job.alignments],
+        "probe": lambda: asdict(job.probe),
+    }
+    identity = {"seed": job.seed, **{part: parts[part]() for part in STUDIES[name].depends_on.split()}}
     return json.loads(json.dumps(identity))
 
 
