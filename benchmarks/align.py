@@ -15,7 +15,7 @@ import ray
 from benchmarks.data import make_store
 from revision_ray.align.alignment import load_alignment
 from revision_ray.align.apply import AlignRows, read_rows
-from revision_ray.align.fit import FitJob, run
+from revision_ray.align.fit import FitJob, run_fit
 from revision_ray.align.maps import Affine
 from revision_ray.core.cluster import data_context
 from revision_ray.data.store import Store, open_stores
@@ -40,7 +40,7 @@ def main(folder: Path, rows: int, repeats: int) -> dict:
     images = make_store(folder / f"image-{rows}", "image", rows, DIM)
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
     store = open_stores([texts], "text")
-    run(FitJob(texts=texts, images=images, output=str(folder / f"fit-{rows}")))
+    run_fit(FitJob(texts=texts, images=images, output=str(folder / f"fit-{rows}")))
     affine = load_alignment(str(folder / f"fit-{rows}")).affine
     seconds(store, None)
     alone, aligned = [], []

@@ -74,7 +74,7 @@ def bare(encoder: EncoderConfig, folder: str, number: int) -> float:
 
 def piped(encoder: EncoderConfig, images: Path, output: Path) -> float:
     """Rows a second of the pipeline between its first shard and its last, from the shards' times."""
-    embed.run(
+    embed.run_embed(
         EmbedJob(
             images=str(images),
             output=str(output),

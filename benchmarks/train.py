@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.data import make_store
 from revision_ray.align.fit import FitJob
-from revision_ray.align.fit import run as fit
+from revision_ray.align.fit import run_fit as fit
 from revision_ray.core.cluster import connect
 from revision_ray.train import checkpoint, ingest, sources
 from revision_ray.train import models as stage_models

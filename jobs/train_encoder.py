@@ -5,4 +5,4 @@ from revision_ray.train import from_scratch
 from revision_ray.train.contrastive import EncoderTraining
 
 if __name__ == "__main__":
-    run_job(EncoderTraining, from_scratch.encoder)
+    run_job(EncoderTraining, from_scratch.run_train_encoder)

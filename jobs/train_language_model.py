@@ -5,4 +5,4 @@ from revision_ray.train import from_scratch
 from revision_ray.train.language_model import LanguageTraining
 
 if __name__ == "__main__":
-    run_job(LanguageTraining, from_scratch.language_model)
+    run_job(LanguageTraining, from_scratch.run_train_language_model)

@@ -43,14 +43,14 @@ def fits(cluster, texts, images, tmp_path_factory):
     def of(strategy: str) -> str:
         if strategy not in made:
             made[strategy] = str(folder / strategy)
-            fit.run(FitJob(texts=texts, images=images, output=made[strategy], strategy=strategy))  # type: ignore[arg-type]
+            fit.run_fit(FitJob(texts=texts, images=images, output=made[strategy], strategy=strategy))  # type: ignore[arg-type]
         return made[strategy]
 
     return of
 
 
 def align(texts: str, alignment: str, output: Path, **settings) -> str:
-    return apply.run(AlignJob(texts=texts, alignment=alignment, output=str(output), **settings))
+    return apply.run_align(AlignJob(texts=texts, alignment=alignment, output=str(output), **settings))
 
 
 def stored(uri: str) -> dict[str, np.ndarray]:

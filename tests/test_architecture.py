@@ -161,6 +161,22 @@ def test_the_check_for_ray_sees_through_modules():
     assert "ray" in packages(imports_of("def f():\n    from ray.data import Dataset", "x"))
 
 
+FOLDERS = sorted(
+    path.split("/")[1] for path in MODULES if re.fullmatch(r"revision_ray/\w+/__init__.py", path)
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_public_names_resolve_and_are_explained(folder):
+    """Each name is imported from the folder, as the documentation shows it, and says what it is."""
+    package = importlib.import_module(f"revision_ray.{folder}")
+    assert package.__all__ == sorted(package.__all__) != []
+    plain = str.__doc__
+    values = {name: getattr(package, name) for name in package.__all__}
+    silent = [name for name, value in values.items() if not value.__doc__ or (value.__doc__ == plain)]
+    assert [name for name in silent if not isinstance(values[name], str)] == []
+
+
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
@@ -268,7 +284,7 @@ def test_the_readme_tree_is_the_disk():
         for path in tree
         if path.endswith("/") and not any(other.startswith(path) and other != path for other in tree)
     )
-    skipped = ("__init__.py", ".gitignore")
+    skipped = ("__init__.py", ".gitignore", "py.typed")
     unlisted = [
         path
         for path in FILES

@@ -18,7 +18,7 @@ from revision_ray.core import storage
 from revision_ray.core.config import load
 from revision_ray.core.errors import ClusterError, ConfigError
 from revision_ray.doctor import examine, probe
-from revision_ray.doctor.examine import DoctorJob, examined, run
+from revision_ray.doctor.examine import DoctorJob, examined, run_doctor
 from revision_ray.doctor.judge import Finding, NodeRequirements, ProbedNode, as_json, judge, table
 
 ROOT = Path(__file__).parents[1]
@@ -382,7 +382,7 @@ def test_a_failure_is_printed_with_its_remedy_and_fails_the_job(cluster, tmp_pat
     (tmp_path / "file").write_text("")
     job = DoctorJob(storage=str(tmp_path / "file"), min_free_gb=1e9)
     with pytest.raises(ClusterError, match="2 checks failed: disk, storage"):
-        run(job)
+        run_doctor(job)
     shown = capsys.readouterr().out
     assert "(min_free_gb=" in shown
     assert "-> name a place that the driver may write to" in shown
@@ -393,7 +393,7 @@ def test_a_failure_is_printed_with_its_remedy_and_fails_the_job(cluster, tmp_pat
 def test_strictness_fails_what_was_not_checked(cluster, tmp_path):
     """A strict doctor fails where checks could not be done."""
     with pytest.raises(ClusterError, match="0 checks failed, 3 could not be done: versions, gpus, models"):
-        run(DoctorJob(storage=str(tmp_path), min_free_gb=0.001, strict=True))
+        run_doctor(DoctorJob(storage=str(tmp_path), min_free_gb=0.001, strict=True))
 
 
 SEVERAL = """

@@ -75,7 +75,7 @@ def test_texts_are_embedded_as_the_tower_does_and_truncation_is_counted(cluster,
     source = write_texts(tmp_path / "texts.jsonl", 200)
     with source.open("a") as file:
         file.write(json.dumps({"id": "long", "text": " ".join(WORDS)}) + "\n")
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(source), domain="words"))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(source), domain="words"))
     manifest = read_manifest(str(tmp_path / "store"))
     assert (manifest.num_rows, manifest.num_rejected, manifest.num_truncated) == (201, 0, 1)
     assert (manifest.domain, manifest.embedding_dim) == ("words", 16)
@@ -100,10 +100,18 @@ def test_images_are_embedded_as_the_tower_does_and_bad_ones_are_listed(cluster, 
     (folder / "bad_cut.png").write_bytes(whole[: len(whole) // 2])
     job = job_of(encoder, tmp_path / "store", images=str(folder), dtype="float32", rows_per_shard=32)
     with pytest.raises(DataError, match=r"3 of 73 rows were rejected.*max_rejected_fraction"):
-        embed.run(job)
+        embed.run_embed(job)
     before = stamps(tmp_path / "store")
-    embed.run(job_of(encoder, tmp_path / "store", images=str(folder), dtype="float32", rows_per_shard=32,
-                     max_rejected_fraction=0.1))  # fmt: skip
+    embed.run_embed(
+        job_of(
+            encoder,
+            tmp_path / "store",
+            images=str(folder),
+            dtype="float32",
+            rows_per_shard=32,
+            max_rejected_fraction=0.1,
+        )
+    )
     assert stamps(tmp_path / "store") == before  # nothing was encoded again
     found = rows_of(tmp_path / "store")
     assert sorted(found) == [f"{row:04d}" for row in range(70)]
@@ -122,12 +130,12 @@ def test_a_second_run_encodes_nothing_and_new_files_add_shards(cluster, encoder,
     folder = tmp_path / "texts"
     folder.mkdir()
     write_texts(folder / "a.jsonl", 150)
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(folder)))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(folder)))
     before = stamps(tmp_path / "store")
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(folder)))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(folder)))
     assert stamps(tmp_path / "store") == before
     write_texts(folder / "b.jsonl", 70, seed=1, prefix="b")
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(folder)))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(folder)))
     after = stamps(tmp_path / "store")
     assert before.items() < after.items()
     assert len(rows_of(tmp_path / "store")) == 220
@@ -137,10 +145,10 @@ def test_a_second_run_encodes_nothing_and_new_files_add_shards(cluster, encoder,
 def test_an_image_folder_that_grew_adds_shards_of_the_new_files_only(cluster, encoder, tmp_path):
     """An image folder that grew adds shards of its new files only."""
     folder = write_images(tmp_path / "images", 40)
-    embed.run(job_of(encoder, tmp_path / "store", images=str(folder), rows_per_shard=16))
+    embed.run_embed(job_of(encoder, tmp_path / "store", images=str(folder), rows_per_shard=16))
     before = stamps(tmp_path / "store")
     Image.new("RGB", (32, 32), "red").save(folder / "0000a.png")  # sorts into the first slice
-    embed.run(job_of(encoder, tmp_path / "store", images=str(folder), rows_per_shard=16))
+    embed.run_embed(job_of(encoder, tmp_path / "store", images=str(folder), rows_per_shard=16))
     after = stamps(tmp_path / "store")
     assert before.items() < after.items()
     assert len(after) == len(before) + 1
@@ -151,33 +159,33 @@ def test_an_image_folder_that_grew_adds_shards_of_the_new_files_only(cluster, en
 def test_a_source_that_changed_is_refused(cluster, encoder, tmp_path):
     """A source that changed since it was embedded is refused."""
     source = write_texts(tmp_path / "texts.jsonl", 100)
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(source)))
     write_texts(source, 101)
     with pytest.raises(DataError, match="has changed since it was embedded"):
-        embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))
+        embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(source)))
 
 
 @pytest.mark.slow
 def test_another_encoder_or_setting_is_refused(cluster, encoder, tmp_path):
     """A store is not gone on with by another encoder or setting, nor a folder that is no store."""
     source = write_texts(tmp_path / "texts.jsonl", 10)
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(source)))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(source)))
     other = EncoderConfig(kind="open_clip", model=write_encoder(tmp_path / "other", seed=1))
     with pytest.raises(DataError, match="encoder"):
-        embed.run(job_of(other, tmp_path / "store", texts=str(source)))
+        embed.run_embed(job_of(other, tmp_path / "store", texts=str(source)))
     with pytest.raises(DataError, match="dtype"):
-        embed.run(job_of(encoder, tmp_path / "store", texts=str(source), dtype="float32"))
+        embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(source), dtype="float32"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="no embedding store"):
-        embed.run(job_of(encoder, tmp_path / "full", texts=str(source)))
+        embed.run_embed(job_of(encoder, tmp_path / "full", texts=str(source)))
 
 
 def test_missing_and_empty_sources_leave_no_store(cluster, encoder, tmp_path):
     (tmp_path / "empty").mkdir()
     for source in ("nowhere.jsonl", "empty"):
         with pytest.raises(DataError, match=source):
-            embed.run(job_of(encoder, tmp_path / "store", texts=str(tmp_path / source)))
+            embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(tmp_path / source)))
     assert not (tmp_path / "store").exists()
     with pytest.raises(ConfigError, match="either images or texts"):
         job_of(encoder, tmp_path / "store")
@@ -189,7 +197,7 @@ def test_bad_texts_are_counted_and_nothing_else_is_lost(cluster, encoder, tmp_pa
     lines += [b'{"id": "empty", "text": ""}', b'{"id": "cut", "tex', b'{"id": "bytes", "text": "\xff\xfe"}']
     lines += [json.dumps({"id": "huge", "text": "word1 " * 20_000}).encode()]
     source.write_bytes(b"\n".join(lines) + b"\n")
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(source), max_rejected_fraction=0.1))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(source), max_rejected_fraction=0.1))
     manifest = read_manifest(str(tmp_path / "store"))
     assert (manifest.num_rows, manifest.num_rejected, manifest.num_truncated) == (91, 3, 1)
     assert set(rows_of(tmp_path / "store")) == {f"t{row}" for row in range(90)} | {"huge"}
@@ -227,9 +235,9 @@ def test_a_killed_job_goes_on_where_it_was(cluster, encoder, tmp_path):
         assert kept.items() <= stamps(output).items()  # what stood was not encoded again
         kept = stamps(output)
         assert not (output / shards.MANIFEST).exists()
-    embed.run(job_of(encoder, output, texts=str(source)))
+    embed.run_embed(job_of(encoder, output, texts=str(source)))
     assert kept.items() <= stamps(output).items()
-    embed.run(job_of(encoder, tmp_path / "calm", texts=str(source)))
+    embed.run_embed(job_of(encoder, tmp_path / "calm", texts=str(source)))
     calm, store = rows_of(tmp_path / "calm"), rows_of(output)
     assert calm.keys() == store.keys()
     assert len(store) == 6000
@@ -255,11 +263,11 @@ def test_a_full_disk_is_said_and_what_was_written_is_kept(cluster, encoder, tmp_
     """A full disk is said, and with room the embed job goes on from what it wrote."""
     source = write_texts(tmp_path / "texts.jsonl", 6000)
     with pytest.raises(DataError, match="no space left"):
-        embed.run(job_of(encoder, small_disk / "store", texts=str(source)))
+        embed.run_embed(job_of(encoder, small_disk / "store", texts=str(source)))
     assert not list(small_disk.glob("**/.tmp-*"))
     kept = stamps(small_disk / "store")
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
-    embed.run(job_of(encoder, small_disk / "store", texts=str(source)))
+    embed.run_embed(job_of(encoder, small_disk / "store", texts=str(source)))
     assert kept
     assert kept.items() <= stamps(small_disk / "store").items()
     assert len(rows_of(small_disk / "store")) == 6000
@@ -273,11 +281,11 @@ def test_duplicate_ids_are_numbered_or_rejected(cluster, encoder, tmp_path):
     (folder / "a.jsonl").write_text('{"id": "x", "text": "word1"}\n{"id": "y", "text": "word2"}\n')
     (folder / "b.jsonl").write_text('{"id": "x", "text": "word1"}\n{"id": "y", "text": "word3"}\n')
     with pytest.raises(DataError, match="duplicate id"):
-        embed.run(job_of(encoder, tmp_path / "store", texts=str(folder)))
-    embed.run(job_of(encoder, tmp_path / "store", texts=str(folder), max_rejected_fraction=0.5))
+        embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(folder)))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(folder), max_rejected_fraction=0.5))
     assert len(rows_of(tmp_path / "store")) == 3  # x, the same text numbered, y; the other y is listed
     assert read_manifest(str(tmp_path / "store")).num_rejected == 1
-    embed.run(job_of(encoder, tmp_path / "all", texts=str(folder), duplicate_ids="number"))
+    embed.run_embed(job_of(encoder, tmp_path / "all", texts=str(folder), duplicate_ids="number"))
     assert len(rows_of(tmp_path / "all")) == 4
 
 

@@ -35,7 +35,7 @@ from revision_ray.evaluate.benchmarks import (
     read_unit,
     units,
 )
-from revision_ray.evaluate.evaluation import EvaluateJob, run
+from revision_ray.evaluate.evaluation import EvaluateJob, run_evaluate
 from revision_ray.evaluate.responder import Responder
 from revision_ray.evaluate.scores import Answered, wilson
 from revision_ray.miniature import dataset, documents, language_model
@@ -491,7 +491,7 @@ def finished_run(
 
 
 def compared(output: Path, *runs: str, **settings) -> tuple[dict, str]:
-    text = run(EvaluateJob(compare=list(runs), output=str(output), **settings))
+    text = run_evaluate(EvaluateJob(compare=list(runs), output=str(output), **settings))
     return json.loads((output / "comparison.json").read_text()), text
 
 
@@ -718,7 +718,7 @@ def rows_of(output: Path, condition: str, name: str = "miniature") -> list[dict]
 @pytest.fixture(scope="module")
 def evaluated(cluster, model, world, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("evaluated")
-    return output, run(job(model, world, output))
+    return output, run_evaluate(job(model, world, output))
 
 
 def test_every_held_out_question_is_asked_under_every_condition(evaluated, world):
@@ -787,7 +787,7 @@ def test_images_are_encoded_as_the_encoder_encodes_them(evaluated, model, world,
     )
     alignment = {"image_fingerprint": identity.fingerprint}
     plain = save_again(model, tmp_path / "model", alignment, tower=False)
-    run(job(plain, world, tmp_path / "out", images=store, controls=[], num_pictures=0))
+    run_evaluate(job(plain, world, tmp_path / "out", images=store, controls=[], num_pictures=0))
     # The same weights, but no tower: only rounding separates the embeddings.
     assert [row["raw"] for row in rows_of(tmp_path / "out", "image")] == [
         row["raw"] for row in rows_of(output, "image")
@@ -797,12 +797,12 @@ def test_images_are_encoded_as_the_encoder_encodes_them(evaluated, model, world,
         tmp_path / "few", tower.encode(pixels)[1:], "image", ids=list(contents)[1:], encoder=identity
     )
     with pytest.raises(DataError, match=r"questions have no image in the image store"):
-        run(job(plain, world, tmp_path / "few-out", images=few))
+        run_evaluate(job(plain, world, tmp_path / "few-out", images=few))
     foreign = write_store(tmp_path / "foreign", tower.encode(pixels), "image", ids=list(contents))
     with pytest.raises(AlignmentError, match="fingerprint"):
-        run(job(plain, world, tmp_path / "foreign-out", images=foreign))
+        run_evaluate(job(plain, world, tmp_path / "foreign-out", images=foreign))
     with pytest.raises(ConfigError, match=r"without an image tower.*images=STORE"):
-        run(job(plain, world, tmp_path / "no-out"))
+        run_evaluate(job(plain, world, tmp_path / "no-out"))
 
 
 def test_answers_are_those_of_the_model_asked_by_hand(evaluated, model, world):
@@ -831,7 +831,7 @@ def test_what_is_finished_is_not_asked_again(evaluated, model, world):
     kept = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
     assert len(kept) == 3 + 1 + 2  # conditions, captions, questions and images
     (output / "answers" / "miniature" / "blind.parquet").unlink()
-    assert run(job(model, world, output)) == text
+    assert run_evaluate(job(model, world, output)) == text
     for path, written in kept.items():
         assert (path.stat().st_mtime_ns == written) == (path.name != "blind.parquet")
 
@@ -840,9 +840,9 @@ def test_answers_of_another_model_are_not_mixed_in(evaluated, model, world, tmp_
     output, _ = evaluated
     other = save_again(model, tmp_path, {"strategy": "none"}, tower=True)
     with pytest.raises(DataError, match=r"another evaluation \(different: model\)"):
-        run(job(other, world, output))
+        run_evaluate(job(other, world, output))
     with pytest.raises(DataError, match=r"different: max_items"):
-        run(job(model, world, output, max_items=3))
+        run_evaluate(job(model, world, output, max_items=3))
 
 
 def test_the_picture_shows_captions_and_answers(evaluated):
@@ -866,7 +866,7 @@ def test_another_model_can_write_the_captions(evaluated, cluster, model, world, 
         found.projector[-1].bias.add_(5 * torch.randn_like(found.projector[-1].bias))
     found.generation_config.eos_token_id = 0  # as if written before models knew their template's end
     found.save_pretrained(other)
-    run(job(model, world, tmp_path / "out", caption_model=str(other), controls=[], max_items=10))
+    run_evaluate(job(model, world, tmp_path / "out", caption_model=str(other), controls=[], max_items=10))
     warnings = [record.getMessage() for record in caplog.records if "eos_token_id" in record.getMessage()]
     assert [f"caption_model={other}" in warning and "<e> (2)" in warning for warning in warnings] == [True]
     captions = rows_of(tmp_path / "out", next((tmp_path / "out").glob("answers/miniature/captions-*")).stem)
@@ -886,7 +886,9 @@ def test_benchmarks_together_are_averaged_and_sampled(cluster, model, world, tmp
         "controls": ["blind"],
     }
     output = tmp_path / "out"
-    text = run(EvaluateJob(model=model, output=str(output), max_new_tokens=3, cpus_per_actor=0.5, **settings))
+    text = run_evaluate(
+        EvaluateJob(model=model, output=str(output), max_new_tokens=3, cpus_per_actor=0.5, **settings)
+    )
     found = json.loads((output / "results.json").read_text())
     accuracies = [found["benchmarks"][name]["conditions"]["image"]["accuracy"] for name in names]
     assert found["average"]["image"] == pytest.approx(np.mean(accuracies))
@@ -907,7 +909,7 @@ def test_a_folder_that_is_no_model_is_refused(cluster, world, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="model_type is 'llama', expected 'revision'"):
-        run(job(str(tmp_path), world, tmp_path / "out"))
+        run_evaluate(job(str(tmp_path), world, tmp_path / "out"))
 
 
 def test_left_padding_is_invisible(model):

@@ -98,7 +98,7 @@ Calm = tuple[dict[str, bytes], float]  # rows of an undisturbed run, and the sec
 
 
 def undisturbed(job: EmbedJob, num_rows: int) -> Calm:
-    work = Work(lambda: embed.run(job))
+    work = Work(lambda: embed.run_embed(job))
     work.wait()
     rows = rows_of(job.output)
     assert len(rows) == num_rows
@@ -107,7 +107,7 @@ def undisturbed(job: EmbedJob, num_rows: int) -> Calm:
 
 def disturbed(job: EmbedJob, calm: Calm, note, *strikes: tuple[int, Strike]) -> None:
     """A job in this process that meets each strike when it has written so many shards."""
-    recovery = sabotage(lambda: embed.run(job), num_shards(job.output), *strikes)
+    recovery = sabotage(lambda: embed.run_embed(job), num_shards(job.output), *strikes)
     assert rows_of(job.output) == calm[0]
     note(recovery, calm[1])
 

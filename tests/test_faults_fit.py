@@ -92,7 +92,7 @@ def results(monkeypatch) -> list[int]:
 @pytest.fixture(scope="module")
 def calm_fit(cluster, stores, tmp_path_factory) -> tuple[tuple[str, bytes, bytes], float]:
     output = tmp_path_factory.mktemp("calm") / "fit"
-    work = Work(lambda: fit.run(fit_job(stores, output)))
+    work = Work(lambda: fit.run_fit(fit_job(stores, output)))
     work.wait()
     return bits_of(output), work.seconds
 
@@ -107,7 +107,7 @@ def disturbed_fit(stores, calm_fit, output, results, note, chance, *strikes: Str
     part = NUM_RESULTS * 3 // 4 // len(strikes)
     points = [chance.randrange(part * number, part * (number + 1)) for number in range(len(strikes))]
     recovery = sabotage(
-        lambda: fit.run(fit_job(stores, output)), lambda: len(results), *zip(points, strikes, strict=True)
+        lambda: fit.run_fit(fit_job(stores, output)), lambda: len(results), *zip(points, strikes, strict=True)
     )
     assert len(results) == NUM_RESULTS
     assert bits_of(output) == calm
@@ -169,11 +169,11 @@ def test_the_driver_of_a_fit_is_killed_and_submitted_again(whole, stores, calm_f
 def test_every_read_fails_twice_during_a_fit(whole, faltering_s3, tmp_path):
     """A fit of stores on S3, each file of which refuses its first two reads, has the same bits."""
     stores = write_stores(tmp_path, text_shards=20, image_shards=10)
-    fit.run(fit_job(stores, tmp_path / "calm"))
+    fit.run_fit(fit_job(stores, tmp_path / "calm"))
     remote = {key: faltering_s3.put_files(Path(folder), key) for key, folder in stores.items()}
     before = faltering_s3.refused
     with faltering_s3.refusing(first_reads(2)):
-        work = Work(lambda: fit.run(fit_job(remote, tmp_path / "fit")))
+        work = Work(lambda: fit.run_fit(fit_job(remote, tmp_path / "fit")))
         work.wait()
     assert bits_of(tmp_path / "fit") == bits_of(tmp_path / "calm")
     assert faltering_s3.refused >= before + 2 * 30
@@ -188,7 +188,7 @@ def test_storage_that_refuses_writes_for_a_while_at_the_end_of_a_fit(
     output = faltering_s3.uri("fit-refused")
     before = faltering_s3.refused
     recovery = sabotage(
-        lambda: fit.run(fit_job(stores, output)),
+        lambda: fit.run_fit(fit_job(stores, output)),
         lambda: len(results),
         (NUM_RESULTS, refuse_writes(faltering_s3, seconds=12)),
     )

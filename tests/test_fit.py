@@ -46,7 +46,7 @@ def job_of(texts, images, output, **settings) -> FitJob:
 
 
 def fitted(texts, images, output, **settings) -> Alignment:
-    fit.run(job_of(texts, images, output, **settings))
+    fit.run_fit(job_of(texts, images, output, **settings))
     return load_alignment(str(output))
 
 
@@ -112,7 +112,7 @@ def fit_on_the_command_line(job: FitJob) -> str:
 
 @pytest.mark.parametrize(
     ("name", "run_fit"),
-    [("reference_realign", fit.run), ("reference_realign_unnormalised", fit_on_the_command_line)],
+    [("reference_realign", fit.run_fit), ("reference_realign_unnormalised", fit_on_the_command_line)],
     ids=["function", "command"],
 )
 def test_the_reference_is_matched_through_the_jobs(cluster, tmp_path, name, run_fit):
@@ -121,10 +121,10 @@ def test_the_reference_is_matched_through_the_jobs(cluster, tmp_path, name, run_
     for modality, key in (("text", "caption"), ("image", "image_path")):
         source = write_pickles(tmp_path / f"{modality}.pkl", golden[modality], key)
         stores[modality] = str(tmp_path / modality)
-        imports.run(ImportJob(input=source, output=stores[modality], modality=modality))
+        imports.run_import(ImportJob(input=source, output=stores[modality], modality=modality))
     said = run_fit(job_of(stores["text"], stores["image"], tmp_path / "fit"))
     assert f"realign fitted on {len(golden['text']):,} texts and {len(golden['image']):,} images" in said
-    apply.run(
+    apply.run_align(
         AlignJob(texts=stores["text"], alignment=str(tmp_path / "fit"), output=str(tmp_path / "aligned"))
     )
     check_golden(golden, str(tmp_path / "fit"), str(tmp_path / "aligned"))
@@ -294,7 +294,7 @@ def fit_on_cpus(cpus: int, *arguments: str) -> None:
 @pytest.mark.slow
 def test_one_two_and_four_workers_give_the_same_bits(cluster, texts, images, tmp_path):
     """A fit has the same bits on one, two and four CPUs."""
-    fit.run(job_of(texts, images, tmp_path / "fit2", strategy="gaussian_ot", centroid_steps=2, noise=0.1))
+    fit.run_fit(job_of(texts, images, tmp_path / "fit2", strategy="gaussian_ot", centroid_steps=2, noise=0.1))
     settings = ["strategy=gaussian_ot", "centroid_steps=2", "noise=0.1"]
     for cpus in (1, 4):
         output = tmp_path / f"fit{cpus}"
@@ -505,7 +505,7 @@ def test_stores_that_do_not_belong_together_are_refused(cluster, texts, images, 
 
 
 def test_an_aligned_store_is_not_fitted_again(whole, texts, images, tmp_path):
-    apply.run(AlignJob(texts=texts, alignment=whole[1], output=str(tmp_path / "aligned")))
+    apply.run_align(AlignJob(texts=texts, alignment=whole[1], output=str(tmp_path / "aligned")))
     with pytest.raises(AlignmentError, match="is aligned already; fit on the store that it was made from"):
         fitted(str(tmp_path / "aligned"), images, tmp_path / "fit")
 
@@ -555,13 +555,13 @@ def test_the_same_fit_is_reused_and_another_is_refused(whole, texts, images, tmp
     _, uri = whole
     before = (Path(uri) / "alignment.json").stat().st_mtime_ns
     with caplog.at_level(logging.INFO):
-        assert "realign fitted on 9,000 texts" in fit.run(job_of(texts, images, uri))
+        assert "realign fitted on 9,000 texts" in fit.run_fit(job_of(texts, images, uri))
     assert "holds this fit already" in caplog.text
     for settings in ({"strategy": "anchor"}, {"seed": 1}, {"max_rows": 10}, {"domain": "other"}):
         with pytest.raises(AlignmentError, match=r"already holds another fit \(realign of"):
-            fit.run(job_of(texts, images, uri, **settings))
+            fit.run_fit(job_of(texts, images, uri, **settings))
     with pytest.raises(AlignmentError, match="already holds another fit"):
-        fit.run(job_of([texts, write_store(tmp_path / "more", cloud(20, 12, "text"))], images, uri))
+        fit.run_fit(job_of([texts, write_store(tmp_path / "more", cloud(20, 12, "text"))], images, uri))
     assert (Path(uri) / "alignment.json").stat().st_mtime_ns == before
 
 

@@ -26,7 +26,7 @@ from revision_ray.align.alignment import (
     load_moments,
     save_alignment,
 )
-from revision_ray.align.fits import FitsJob, run
+from revision_ray.align.fits import FitsJob, run_fits
 from revision_ray.align.moments import Moments, gap_standard_error, of_block
 from revision_ray.align.nearest import BEYOND, BY_CHANCE, TOO_FEW, SampledMoments, rank
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
@@ -134,9 +134,9 @@ def test_every_fit_is_listed_and_damaged_ones_say_why(fits_folder):
 
 def test_the_table_and_the_json_say_the_same(fits_folder, tmp_path):
     job = FitsJob(registry=str(fits_folder), output=str(tmp_path / "fits.json"))
-    table = run(job).splitlines()
+    table = run_fits(job).splitlines()
     document = json.loads((tmp_path / "fits.json").read_text())
-    assert json.loads(run(replace(job, json=True, output=None)))["fits"] == document["fits"]
+    assert json.loads(run_fits(replace(job, json=True, output=None)))["fits"] == document["fits"]
     assert [line["name"] for line in document["fits"] if line["damage"]] == [
         line.split(":")[1].strip() for line in table if line.startswith("damaged: ")
     ]
@@ -152,24 +152,24 @@ def test_the_table_and_the_json_say_the_same(fits_folder, tmp_path):
 
 def test_a_result_takes_the_place_of_a_former_one_and_of_nothing_else(fits_folder, tmp_path):
     job = FitsJob(registry=str(fits_folder), output=str(tmp_path / "fits.json"))
-    assert run(job) == run(job)
+    assert run_fits(job) == run_fits(job)
     with pytest.raises(DataError, match=r"fits.json: holds something else"):
-        run(replace(job, action="show", name="night"))
+        run_fits(replace(job, action="show", name="night"))
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(DataError, match="holds something else"):
-        run(replace(job, output=str(tmp_path / "thesis.tex")))
+        run_fits(replace(job, output=str(tmp_path / "thesis.tex")))
 
 
 def test_show_says_everything_that_the_document_does(fits_folder):
     job = FitsJob(registry=str(fits_folder), action="show", name="day/gaussian_ot")
-    shown = json.loads(run(replace(job, json=True)))["fit"]
+    shown = json.loads(run_fits(replace(job, json=True)))["fit"]
     document = storage.read_json(str(fits_folder / "day" / "gaussian_ot" / DOCUMENT))
     assert {key: shown[key] for key in document if key != "moments"} == {
         key: value for key, value in document.items() if key != "moments"
     }
     assert shown["moments"]["text"] == {"num_rows": 3000, "num_shards": 1, "second_moments": True}
     assert shown["tensors"]["matrix"] == [DIM, DIM]
-    assert f"content_hash: {document['content_hash']}" in run(job).splitlines()
+    assert f"content_hash: {document['content_hash']}" in run_fits(job).splitlines()
 
 
 def test_a_registry_that_is_a_fit_has_that_one(fits_folder):
@@ -188,7 +188,7 @@ def test_a_registry_that_is_a_fit_has_that_one(fits_folder):
 )
 def test_an_unknown_name_is_answered_with_the_nearest(fits_folder, name, message):
     with pytest.raises(DataError, match=rf"no fit named '{name}'; {message}"):
-        run(FitsJob(registry=str(fits_folder), action="show", name=name))
+        run_fits(FitsJob(registry=str(fits_folder), action="show", name=name))
 
 
 @pytest.mark.parametrize("name", ["bad/cut", "bad/no-moments", "bad/flipped", "bad/unfinished"])
@@ -196,18 +196,18 @@ def test_an_unknown_name_is_answered_with_the_nearest(fits_folder, name, message
 def test_a_damaged_fit_is_neither_shown_nor_exported(fits_folder, tmp_path, name, action):
     output = str(tmp_path / "x.safetensors") if action == "export" else None
     with pytest.raises(AlignmentError, match=name):
-        run(FitsJob(registry=str(fits_folder), action=action, name=name, output=output))
+        run_fits(FitsJob(registry=str(fits_folder), action=action, name=name, output=output))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_registry_without_fits_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"no fit lies below it; .*jobs/fit.py"):
-        run(FitsJob(registry=str(tmp_path)))
+        run_fits(FitsJob(registry=str(tmp_path)))
     with pytest.raises(DataError, match="no such directory"):
-        run(FitsJob(registry=str(tmp_path / "nowhere")))
+        run_fits(FitsJob(registry=str(tmp_path / "nowhere")))
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="is a file; a registry is a directory"):
-        run(FitsJob(registry=str(tmp_path / "file")))
+        run_fits(FitsJob(registry=str(tmp_path / "file")))
 
 
 def test_a_document_that_its_moments_do_not_bear_out_is_damaged(tmp_path):
@@ -253,10 +253,10 @@ def test_a_fit_comes_back_from_its_file_to_the_bit(tmp_path, settings):
     before = make_fit(tmp_path / "here" / "fit", **settings)
     (tmp_path / "here" / "fit" / "config.yaml").write_text("output: somewhere\n")
     file = str(tmp_path / "moved.safetensors")
-    assert run(FitsJob(registry=str(tmp_path / "here"), action="export", name="fit", output=file)) == (
+    assert run_fits(FitsJob(registry=str(tmp_path / "here"), action="export", name="fit", output=file)) == (
         f"exported: {file}"
     )
-    said = run(FitsJob(registry=str(tmp_path / "there"), action="import", file=file))
+    said = run_fits(FitsJob(registry=str(tmp_path / "there"), action="import", file=file))
     assert said.startswith(f"imported: {settings['strategy']} fitted on 3,000 texts")
     assert files_of(tmp_path / "there" / "moved") == files_of(tmp_path / "here" / "fit")
     after = load_alignment(str(tmp_path / "there" / "moved"))
@@ -303,7 +303,7 @@ def test_any_truncation_is_noticed(small_file, tmp_path):
             registry.unpack(small_file[:length], "file")
     (tmp_path / "cut.safetensors").write_bytes(small_file[:-1])
     with pytest.raises(AlignmentError, match=r"cut.safetensors: is truncated"):
-        run(FitsJob(registry=str(tmp_path), action="import", file=str(tmp_path / "cut.safetensors")))
+        run_fits(FitsJob(registry=str(tmp_path), action="import", file=str(tmp_path / "cut.safetensors")))
     assert [path.name for path in tmp_path.iterdir()] == ["cut.safetensors"]
 
 
@@ -525,7 +525,7 @@ def test_nearest_through_the_job(cluster, fits_folder, tmp_path):
         registry=str(fits_folder), action="nearest", images=images, texts=[texts], num_rows=1500,
         output=str(tmp_path / "nearest.json"),
     )  # fmt: skip
-    said = run(job)
+    said = run_fits(job)
     document = json.loads((tmp_path / "nearest.json").read_text())
     assert document["ranked"][0]["name"] == "night"
     assert document["sample"]["image"]["num_rows"] == 1500
@@ -533,9 +533,9 @@ def test_nearest_through_the_job(cluster, fits_folder, tmp_path):
     nearest_line = next(line for line in said.splitlines() if line[:4].strip().isdigit())
     assert nearest_line.split()[:2] == ["1", "night"]
     assert "not comparable: bad/unfinished: unfinished" in said
-    again = json.loads(run(replace(job, json=True, output=None)))
+    again = json.loads(run_fits(replace(job, json=True, output=None)))
     assert again["ranked"] == document["ranked"]
-    other = json.loads(run(replace(job, json=True, output=None, seed=1)))
+    other = json.loads(run_fits(replace(job, json=True, output=None, seed=1)))
     assert other["ranked"][0]["distance"] != document["ranked"][0]["distance"]
 
 
@@ -547,10 +547,10 @@ def test_bad_samples_fail_the_job(cluster, fits_folder, tmp_path):
     with pytest.raises(
         DataError, match=r"1 of 400 sampled rows have no direction \(1 x NaN; the first is image7"
     ):
-        run(job)
-    assert "399 of 400 rows" in run(replace(job, max_rejected_fraction=0.01))
+        run_fits(job)
+    assert "399 of 400 rows" in run_fits(replace(job, max_rejected_fraction=0.01))
     with pytest.raises(DataError, match="are the two swapped"):
-        run(replace(job, images=None, texts=images))
+        run_fits(replace(job, images=None, texts=images))
 
 
 # --- the command line -------------------------------------------------------------------------------------
@@ -581,7 +581,7 @@ def test_a_fit_of_the_fit_job_is_in_the_registry_and_travels(cluster, tmp_path):
     texts = write_store(tmp_path / "texts", cloud(900, DIM, "text"))
     images = write_store(tmp_path / "images", cloud(800, DIM, "image"), "image")
     output = str(tmp_path / "runs" / "fit")
-    fit_job.run(fit_job.FitJob(texts=texts, images=images, output=output))
+    fit_job.run_fit(fit_job.FitJob(texts=texts, images=images, output=output))
     assert [entry.damage for entry in registry.entries(str(tmp_path / "runs"))] == [""]
     file = str(tmp_path / "fit.safetensors")
     registry.export(output, file)

@@ -16,7 +16,7 @@ from embedding_stores import cloud
 
 from revision_ray.core.errors import DataError
 from revision_ray.data import imports, shards
-from revision_ray.data.imports import ImportJob, read_reference, run
+from revision_ray.data.imports import ImportJob, read_reference, run_import
 from revision_ray.data.store import open_stores, read_group, read_rejected
 
 ROWS_ND = cloud(200, 8, "text")
@@ -236,7 +236,7 @@ def test_parts_become_a_store_with_ids_captions_and_values_kept(cluster, tmp_pat
     write(tmp_path / "parts" / "a.pickle", records(ROWS_ND[120:], prefix="a"), 2)
     (tmp_path / "parts" / "notes.txt").write_text("not a part")
     job = job_of(tmp_path / "parts", tmp_path / "store", domain="general", encoder_name="LLM2CLIP")
-    assert "200 text embeddings, d = 8" in run(job)
+    assert "200 text embeddings, d = 8" in run_import(job)
     store = open_stores([job.output], "text")
     assert (store.num_rows, store.domain, store.encoder.name) == (200, "general", "LLM2CLIP")
     found = {}
@@ -252,7 +252,7 @@ def test_parts_become_a_store_with_ids_captions_and_values_kept(cluster, tmp_pat
     np.testing.assert_array_equal(found["a79"][1], ROWS_ND[199])
     np.testing.assert_array_equal(found["b3"][1], ROWS_ND[3] * np.float16(3))  # values and length are kept
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("part-*")}
-    run(job)
+    run_import(job)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("part-*")} == before
 
 
@@ -260,12 +260,12 @@ def test_an_import_that_was_cut_off_writes_what_is_missing(cluster, tmp_path):
     for name in ("a", "b"):
         write(tmp_path / "parts" / f"{name}.pkl", records(prefix=name))
     job = job_of(tmp_path / "parts", tmp_path / "store")
-    run(job)
+    run_import(job)
     first, second = sorted((tmp_path / "store").glob("part-*"))
     before = (first.stat().st_ino, second.read_bytes())
     second.unlink()
     (tmp_path / "store" / "manifest.json").unlink()
-    run(job)
+    run_import(job)
     assert (first.stat().st_ino, second.read_bytes()) == before
 
 
@@ -281,8 +281,8 @@ def test_rows_that_cannot_be_stored_are_rejected_with_their_reason_and_nothing_e
     write(tmp_path / "a.pkl", content)
     job = job_of(tmp_path / "a.pkl", tmp_path / "store", max_rejected_fraction=0.02)
     with pytest.raises(DataError, match=r"6 of 200 rows were rejected \(2 x zero vector; .*rejected.parquet"):
-        run(job)
-    run(job_of(tmp_path / "a.pkl", tmp_path / "store", max_rejected_fraction=0.03))
+        run_import(job)
+    run_import(job_of(tmp_path / "a.pkl", tmp_path / "store", max_rejected_fraction=0.03))
     assert open_stores([job.output], "text").num_rows == 194
     rejected = {row.id: (row.reason, row.uri) for row in read_rejected(f"{job.output}/rejected.parquet")}
     assert {row_id: reason for row_id, (reason, _) in rejected.items()} == {
@@ -294,7 +294,7 @@ def test_rows_that_cannot_be_stored_are_rejected_with_their_reason_and_nothing_e
 
 def test_images_come_with_their_path(cluster, tmp_path):
     write(tmp_path / "a.pkl", records(key="image_path"))
-    run(job_of(tmp_path / "a.pkl", tmp_path / "store", modality="image", dtype="float32"))
+    run_import(job_of(tmp_path / "a.pkl", tmp_path / "store", modality="image", dtype="float32"))
     store = open_stores([str(tmp_path / "store")], "image")
     table = shards.read_columns(store.row_groups[0].uri, ["uri"])
     assert table["uri"].to_pylist()[:2] == ["caption 0", "caption 1"]
@@ -303,27 +303,27 @@ def test_images_come_with_their_path(cluster, tmp_path):
 
 def test_what_cannot_be_imported_is_an_error_that_says_why(cluster, tmp_path):
     with pytest.raises(DataError, match="no such file or directory"):
-        run(job_of(tmp_path / "nowhere", tmp_path / "store"))
+        run_import(job_of(tmp_path / "nowhere", tmp_path / "store"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no pickles there \(expected files that end in .pkl or .pickle\)"):
-        run(job_of(tmp_path / "empty", tmp_path / "store"))
+        run_import(job_of(tmp_path / "empty", tmp_path / "store"))
     write(tmp_path / "hostile.pkl", Call(os.system, f"touch {tmp_path / 'sentinel'}"))
     with pytest.raises(DataError, match=r"refused: the pickle holds .*\.system"):  # through a Ray task
-        run(job_of(tmp_path / "hostile.pkl", tmp_path / "hostile"))
+        run_import(job_of(tmp_path / "hostile.pkl", tmp_path / "hostile"))
     assert not (tmp_path / "sentinel").exists()
     write(tmp_path / "none.pkl", [{"id": 1, "embed": None, "caption": ""}])
     with pytest.raises(DataError, match="none of its 1 records holds an embedding"):
-        run(job_of(tmp_path / "none.pkl", tmp_path / "none"))
+        run_import(job_of(tmp_path / "none.pkl", tmp_path / "none"))
 
 
 def test_another_encoder_or_a_changed_file_asks_for_another_output(cluster, tmp_path):
     write(tmp_path / "a.pkl", records())
-    run(job_of(tmp_path / "a.pkl", tmp_path / "store"))
+    run_import(job_of(tmp_path / "a.pkl", tmp_path / "store"))
     with pytest.raises(DataError, match=r"is a store with encoder = .*name another output"):
-        run(job_of(tmp_path / "a.pkl", tmp_path / "store", encoder_name="other"))
+        run_import(job_of(tmp_path / "a.pkl", tmp_path / "store", encoder_name="other"))
     write(tmp_path / "a.pkl", records(ROWS_ND[::-1][:150]))
     with pytest.raises(DataError, match=r"a.pkl: has changed since it was imported"):
-        run(job_of(tmp_path / "a.pkl", tmp_path / "store"))
+        run_import(job_of(tmp_path / "a.pkl", tmp_path / "store"))
 
 
 def test_pickles_of_protocol_5_hold_the_name_that_is_admitted():

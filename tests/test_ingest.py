@@ -211,7 +211,7 @@ def images(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def alignment(cluster, texts, images, tmp_path_factory) -> str:
     output = str(tmp_path_factory.mktemp("fit") / "realign")
-    fit.run(FitJob(texts=texts, images=images, output=output, strategy="realign"))
+    fit.run_fit(FitJob(texts=texts, images=images, output=output, strategy="realign"))
     return output
 
 

@@ -362,7 +362,7 @@ def written_world(folder) -> str:
 def test_conversations_ask_about_the_worlds_images_in_their_order(tmp_path):
     made = written_world(tmp_path / "world")
     job = dataset.ConversationsJob(world=made, num_samples=7, output=str(tmp_path / "out"))
-    said = dataset.run(job)
+    said = dataset.run_conversations(job)
     file = tmp_path / "out" / dataset.FILE
     records = [json.loads(line) for line in file.read_text().splitlines()]
     first = dataset.SPLITS.index("images") * dataset.SCENES_PER_SPLIT
@@ -374,14 +374,14 @@ def test_conversations_ask_about_the_worlds_images_in_their_order(tmp_path):
         assert record["image"] == one["scene"]
     assert said == f"7 questions about {len({r['image'] for r in records})} images: {file}"
     time = file.stat().st_mtime_ns
-    dataset.run(job)
+    dataset.run_conversations(job)
     assert file.stat().st_mtime_ns == time, "what stands is not written again: later stages go by its time"
 
 
 def test_conversations_ask_for_a_finished_world(tmp_path):
     job = dataset.ConversationsJob(world=str(tmp_path), output=str(tmp_path / "out"))
     with pytest.raises(DataError, match=r"name the output of jobs/render\.py"):
-        dataset.run(job)
+        dataset.run_conversations(job)
 
 
 def test_images_as_folder_parquet_and_tar_are_the_same_images():

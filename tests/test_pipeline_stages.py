@@ -18,7 +18,7 @@ from revision_ray.core import config
 from revision_ray.core.errors import ConfigError
 from revision_ray.pipeline import plan
 from revision_ray.pipeline.chain import StageChoice, makers
-from revision_ray.pipeline.job import KINDS, PipelineJob, StageConfig, run, stages_of
+from revision_ray.pipeline.job import KINDS, PipelineJob, StageConfig, run_pipeline, stages_of
 from revision_ray.pipeline.ledger import open_ledger
 
 ROOT = Path(__file__).parents[1]
@@ -84,9 +84,9 @@ def test_a_pipeline_without_stages_is_refused(tmp_path):
 def test_a_choice_that_cannot_be_leaves_no_trace(tmp_path):
     job = replace(demo(tmp_path / "demo"), from_stage="evaluat")
     with pytest.raises(ConfigError, match=r"--from evaluat: .* Did you mean: evaluate\?"):
-        run(job)
+        run_pipeline(job)
     with pytest.raises(ConfigError, match=r"reads .*demo/.*, which stage world has not finished"):
-        run(replace(job, from_stage="evaluate"))
+        run_pipeline(replace(job, from_stage="evaluate"))
     assert not (tmp_path / "demo").exists()
 
 

@@ -59,7 +59,7 @@ def stores(cluster, tmp_path_factory) -> dict[str, str]:
     }
     for name in ("anchor", "realign"):
         uri = str(folder / "fits" / name)
-        fit.run(FitJob(texts=found["texts"], images=found["images"], strategy=name, output=uri))
+        fit.run_fit(FitJob(texts=found["texts"], images=found["images"], strategy=name, output=uri))
         found[name] = uri
     return found
 
@@ -85,7 +85,7 @@ def column(document: dict, label: str) -> dict:
 @pytest.fixture(scope="module")
 def paired_report(stores, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("report") / "paired"
-    report.run(job_of(stores, output))
+    report.run_report(job_of(stores, output))
     return output
 
 
@@ -106,7 +106,7 @@ def unpaired_report(stores, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("report") / "unpaired"
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)
-        report.run(unpaired(stores, output))
+        report.run_report(unpaired(stores, output))
     return output
 
 
@@ -230,7 +230,7 @@ def test_a_sample_is_of_distinct_rows_of_the_store(stores):
 
 
 def test_the_same_inputs_give_the_same_bits(stores, paired_report, tmp_path):
-    report.run(job_of(stores, tmp_path / "again"))
+    report.run_report(job_of(stores, tmp_path / "again"))
     for name in (report.DOCUMENT, report.PAGE):
         assert (tmp_path / "again" / name).read_bytes() == (paired_report / name).read_bytes(), name
 
@@ -238,20 +238,20 @@ def test_the_same_inputs_give_the_same_bits(stores, paired_report, tmp_path):
 def test_a_finished_report_is_kept(stores, paired_report):
     place = paired_report / report.DOCUMENT
     before = place.stat().st_mtime_ns
-    said = report.run(job_of(stores, paired_report))
+    said = report.run_report(job_of(stores, paired_report))
     assert place.stat().st_mtime_ns == before
     assert str(paired_report / report.PAGE) in said
 
 
 def test_an_output_of_another_report_is_refused(stores, paired_report):
     with pytest.raises(DataError, match=r"report with other settings"):
-        report.run(job_of(stores, paired_report, seed=1))
+        report.run_report(job_of(stores, paired_report, seed=1))
 
 
 def test_an_output_with_other_files_is_refused(stores, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match=r"thesis\.txt"):
-        report.run(job_of(stores, tmp_path))
+        report.run_report(job_of(stores, tmp_path))
 
 
 # --- what it says -----------------------------------------------------------------------------------------
@@ -298,13 +298,13 @@ def test_a_probe_is_read_as_the_study_writes_it(stores, tmp_path, undrawn):
     found = {"nll": scores(1.0), "accuracy": scores(0.5)}
     path = tmp_path / "probe.json"
     path.write_text(json.dumps({"strategies": {"none": found, "given_mine": found}, "upper_bound": found}))
-    report.run(job_of(stores, tmp_path / "report", probe=str(path)))
+    report.run_report(job_of(stores, tmp_path / "report", probe=str(path)))
     document = read(tmp_path / "report")
     assert {row["label"] for row in document["probe"]["rows"]} == {"none", "mine"}
     assert document["verdict"]["rests_on"] == "probe"
     path.write_text("{}")
     with pytest.raises(DataError, match=r"probe\.json"):
-        report.run(job_of(stores, tmp_path / "other", probe=str(path)))
+        report.run_report(job_of(stores, tmp_path / "other", probe=str(path)))
 
 
 def test_claims_are_judged_over_replicates(stores, tmp_path, undrawn):
@@ -315,7 +315,7 @@ def test_claims_are_judged_over_replicates(stores, tmp_path, undrawn):
         images=write_store(tmp_path / "images", same_ND[400:], "image"),
         alignments=[],
     )
-    report.run(unpaired(stores, tmp_path / "report", replicates=[other]))
+    report.run_report(unpaired(stores, tmp_path / "report", replicates=[other]))
     claim = read(tmp_path / "report")["claims"][0]
     assert claim["supported"] == "partly"
     assert (claim["num_supporting"], claim["num_runs"]) == (1, 2)
@@ -369,7 +369,7 @@ def test_fewer_rows_than_dimensions_are_a_stated_limitation(cluster, tmp_path, u
         output=str(tmp_path / "report"),
         **QUICK,
     )
-    report.run(job)
+    report.run_report(job)
     document = read(tmp_path / "report")
     assert any("30 texts in 40 dimensions" in text for text in document["limitations"])
     assert "without variance" in column(document, "none")["condition_number"]["note"]
@@ -381,7 +381,7 @@ def test_a_side_that_does_not_vary_is_refused(stores, tmp_path):
     constant_ND = np.tile(unit(np.ones((1, DIM))), (50, 1)).astype(np.float32)
     images = write_store(tmp_path / "images", constant_ND, "image")
     with pytest.raises(AlignmentError, match=r"all 50 image embeddings .* are equal"):
-        report.run(unpaired(stores, tmp_path / "report", images=images, alignments=[]))
+        report.run_report(unpaired(stores, tmp_path / "report", images=images, alignments=[]))
 
 
 def test_rows_off_the_sphere_are_scaled_and_counted(stores, paired_report, tmp_path, caplog, undrawn):
@@ -389,7 +389,7 @@ def test_rows_off_the_sphere_are_scaled_and_counted(stores, paired_report, tmp_p
     long_ND = rows_ND * np.linspace(1, 3, 300, dtype=np.float32)[:, None]
     ids = [f"pair{row}" for row in range(300)]
     long = write_store(tmp_path / "long", long_ND, ids=ids)
-    report.run(job_of(stores, tmp_path / "report", heldout_texts=long))
+    report.run_report(job_of(stores, tmp_path / "report", heldout_texts=long))
     assert "not of length one" in caplog.text
     document = read(tmp_path / "report")
     assert any("not of length one" in text for text in document["limitations"])
@@ -407,8 +407,8 @@ def test_rows_without_a_direction_fail_the_job_or_are_counted(stores, tmp_path, 
     ids = [f"pair{row}" for row in range(300)]
     broken = write_store(tmp_path / "broken", rows_ND, ids=ids)
     with pytest.raises(DataError, match=r"1 of 300 rows were rejected \(1 x NaN\)"):
-        report.run(job_of(stores, tmp_path / "strict", heldout_texts=broken))
-    report.run(job_of(stores, tmp_path / "lenient", heldout_texts=broken, max_rejected_fraction=0.1))
+        report.run_report(job_of(stores, tmp_path / "strict", heldout_texts=broken))
+    report.run_report(job_of(stores, tmp_path / "lenient", heldout_texts=broken, max_rejected_fraction=0.1))
     document = read(tmp_path / "lenient")
     assert column(document, "none")["modality_gap"]["n"] == 299
     assert document["measured_on"]["pairs"]["num"] == 299
@@ -423,16 +423,16 @@ def test_fits_of_another_encoder_or_dimension_are_refused(stores, tmp_path):
         "images": write_store(tmp_path / "images", images_ND, "image", encoder=stranger),
     }
     with pytest.raises(AlignmentError, match="was made by encoder other"):
-        report.run(unpaired(stores, tmp_path / "report", **others))
+        report.run_report(unpaired(stores, tmp_path / "report", **others))
     with pytest.raises(AlignmentError, match="embed both with one encoder"):
-        report.run(unpaired(stores, tmp_path / "report", texts=others["texts"]))
+        report.run_report(unpaired(stores, tmp_path / "report", texts=others["texts"]))
     narrow_ND = pair_clouds(100, dim=8)
     narrow = {
         "texts": write_store(tmp_path / "narrow_texts", narrow_ND[0]),
         "images": write_store(tmp_path / "narrow_images", narrow_ND[1], "image"),
     }
     with pytest.raises(AlignmentError, match="embedding_dim is 8, the fit's is 16"):
-        report.run(unpaired(stores, tmp_path / "report", **narrow))
+        report.run_report(unpaired(stores, tmp_path / "report", **narrow))
 
 
 def test_held_out_stores_come_as_two(stores):

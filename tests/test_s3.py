@@ -92,7 +92,7 @@ def stage_one(place: Place) -> PretrainJob:
 
 def prepare(place: Place) -> None:
     """World, stores, fit, aligned texts and questions stand."""
-    render.run(
+    render.run_render(
         DatasetConfig(
             output=place("world"),
             num_pairs=4,
@@ -104,10 +104,12 @@ def prepare(place: Place) -> None:
         )
     )
     for side in ("images", "texts"):
-        embed.run(embed_job(place, side))
-    fitting.run(FitJob(texts=place("texts"), images=place("images"), output=place("fit")))
-    apply.run(AlignJob(texts=place("texts"), alignment=place("fit"), output=place("aligned")))
-    dataset.run(ConversationsJob(world=place("world"), num_samples=40, output=place("questions")))
+        embed.run_embed(embed_job(place, side))
+    fitting.run_fit(FitJob(texts=place("texts"), images=place("images"), output=place("fit")))
+    apply.run_align(AlignJob(texts=place("texts"), alignment=place("fit"), output=place("aligned")))
+    dataset.run_conversations(
+        ConversationsJob(world=place("world"), num_samples=40, output=place("questions"))
+    )
 
 
 def finish(place: Place) -> None:
@@ -121,7 +123,7 @@ def finish(place: Place) -> None:
             **SETTINGS,
         )
     )
-    evaluation.run(
+    evaluation.run_evaluate(
         EvaluateJob(
             model=place("finetune/model"),
             benchmarks=["miniature"],
@@ -345,9 +347,11 @@ def test_a_store_a_fit_and_a_model_appear_whole(trained, bucket):
         return True
 
     with looked_at(store):
-        embed.run(embed_job(lambda key: bucket(f"again/{key}") if key == "texts" else trained(key), "texts"))
+        embed.run_embed(
+            embed_job(lambda key: bucket(f"again/{key}") if key == "texts" else trained(key), "texts")
+        )
     with looked_at(fit):
-        fitting.run(FitJob(texts=trained("texts"), images=trained("images"), output=bucket("again/fit")))
+        fitting.run_fit(FitJob(texts=trained("texts"), images=trained("images"), output=bucket("again/fit")))
     assert_last(bucket("again/texts"), "manifest.json")
     assert_last(bucket("again/fit"), "alignment.json")
     made, processor = load_model(trained("start"), dtype=torch.float32, attention=None)

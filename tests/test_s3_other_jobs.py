@@ -56,7 +56,7 @@ def stores(cluster, bucket, tmp_path_factory) -> list[Place]:
             storage.write_bytes(bucket(str(path.relative_to(folder))), path.read_bytes())
     places = [on_disk(folder), bucket]
     for place in places:
-        fit.run(FitJob(texts=place("texts"), images=place("images"), output=place("fit")))
+        fit.run_fit(FitJob(texts=place("texts"), images=place("images"), output=place("fit")))
     return places
 
 
@@ -83,7 +83,7 @@ def test_a_report(stores):
     """A report from S3 to S3 has the pictures of local disks."""
 
     def run(place: Place) -> None:
-        report.run(
+        report.run_report(
             ReportJob(
                 texts=place("texts"),
                 images=place("images"),
@@ -103,7 +103,7 @@ def test_studies(stores):
     """Studies from S3 to S3 have the tables of local disks."""
 
     def run(place: Place) -> None:
-        study.run(
+        study.run_study(
             StudyJob(
                 texts=place("texts"),
                 images=place("images"),
@@ -124,9 +124,9 @@ def test_a_fit_travels_as_one_file(stores):
         registry, file = place("registry"), place("one.safetensors")
         for path, content in contents(place("fit")).items():
             storage.write_bytes(storage.join(registry, "one", path), content)
-        fits.run(FitsJob(action="export", registry=registry, name="one", output=file))
-        fits.run(FitsJob(action="import", registry=registry, name="two", file=file))
-        listed = json.loads(fits.run(FitsJob(action="list", registry=registry, json=True)))["fits"]
+        fits.run_fits(FitsJob(action="export", registry=registry, name="one", output=file))
+        fits.run_fits(FitsJob(action="import", registry=registry, name="two", file=file))
+        listed = json.loads(fits.run_fits(FitsJob(action="list", registry=registry, json=True)))["fits"]
         said.append([(entry["name"], entry["content_hash"]) for entry in listed])
     assert [name for name, _ in said[0]] == ["one", "two"]
     assert said[0] == said[1]
@@ -136,7 +136,7 @@ def test_pickles_are_imported(stores):
     """Pickles on S3 are imported as from local disks."""
     imported = []
     for place in stores:
-        imports.run(ImportJob(input=place("pickles"), output=place("imported"), modality="text"))
+        imports.run_import(ImportJob(input=place("pickles"), output=place("imported"), modality="text"))
         ((part, _),) = storage.list_files(place("imported"), "part-*")
         ids = read_columns(part, ["id"]).column("id").to_pylist()
         imported.append((ids, read_embeddings(part).tolist()))
@@ -149,7 +149,7 @@ def test_an_encoder_and_a_language_model_from_scratch(cluster, bucket, tmp_path)
     places = [on_disk(tmp_path), bucket]
 
     def encoder(place: Place) -> None:
-        render.run(
+        render.run_render(
             DatasetConfig(
                 output=place("world"),
                 num_pairs=64,

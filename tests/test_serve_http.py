@@ -795,7 +795,7 @@ def test_a_server_that_others_reach_asks_for_keys(folder, monkeypatch):
 
     monkeypatch.delenv("REVISION_RAY_API_KEYS", raising=False)
     with pytest.raises(ConfigError, match="REVISION_RAY_API_KEYS"):
-        app.run(ServeJob(model=folder, host="0.0.0.0"))
+        app.run_serve(ServeJob(model=folder, host="0.0.0.0"))
     with pytest.raises(ConfigError, match="REVISION_RAY_API_KEYS"):
         app.build({"model": folder})  # where it listens is said elsewhere
     assert app.build({"model": folder, "host": "127.0.0.1"})

@@ -385,7 +385,7 @@ def job(tmp_path_factory) -> StudyJob:
 
 @pytest.fixture(scope="module")
 def done(cluster, job) -> tuple[Path, str]:
-    said = study.run(job)
+    said = study.run_study(job)
     return Path(job.output), said
 
 
@@ -464,7 +464,7 @@ def test_a_second_run_computes_nothing(done, job, monkeypatch):
         again = replace(study.STUDIES[name], work=lambda _: pytest.fail("a study was run again"))
         monkeypatch.setitem(study.STUDIES, name, again)
     before = {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
-    assert study.run(job) == said
+    assert study.run_study(job) == said
     assert {path: path.stat().st_mtime_ns for path in output.glob("*.json")} == before
 
 
@@ -474,18 +474,18 @@ def test_what_is_missing_is_made_again_with_the_same_bytes(done, job):
     before = {path: path.read_bytes() for name in names for path in output.glob(f"{name}.*")}
     for path in before:
         path.unlink()
-    study.run(job)
+    study.run_study(job)
     after = {path: path.read_bytes() for path in before}
     assert [path.name for path in before if before[path] != after[path]] == []
 
 
 def test_a_study_of_other_settings_is_not_overwritten(done, job):
     with pytest.raises(ConfigError, match=r"centroid_steps\.json: .* settings = \{'steps': 6\}, this"):
-        study.run(replace(job, centroid_steps=replace(job.centroid_steps, steps=2)))
+        study.run_study(replace(job, centroid_steps=replace(job.centroid_steps, steps=2)))
     with pytest.raises(ConfigError, match=r"seed = 0"):
-        study.run(replace(job, seed=1))
+        study.run_study(replace(job, seed=1))
     with pytest.raises(ConfigError, match=r"images = "):
-        study.run(replace(job, images=job.domains["night"]["images"], studies=["centroid_steps"]))
+        study.run_study(replace(job, images=job.domains["night"]["images"], studies=["centroid_steps"]))
 
 
 def test_studies_that_the_inputs_do_not_allow_are_named(cluster, job, tmp_path):
@@ -500,7 +500,7 @@ def test_studies_that_the_inputs_do_not_allow_are_named(cluster, job, tmp_path):
         sample_efficiency=SampleEfficiency(sizes=[20], trials=2),
         precision=Precision(sizes=[20]),
     )
-    said = study.run(plain)
+    said = study.run_study(plain)
     assert "left out: domain_transfer, which needs domains" in said
     assert "left out: caption_length, which needs text stores with a column text" in said
     assert "left out: probe, which needs labels" in said
@@ -508,7 +508,7 @@ def test_studies_that_the_inputs_do_not_allow_are_named(cluster, job, tmp_path):
     assert read(tmp_path / "out", "c3_sigma")["probe"] is None
     for name in ("probe", "caption_length", "domain_transfer"):
         with pytest.raises(ConfigError, match=f"study {name} needs"):
-            study.run(replace(plain, studies=[name]))
+            study.run_study(replace(plain, studies=[name]))
 
 
 def bad(job: StudyJob, **changes) -> StudyJob:
@@ -518,24 +518,24 @@ def bad(job: StudyJob, **changes) -> StudyJob:
 def test_inputs_that_cannot_serve_are_refused(cluster, job, tmp_path):
     refused = r"labels .*, probe\.num_train is 5000; label more, or set probe\.num_train=400"
     with pytest.raises(DataError, match=refused):
-        study.run(bad(job, studies=["probe"], probe=CrossModalProbe(num_train=5000)))
+        study.run_study(bad(job, studies=["probe"], probe=CrossModalProbe(num_train=5000)))
     large = SampleEfficiency(sizes=[1000])
     with pytest.raises(DataError, match=r"300 rows.* 1000"):
-        study.run(bad(job, studies=["sample_efficiency"], sample_efficiency=large))
+        study.run_study(bad(job, studies=["sample_efficiency"], sample_efficiency=large))
     with pytest.raises(DataError, match="shards are part of images"):
-        study.run(bad(job, heldout_images=job.images))
+        study.run_study(bad(job, heldout_images=job.images))
     with pytest.raises(DataError, match="expected text; are the two swapped"):
-        study.run(bad(job, texts=job.images))
+        study.run_study(bad(job, texts=job.images))
     few = write_store(tmp_path / "few", cloud(20, DIM, "text"))
     with pytest.raises(DataError, match="5 of its 20 rows"):
-        study.run(bad(job, texts=few, domains={}, lengths={}))
+        study.run_study(bad(job, texts=few, domains={}, lengths={}))
     other = write_store(tmp_path / "other", cloud(80, DIM + 1, "image"), "image")
     with pytest.raises(AlignmentError, match="texts have dimension 12, images 13"):
-        study.run(bad(job, images=other))
+        study.run_study(bad(job, images=other))
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "precision.json").write_text("{}")
     with pytest.raises(DataError, match=r"precision\.json: is not a result"):
-        study.run(replace(job, output=str(tmp_path / "strange")))
+        study.run_study(replace(job, output=str(tmp_path / "strange")))
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,9 @@ def job_of(folder: Path, **changes) -> MiniatureStudyJob:
 
 def test_a_missing_world_and_inputs_given_twice_are_refused(cluster, tmp_path):
     with pytest.raises(DataError, match=r"manifest\.json.* run `make demo` first"):
-        miniature.run(job_of(tmp_path))
+        miniature.run_miniature_study(job_of(tmp_path))
     with pytest.raises(ConfigError, match=r"labels: miniature"):
-        miniature.run(job_of(tmp_path, labels=["x.jsonl"]))
+        miniature.run_miniature_study(job_of(tmp_path, labels=["x.jsonl"]))
 
 
 @pytest.mark.slow
@@ -87,13 +87,15 @@ def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path, m
     encoder = EncoderConfig(model=tiny_encoder.write_encoder(tmp_path / "encoder"))
     for side in ("texts", "images"):
         source = {side: str(tmp_path / "world" / side)}
-        embed.run(embed.EmbedJob(**source, output=str(tmp_path / side), encoder=encoder, dtype="float32"))
+        embed.run_embed(
+            embed.EmbedJob(**source, output=str(tmp_path / side), encoder=encoder, dtype="float32")
+        )
     job = job_of(
         tmp_path,
         studies=["domain_transfer", "caption_length", "probe"],
         probe=CrossModalProbe(num_train=60, num_seeds=2, attributes=["background", "count"]),
     )
-    said = miniature.run(job)
+    said = miniature.run_miniature_study(job)
     transfer = json.loads((tmp_path / "study" / "domain_transfer.json").read_text())
     assert transfer["domains"] == ["day", "night"]
     lengths = json.loads((tmp_path / "study" / "caption_length.json").read_text())
@@ -103,4 +105,4 @@ def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path, m
     assert lengths["stores"][1]["probe"] is not None
     probed = json.loads((tmp_path / "study" / "probe.json").read_text())
     assert (probed["num_test"], probed["test_images_held_out"]) == (40, True)
-    assert miniature.run(job) == said
+    assert miniature.run_miniature_study(job) == said

@@ -9,7 +9,7 @@ from embedding_stores import cloud, write_store
 from tiny_language_model import WORDS, write_language_model
 
 from revision_ray.align.fit import FitJob
-from revision_ray.align.fit import run as fit
+from revision_ray.align.fit import run_fit as fit
 
 DIM = 16
 

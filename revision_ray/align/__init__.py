@@ -1,0 +1,6 @@
+"""Fit maps of text embeddings onto the image distribution, and apply them (arXiv 2602.07026 sec. 4)."""
+
+import lazy_loader
+
+# The public names are those of the stub beside this file; each is imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -143,7 +143,7 @@ class AlignJob:
     """Align although the texts come from another encoder than the fit."""
 
 
-def run(job: AlignJob) -> str:
+def run_align(job: AlignJob) -> str:
     """Every text of the store stands aligned in the output, shard by shard; shards that stand are kept.
 
     Raises:

@@ -79,7 +79,7 @@ class FitJob(StrategyConfig):
         return StrategyConfig(**{name: getattr(self, name) for name in StrategyConfig.__dataclass_fields__})
 
 
-def run(job: FitJob) -> str:
+def run_fit(job: FitJob) -> str:
     """Fit as `job` says, save, and describe the result."""
     output = storage.absolute(job.output)
     base = load_alignment(job.append_to) if job.append_to else None
@@ -99,7 +99,7 @@ def run(job: FitJob) -> str:
     drift_rows = job.drift_rows or job.max_rows
     drift_sample = draw_sample(texts, drift_rows, strategy.seed) if drift_rows else None
     alignment = replace(
-        fit(texts, images, text, image, strategy, drift_sample),
+        fit_alignment(texts, images, text, image, strategy, drift_sample),
         domain=job.domain if job.domain is not None else _domain(texts, images),
         inputs=inputs,
     )
@@ -108,7 +108,7 @@ def run(job: FitJob) -> str:
     return describe(alignment, output)
 
 
-def fit(
+def fit_alignment(
     texts: Store,
     images: Store,
     text: Moments,

@@ -186,7 +186,7 @@ class FitsJob:
                 raise ConfigError(f"{key} has no effect on {self.action}; leave it out")
 
 
-def run(job: FitsJob) -> str:
+def run_fits(job: FitsJob) -> str:
     """Do what `job` says; the result as text."""
     if job.action == "export":
         assert job.name

@@ -1,0 +1,6 @@
+"""What every folder uses: errors, configuration, storage, locks of outputs, the cluster, logs, metrics."""
+
+import lazy_loader
+
+# The public names are those of the stub beside this file; each is imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -438,7 +438,11 @@ def keys(schema: type, default: Any = None, prefix: str = "") -> list[tuple[str,
         inner = [t for t in (field.type, *get_args(field.type)) if dataclasses.is_dataclass(t)]
         if not inner or value is None:
             shown = "required" if value == MISSING else json.dumps(value, default=str)
-            name = field.type.__name__ if field.type in (str, int, float, bool) else str(field.type)
+            name = (
+                field.type.__name__
+                if field.type in (str, int, float, bool)
+                else re.sub(r"[\w.]+\.", "", str(field.type))
+            )
             rows.append((key, name.replace("typing.", ""), shown, explanations.get(field.name, "")))
         # In a mapping every entry has a name of the user's.
         below = f"{key}.NAME." if get_origin(field.type) is dict else f"{key}."

@@ -203,7 +203,7 @@ class ImportJob:
     """Rows of other content under an id that exists: reject them, or keep them under a numbered id."""
 
 
-def run(job: ImportJob) -> str:
+def run_import(job: ImportJob) -> str:
     """Every record of the input is a row of the store or on its list of rejected rows.
 
     Raises:

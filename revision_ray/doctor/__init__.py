@@ -1,1 +1,6 @@
-"""What a cluster must have before money is spent on it."""
+"""Check a cluster before money is spent on it."""
+
+import lazy_loader
+
+# The public names are those of the stub beside this file; each is imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -306,7 +306,7 @@ class DoctorJob:
                 raise ConfigError(f"needs.{name} names no resource; give one, as in needs.{name}.CPU=1")
 
 
-def run(job: DoctorJob) -> str:
+def run_doctor(job: DoctorJob) -> str:
     """The findings, as `job.format` says.
 
     Raises:

@@ -1,0 +1,6 @@
+"""Embed images and texts with a dual encoder (open_clip, transformers, LLM2CLIP) on Ray Data."""
+
+import lazy_loader
+
+# The public names are those of the stub beside this file; each is imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

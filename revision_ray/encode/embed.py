@@ -62,7 +62,7 @@ class EmbedJob:
                 raise ConfigError(f"{name} is {value}; expected at least 1")
 
 
-def run(job: EmbedJob) -> str:
+def run_embed(job: EmbedJob) -> str:
     """Embed as `job` says and describe the store.
 
     Raises:

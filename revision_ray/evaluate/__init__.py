@@ -1,1 +1,6 @@
-"""Benchmarks, the rules that score answers, and the run that puts the questions to a model."""
+"""Benchmarks: ask a model, judge its answers, score them, compare runs."""
+
+import lazy_loader
+
+# The public names are those of the stub beside this file; each is imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -102,7 +102,7 @@ class EvaluateJob:
                 raise ConfigError(f"no place for the benchmark {name}; give data.{name}=DIRECTORY")
 
 
-def run(job: EvaluateJob) -> str:
+def run_evaluate(job: EvaluateJob) -> str:
     """Evaluate as `job` says; the table of results. Or compare earlier runs; the table of differences.
 
     Raises:

@@ -269,7 +269,7 @@ class ConversationsJob:
             raise ConfigError(f"num_samples={self.num_samples}; expected 1 or more")
 
 
-def run(job: ConversationsJob) -> str:
+def run_conversations(job: ConversationsJob) -> str:
     """The conversations stand at the job's output; how many, about how many images.
 
     Raises:

@@ -11,7 +11,7 @@ from revision_ray.miniature import dataset
 from revision_ray.miniature.dataset import DatasetConfig
 
 
-def run(job: DatasetConfig) -> str:
+def run_render(job: DatasetConfig) -> str:
     """The world stands at the job's output, beside its settings."""
     connect()
     rendered = render(job)

@@ -122,6 +122,8 @@ def _shifted(labels_BT: torch.Tensor) -> torch.Tensor:
 
 
 class ReVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Causal language model that reads images as projected embeddings in place of their tokens."""
+
     config: ReVisionConfig
     input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True

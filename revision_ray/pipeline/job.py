@@ -115,39 +115,41 @@ def _reads(*keys: str) -> Any:
 KINDS = {
     kind.name: kind
     for kind in (
-        StageKind(name="render", run=render.run, reads=_reads(), proof="manifest.json"),
+        StageKind(name="render", run=render.run_render, reads=_reads(), proof="manifest.json"),
         StageKind(
             name="train_encoder",
-            run=from_scratch.encoder,
+            run=from_scratch.run_train_encoder,
             reads=_reads("data", "heldout", "model"),
             proof="metrics.json",
             sources=("data", "heldout"),
         ),
         StageKind(
             name="train_language_model",
-            run=from_scratch.language_model,
+            run=from_scratch.run_train_language_model,
             reads=_reads(),
             proof="metrics.json",
         ),
         StageKind(
             name="import_reference",
-            run=imports.run,
+            run=imports.run_import,
             reads=_reads("input"),
             proof="manifest.json",
             sources=("input",),
         ),
         StageKind(
             name="embed",
-            run=embed.run,
+            run=embed.run_embed,
             reads=_embed_reads,
             proof="manifest.json",
             sources=("images", "texts"),
         ),
-        StageKind(name="fit", run=fit.run, reads=_fit_reads, proof="alignment.json"),
-        StageKind(name="align", run=apply.run, reads=_reads("texts", "alignment"), proof="manifest.json"),
+        StageKind(name="fit", run=fit.run_fit, reads=_fit_reads, proof="alignment.json"),
+        StageKind(
+            name="align", run=apply.run_align, reads=_reads("texts", "alignment"), proof="manifest.json"
+        ),
         StageKind(
             name="conversations",
-            run=dataset.run,
+            run=dataset.run_conversations,
             reads=_reads("world"),
             proof=dataset.FILE,
         ),
@@ -171,12 +173,12 @@ KINDS = {
         ),
         StageKind(
             name="evaluate",
-            run=evaluate.run,
+            run=evaluate.run_evaluate,
             reads=_evaluate_reads,
             proof="results.json",
             sources=("data",),
         ),
-        StageKind(name="export", run=export_job.run, reads=_reads("run"), proof="config.json"),
+        StageKind(name="export", run=export_job.run_export, reads=_reads("run"), proof="config.json"),
     )
 }
 
@@ -359,7 +361,7 @@ class PipelineJob:
     """--dry-run: print what would run, with rows, tokens, GPU hours and dollars, and do nothing."""
 
 
-def run(job: PipelineJob) -> str:
+def run_pipeline(job: PipelineJob) -> str:
     """The chain has run; what came out. Or, of a dry run, the table of what would.
 
     Raises:

@@ -52,7 +52,7 @@ class ReportJob(ReportSources, MeasureSettings):
         return [first, *self.replicates]
 
 
-def run(job: ReportJob) -> str:
+def run_report(job: ReportJob) -> str:
     """Write the report and return its summary; a report of the same inputs at the output is kept.
 
     Raises:

@@ -24,14 +24,7 @@ from revision_ray.core import storage
 from revision_ray.core.cluster import connect, user_errors
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import AlignmentError, ConfigError
-from revision_ray.data.store import (
-    REJECTED,
-    RowGroup,
-    Store,
-    read_group,
-    read_group_ids,
-    shares,
-)
+from revision_ray.data.store import REJECTED, RowGroup, Store, read_group, read_group_ids, shares
 from revision_ray.geometry.spectra import id_keys
 
 log = logging.getLogger(__name__)

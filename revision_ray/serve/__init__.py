@@ -1,1 +1,6 @@
-"""The model behind an OpenAI-compatible API on Ray Serve."""
+"""Host a model behind an OpenAI-compatible API with Ray Serve."""
+
+import lazy_loader
+
+# The public names are those of the stub beside this file; each is imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -85,7 +85,7 @@ _MONITOR = ReplicaSettings(num_cpus=0.05, max_ongoing=100, max_queued=1000)
 _ATTEMPTS_TO_START = 3
 
 
-def run(job: ServeJob) -> str:
+def run_serve(job: ServeJob) -> str:
     """The application answers at job.host:job.port until SIGINT or SIGTERM, and then finishes what it took.
 
     Raises:

@@ -29,14 +29,7 @@ from revision_ray.geometry import probe, spectra
 from revision_ray.report import plots
 from revision_ray.report.plots import BLUE, ORANGE
 from revision_ray.studies.cross_modal_probe import CrossModalProbe, fitted_maps, probe_rows, tested
-from revision_ray.studies.inputs import (
-    GROUPS_PER_TASK,
-    RowLabels,
-    derived_seed,
-    gathered,
-    remote,
-    spectrum,
-)
+from revision_ray.studies.inputs import GROUPS_PER_TASK, RowLabels, derived_seed, gathered, remote, spectrum
 
 log = logging.getLogger(__name__)
 

@@ -25,14 +25,7 @@ from revision_ray.geometry import probe
 from revision_ray.geometry.probe import ProbeScores
 from revision_ray.report import plots
 from revision_ray.report.plots import BLUE, GREY, ORANGE
-from revision_ray.studies.inputs import (
-    LabelledRows,
-    RowLabels,
-    derived_seed,
-    gathered,
-    labelled_rows,
-    remote,
-)
+from revision_ray.studies.inputs import LabelledRows, RowLabels, derived_seed, gathered, labelled_rows, remote
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +81,9 @@ def fitted_maps(texts: Store, images: Store, configs: Mapping[str, StrategyConfi
     """Fit each strategy to all rows of both stores, which need not be paired."""
     text = checked_moments(texts, "texts", second=True)
     image = checked_moments(images, "images", second=True)
-    return {name: fit.fit(texts, images, text, image, config).affine for name, config in configs.items()}
+    return {
+        name: fit.fit_alignment(texts, images, text, image, config).affine for name, config in configs.items()
+    }
 
 
 def given_maps(uris: Sequence[str], texts: Store) -> dict[str, Alignment]:

@@ -43,11 +43,13 @@ class MiniatureStudyJob(StudyJob):
     """For the demo's stores: make what else the studies need in OUTPUT/prepared."""
 
 
-def run(job: MiniatureStudyJob) -> str:
+def run_miniature_study(job: MiniatureStudyJob) -> str:
     """Run the job's studies; first make the inputs that they lack if it names a miniature world."""
     cluster.connect()
     plain = {name: getattr(job, name) for name in StudyJob.__dataclass_fields__}
-    return study.run(StudyJob(**(plain if job.miniature is None else _prepared(job, job.miniature, plain))))
+    return study.run_study(
+        StudyJob(**(plain if job.miniature is None else _prepared(job, job.miniature, plain)))
+    )
 
 
 def _prepared(job: MiniatureStudyJob, miniature: Miniature, plain: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def _embedded(
 ) -> str:  # fmt: skip
     """Embed these texts or images into a store in the directory `below`; return its URI."""
     output = storage.join(below, f"{name or ('texts' if texts else 'images')}_store")
-    embed.run(embed.EmbedJob(texts=texts, images=images, output=output, domain=domain, encoder=encoder))
+    embed.run_embed(embed.EmbedJob(texts=texts, images=images, output=output, domain=domain, encoder=encoder))
     return output
 
 

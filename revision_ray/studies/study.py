@@ -200,7 +200,7 @@ class _Opened:
         return StrategyConfig(strategy=self.job.strategy, seed=self.job.seed)
 
 
-def run(job: StudyJob) -> str:
+def run_study(job: StudyJob) -> str:
     """Run the job's studies and write their files; return the text of their tables.
 
     Raises:

@@ -32,7 +32,8 @@ class ExportJob:
     """Directory of the model."""
 
 
-def run(job: ExportJob) -> str:
+def run_export(job: ExportJob) -> str:
+    """Export the model of a run or of one of its checkpoints, and say where it is."""
     return f"model: {export_checkpoint(job.run, job.checkpoint, job.output)}"
 
 

@@ -5,7 +5,7 @@ from revision_ray.train.contrastive import EncoderTraining, train_encoder
 from revision_ray.train.language_model import LanguageTraining, train_language_model
 
 
-def encoder(job: EncoderTraining) -> str:
+def run_train_encoder(job: EncoderTraining) -> str:
     """The encoder stands at the job's output, beside its settings; how well it retrieves."""
     cluster.connect()
     metrics, trained = train_encoder(job)
@@ -20,7 +20,7 @@ def encoder(job: EncoderTraining) -> str:
     )
 
 
-def language_model(job: LanguageTraining) -> str:
+def run_train_language_model(job: LanguageTraining) -> str:
     """The language model stands at the job's output, beside its settings; how well it answers."""
     cluster.connect()
     metrics, trained = train_language_model(job)

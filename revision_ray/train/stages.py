@@ -139,7 +139,7 @@ def _with_images(job: FinetuneJob) -> FinetuneJob:
             "image_files: set encoder.kind, encoder.model, ... to embed them, or give image stores"
         )
     store = storage.join(storage.absolute(job.output), "images")
-    log.info("%s", embed.run(EmbedJob(images=job.image_files, output=store, encoder=job.encoder)))
+    log.info("%s", embed.run_embed(EmbedJob(images=job.image_files, output=store, encoder=job.encoder)))
     return dataclasses.replace(job, images=[*job.images, store])
 
 
