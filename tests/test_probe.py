@@ -141,7 +141,7 @@ def bernoulli(share: float, num_rows: int, num_seeds: int, seed: int) -> np.ndar
 
 
 def test_the_interval_of_a_share_is_that_of_the_binomial():
-    found = probe.interval(probe.resampled_means(bernoulli(0.7, 1500, 3, 1), seed=0)[:, 0])
+    found = probe.interval(probe.resample_scores(bernoulli(0.7, 1500, 3, 1), seed=0)[:, 0])
     share = found["mean"]
     assert share == bernoulli(0.7, 1500, 3, 1).mean()
     half = 1.96 * np.sqrt(share * (1 - share) / 1500)
@@ -155,14 +155,14 @@ def test_seeds_that_differ_widen_the_interval():
     moved = np.clip(same - np.array([0.0, 0.2, 0.4, 0.6])[:, None, None], -1, 1)
     widths = []
     for values in (same, moved):
-        found = probe.interval(probe.resampled_means(values, seed=0)[:, 0])
+        found = probe.interval(probe.resample_scores(values, seed=0)[:, 0])
         widths.append(found["high"] - found["low"])
     assert widths[1] > 3 * widths[0]
 
 
 def test_missing_labels_count_in_no_mean():
     values = np.array([[[1.0, np.nan], [0.0, 4.0], [np.nan, 2.0]]])
-    np.testing.assert_array_equal(probe.resampled_means(values, seed=0, resamples=5)[0], [0.5, 3.0])
+    np.testing.assert_array_equal(probe.resample_scores(values, seed=0, resamples=5)[0], [0.5, 3.0])
 
 
 def test_differences_are_paired():

@@ -189,7 +189,7 @@ class ProbeScores:
         return ProbeScores(correct_STA=correct_SPTA[:, 0], nll_STA=nll_SPTA[:, 0], by_penalty=by_penalty)
 
 
-def resampled_means(values_STA: np.ndarray, seed: int, resamples: int = _RESAMPLES) -> np.ndarray:
+def resample_scores(values_STA: np.ndarray, seed: int, resamples: int = _RESAMPLES) -> np.ndarray:
     """Return means (R + 1, A) over seeds and test rows: first as measured, then of R resamples of both.
 
     The same `seed` draws the same rows and seeds, so differences between two strategies are paired.
@@ -218,8 +218,8 @@ def interval(values_R: np.ndarray) -> dict[str, float]:
 
 def summary(scored: ProbeScores, attributes: Sequence[str], seed: int) -> dict[str, Any]:
     """Return accuracy and nll with intervals, over all attributes and of each, and the means of each seed."""
-    accuracy_RA = resampled_means(scored.correct_STA, seed)
-    nll_RA = resampled_means(scored.nll_STA, seed)
+    accuracy_RA = resample_scores(scored.correct_STA, seed)
+    nll_RA = resample_scores(scored.nll_STA, seed)
     by_seed = [
         {
             "accuracy": float(np.nanmean(correct_TA, axis=0).mean()),
@@ -242,7 +242,7 @@ def summary(scored: ProbeScores, attributes: Sequence[str], seed: int) -> dict[s
 def difference(one: ProbeScores, other: ProbeScores, seed: int) -> dict[str, dict[str, float]]:
     """Return {"accuracy", "nll"} of `one` minus `other` on the same rows and seeds, means over attributes."""
     return {
-        name: interval((resampled_means(a, seed) - resampled_means(b, seed)).mean(1))
+        name: interval((resample_scores(a, seed) - resample_scores(b, seed)).mean(1))
         for name, a, b in (
             ("accuracy", one.correct_STA, other.correct_STA),
             ("nll", one.nll_STA, other.nll_STA),
