@@ -179,7 +179,8 @@ def python_pages() -> dict[str, str]:
         names = getattr(package, "__all__", [])
         parts = [f"# revision_ray.{folder}", summary]
         if names:
-            shown = ", ".join(sorted(names)[:2])
+            functions = [name for name in names if name.islower()]
+            shown = ", ".join((functions or names)[:2])
             parts.append(f"```python\nfrom revision_ray.{folder} import {shown}\n```")
             parts.append("## Public names")
             parts += [f"::: {_place(package, name)}" for name in names]
@@ -190,7 +191,8 @@ def python_pages() -> dict[str, str]:
         listed = ", ".join(f"`{name}`" for name in names) or "no public names"
         rows.append(f"| [`revision_ray.{folder}`]({folder}.md) | {_cell(summary)} | {listed} |")
     pages["reference/python/index.md"] = (
-        "# Python API\n\nEach folder of the library exports its public names. Everything else may move "
+        _NO_CONTENTS
+        + "# Python API\n\nEach folder of the library exports its public names. Everything else may move "
         "between versions.\n\n| folder | | names |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
     )
     return pages
