@@ -204,7 +204,7 @@ def _gaussian_ot(text: Moments, image: Moments, config: StrategyConfig) -> Affin
     return fit_gaussian_ot(text, image, shrinkage=config.shrinkage, noise=noise)
 
 
-STRATEGIES: dict[str, Strategy] = {
+STRATEGIES: dict[StrategyName, Strategy] = {
     "none": Strategy(fit=lambda text, image, config: fit_none(text)),
     "mean_shift": Strategy(fit=lambda text, image, config: fit_mean_shift(text)),
     "c3": Strategy(fit=_c3, settings=("noise",)),

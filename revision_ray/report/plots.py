@@ -53,8 +53,9 @@ OTHERS = (
     CurveStyle("realign", GREEN, "#3fc49c", "-", "D"),
     CurveStyle("blockwise", RED, "#ff8a7a", (0, (7, 1.5, 1.5, 1.5)), "^"),
     CurveStyle("gaussian_ot", "#6a3fb5", "#b79df5", (0, (3, 1)), "P"),
-    CurveStyle("aniso", "#6b7a00", "#c6d64a", (0, (2, 1, 1, 1, 1, 1)), "*"),
 )
+# Of strategies that have no style of their own here.
+SPARE = CurveStyle("spare", "#6b7a00", "#c6d64a", (0, (2, 1, 1, 1, 1, 1)), "*")
 BY_STRATEGY = {style.name: style for style in OTHERS}
 # The four parts of the mean squared distance of a pair.
 PARTS = (
@@ -63,7 +64,7 @@ PARTS = (
     CurveStyle("delta", IMAGE.light, IMAGE.dark),
     CurveStyle("zeta", "#f2c492", "#7d5018"),
 )
-EVERY = (INK, SOFT, LINE, IMAGE, *OTHERS, *PARTS)
+EVERY = (INK, SOFT, LINE, IMAGE, *OTHERS, SPARE, *PARTS)
 _SPARE_LOOKS = (("-", "h"), ((0, (2, 1)), "d"), ((0, (6, 2)), "p"), ((0, (1, 1)), "8"))
 
 
@@ -72,9 +73,9 @@ def styles(strategies: Sequence[tuple[str, str]]) -> dict[str, CurveStyle]:
     looks: dict[str, CurveStyle] = {}
     num_fits: dict[str, int] = {}
     for label, strategy in strategies:
-        looks[label] = BY_STRATEGY.get(strategy, OTHERS[0])
-        number = num_fits.get(strategy, 0)
-        num_fits[strategy] = number + 1
+        looks[label] = style = BY_STRATEGY.get(strategy, SPARE)
+        number = num_fits.get(style.name, 0)
+        num_fits[style.name] = number + 1
         if number:
             dash, marker = _SPARE_LOOKS[(number - 1) % len(_SPARE_LOOKS)]
             looks[label] = replace(looks[label], dash=dash, marker=marker)
