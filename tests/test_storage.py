@@ -263,7 +263,7 @@ def test_what_a_file_is_says_its_name_also_where_the_uri_has_a_query(bucket):
     table = io.BytesIO()
     pq.write_table(pa.table({"id": ["a"], "colour": ["red"], "question": ["?"]}), table)
     storage.write_bytes(bucket("labels.parquet"), table.getvalue())
-    assert [row for _, row in inputs._rows(bucket("labels.parquet"))] == [
+    assert [row for _, row in inputs._read_rows(bucket("labels.parquet"))] == [
         {"id": "a", "colour": "red", "question": "?"}
     ]
     storage.write_bytes(bucket("pairs/0.tar"), b"")
