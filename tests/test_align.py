@@ -14,7 +14,7 @@ from revision_ray.align.alignment import Alignment, load_alignment
 from revision_ray.align.apply import AlignJob, AlignRows, aligned_rows
 from revision_ray.align.fit import FitJob
 from revision_ray.align.strategies import STRATEGIES
-from revision_ray.core.errors import AlignmentError, DataError
+from revision_ray.core.errors import AlignmentError, DataError, OutputError
 from revision_ray.data import shards
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.data.store import open_stores, read_group, read_rejected
@@ -246,10 +246,10 @@ def test_an_output_of_another_fit_or_layout_or_of_something_else_is_refused(fits
     align(texts, fits("none"), tmp_path / "aligned")
     before = stamps(tmp_path / "aligned")
     for alignment, settings, key in (("anchor", {}, "alignment"), ("none", {"layout": "list"}, "layout")):
-        with pytest.raises(DataError, match=rf"is a store with {key} = .*name another output"):
+        with pytest.raises(OutputError, match=rf"{key} was .*name another output"):
             align(texts, fits(alignment), tmp_path / "aligned", **settings)
     assert stamps(tmp_path / "aligned") == before
-    with pytest.raises(DataError, match="holds files that are no embedding store"):
+    with pytest.raises(OutputError, match="does not belong to an embedding store"):
         align(texts, fits("none"), Path(texts))
     with pytest.raises(AlignmentError, match="no fit there"):
         align(texts, str(tmp_path / "nowhere"), tmp_path / "other")

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_encoder import CONTEXT, WORDS, write_encoder
 
 from revision_ray.core import storage
-from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError, OutputError
 from revision_ray.data import shards
 from revision_ray.data.finish import read_footers
 from revision_ray.data.shards import read_manifest
@@ -171,13 +171,13 @@ def test_another_encoder_or_setting_is_refused(cluster, encoder, tmp_path):
     source = write_texts(tmp_path / "texts.jsonl", 10)
     embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(source)))
     other = EncoderConfig(kind="open_clip", model=write_encoder(tmp_path / "other", seed=1))
-    with pytest.raises(DataError, match="encoder"):
+    with pytest.raises(OutputError, match="encoder"):
         embed.run_embed(job_of(other, tmp_path / "store", texts=str(source)))
-    with pytest.raises(DataError, match="dtype"):
+    with pytest.raises(OutputError, match="dtype"):
         embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(source), dtype="float32"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="no embedding store"):
+    with pytest.raises(OutputError, match=r"thesis\.txt: does not belong to an embedding store"):
         embed.run_embed(job_of(encoder, tmp_path / "full", texts=str(source)))
 
 

@@ -29,7 +29,7 @@ from revision_ray.align.fit import FitJob
 from revision_ray.align.map_reduce import draw_sample, store_moments
 from revision_ray.align.moments import merged
 from revision_ray.core import config, storage
-from revision_ray.core.errors import AlignmentError, ConfigError, DataError
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError, OutputError
 from revision_ray.data import imports, shards
 from revision_ray.data.imports import ImportJob
 from revision_ray.data.shards import EncoderIdentity
@@ -558,9 +558,9 @@ def test_the_same_fit_is_reused_and_another_is_refused(whole, texts, images, tmp
         assert "realign fitted on 9,000 texts" in fit.run_fit(job_of(texts, images, uri))
     assert "holds this fit already" in caplog.text
     for settings in ({"strategy": "anchor"}, {"seed": 1}, {"max_rows": 10}, {"domain": "other"}):
-        with pytest.raises(AlignmentError, match=r"already holds another fit \(realign of"):
+        with pytest.raises(OutputError, match=rf"{uri}: .*{next(iter(settings))} was .*is now"):
             fit.run_fit(job_of(texts, images, uri, **settings))
-    with pytest.raises(AlignmentError, match="already holds another fit"):
+    with pytest.raises(OutputError, match="texts was "):
         fit.run_fit(job_of([texts, write_store(tmp_path / "more", cloud(20, 12, "text"))], images, uri))
     assert (Path(uri) / "alignment.json").stat().st_mtime_ns == before
 
@@ -569,7 +569,7 @@ def test_a_store_that_has_grown_is_not_answered_with_the_old_fit(cluster, images
     store = write_store(tmp_path / "store", cloud(1400, 12, "text"))
     fitted(store, images, tmp_path / "fit", strategy="none")
     write_store(tmp_path / "store", cloud(2100, 12, "text"))  # the first two shards are the same
-    with pytest.raises(AlignmentError, match=r"before shards were added or replaced.*append_to="):
+    with pytest.raises(OutputError, match=r"shards of .*store were added or replaced.*append_to="):
         fitted(store, images, tmp_path / "fit", strategy="none")
     grown = fitted(store, None, tmp_path / "grown", append_to=str(tmp_path / "fit"))
     assert grown.num_texts == 2100
@@ -579,7 +579,7 @@ def test_a_fit_does_not_write_into_what_is_not_a_fit(cluster, texts, images, tmp
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("")
     for output in (str(tmp_path / "home"), texts):
-        with pytest.raises(AlignmentError, match=r"holds files that are no fit .*name another output"):
+        with pytest.raises(OutputError, match=r"does not belong to a fit; name another output"):
             fitted(texts, images, output)
 
 

@@ -31,7 +31,7 @@ from revision_ray.align.moments import Moments, gap_standard_error, of_block
 from revision_ray.align.nearest import BEYOND, BY_CHANCE, TOO_FEW, SampledMoments, rank
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
 from revision_ray.core import storage
-from revision_ray.core.errors import AlignmentError, ConfigError, DataError
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError, OutputError
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.data.store import Store
 
@@ -378,11 +378,9 @@ def test_an_import_meets_what_is_there(tmp_path, small_file):
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     file = tmp_path / "fit.safetensors"
     file.write_bytes(small_file)
-    with pytest.raises(
-        AlignmentError, match=r"another fit has the name 'taken' already \(realign, .*other name"
-    ):
+    with pytest.raises(OutputError, match=r"taken: .*content_hash was .*another name than 'taken'"):
         registry.import_file(str(file), str(tmp_path), "taken")
-    with pytest.raises(DataError, match=r"holds files that are no fit .*thesis.tex"):
+    with pytest.raises(OutputError, match=r"thesis.tex"):
         registry.import_file(str(file), str(tmp_path), "thesis")
     assert registry.import_file(str(file), str(tmp_path))[:2] == ("imported", str(tmp_path / "fit"))
     done = files_of(tmp_path / "fit")
@@ -398,7 +396,7 @@ def test_an_export_meets_what_is_there(tmp_path):
     file = str(tmp_path / "fit.safetensors")
     assert registry.export(str(tmp_path / "a"), file) == "exported"
     assert registry.export(str(tmp_path / "a"), file) == "already there"
-    with pytest.raises(DataError, match="holds something else already"):
+    with pytest.raises(OutputError, match="does not belong to this fit"):
         registry.export(str(tmp_path / "b"), file)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from embedding_stores import cloud
 
-from revision_ray.core.errors import DataError
+from revision_ray.core.errors import DataError, OutputError
 from revision_ray.data import imports, shards
 from revision_ray.data.imports import ImportJob, read_reference, run_import
 from revision_ray.data.store import open_stores, read_group, read_rejected
@@ -319,7 +319,7 @@ def test_what_cannot_be_imported_is_an_error_that_says_why(cluster, tmp_path):
 def test_another_encoder_or_a_changed_file_asks_for_another_output(cluster, tmp_path):
     write(tmp_path / "a.pkl", records())
     run_import(job_of(tmp_path / "a.pkl", tmp_path / "store"))
-    with pytest.raises(DataError, match=r"is a store with encoder = .*name another output"):
+    with pytest.raises(OutputError, match=r"encoder\.\w+ was .*name another output"):
         run_import(job_of(tmp_path / "a.pkl", tmp_path / "store", encoder_name="other"))
     write(tmp_path / "a.pkl", records(ROWS_ND[::-1][:150]))
     with pytest.raises(DataError, match=r"a.pkl: has changed since it was imported"):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError, OutputError
 from revision_ray.miniature import dataset, documents, language_model, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.documents import DocumentConfig, document, examination, told_scene
@@ -308,7 +308,7 @@ def test_training_writes_a_folder_that_transformers_loads_and_is_kept(cluster, t
     former, trained = train_language_model(training)
     assert (former, trained) == (json.loads((tmp_path / "model/metrics.json").read_text()), False)
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    with pytest.raises(DataError, match="num_steps is 30, asked for 31"):
+    with pytest.raises(OutputError, match="num_steps was 30, is now 31"):
         train_language_model(dataclasses.replace(training, num_steps=31))
     changed = dataclasses.replace(CONFIG, questions_per_document=2)
     with pytest.raises(DataError, match="text_sha256"):

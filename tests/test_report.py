@@ -16,7 +16,7 @@ from revision_ray.align import fit
 from revision_ray.align.alignment import load_alignment
 from revision_ray.align.fit import FitJob
 from revision_ray.core import storage
-from revision_ray.core.errors import AlignmentError, ConfigError, DataError
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError, OutputError
 from revision_ray.data.shards import EncoderIdentity
 from revision_ray.data.store import open_stores
 from revision_ray.report import claims, figures, plots, report
@@ -244,13 +244,13 @@ def test_a_finished_report_is_kept(stores, paired_report):
 
 
 def test_an_output_of_another_report_is_refused(stores, paired_report):
-    with pytest.raises(DataError, match=r"report with other settings"):
+    with pytest.raises(OutputError, match=r"seed was 0, is now 1"):
         report.run_report(job_of(stores, paired_report, seed=1))
 
 
 def test_an_output_with_other_files_is_refused(stores, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"thesis\.txt"):
+    with pytest.raises(OutputError, match=r"thesis\.txt"):
         report.run_report(job_of(stores, tmp_path))
 
 

@@ -14,7 +14,7 @@ import ray
 from embedding_stores import ENCODER, cloud, write_part, write_store
 
 from revision_ray.core import storage
-from revision_ray.core.errors import DataError
+from revision_ray.core.errors import DataError, OutputError
 from revision_ray.data import finish, shards
 from revision_ray.data.finish import FinishSettings, claim, finish_store, read_footers
 from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Rejected
@@ -427,13 +427,11 @@ def test_an_output_is_claimed_by_its_settings(tmp_path):
     output = str(tmp_path / "store")
     claim(output, {"modality": "text", "input": ["a"]})
     claim(output, {"modality": "text", "input": ["a"]})
-    with pytest.raises(
-        DataError, match=r"is a store with input = \['a'\], this job says \['b'\]; name another"
-    ):
+    with pytest.raises(OutputError, match=r"input was \['a'\], is now \['b'\]\); name another"):
         claim(output, {"modality": "text", "input": ["b"]})
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("")
-    with pytest.raises(DataError, match=r"no embedding store \(.*thesis.tex\); name another output"):
+    with pytest.raises(OutputError, match=r"thesis\.tex: .*name another output"):
         claim(str(tmp_path / "home"), {"modality": "text"})
 
 

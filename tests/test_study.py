@@ -23,7 +23,7 @@ from revision_ray.align.map_reduce import (
 from revision_ray.align.maps import Affine
 from revision_ray.align.strategies import StrategyConfig
 from revision_ray.core import config
-from revision_ray.core.errors import AlignmentError, ConfigError, DataError
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError, OutputError
 from revision_ray.data.store import Store, open_stores
 from revision_ray.studies import caption_length, domain_transfer, inputs, sample_efficiency, study
 from revision_ray.studies.c3_sigma import C3Sigma
@@ -480,11 +480,11 @@ def test_what_is_missing_is_made_again_with_the_same_bytes(done, job):
 
 
 def test_a_study_of_other_settings_is_not_overwritten(done, job):
-    with pytest.raises(ConfigError, match=r"centroid_steps\.json: .* settings = \{'steps': 6\}, this"):
+    with pytest.raises(OutputError, match=r"centroid_steps\.json: .*settings\.steps was 6, is now 2"):
         study.run_study(replace(job, centroid_steps=replace(job.centroid_steps, steps=2)))
-    with pytest.raises(ConfigError, match=r"seed = 0"):
+    with pytest.raises(OutputError, match=r"seed was 0, is now 1"):
         study.run_study(replace(job, seed=1))
-    with pytest.raises(ConfigError, match=r"images = "):
+    with pytest.raises(OutputError, match=r"images was"):
         study.run_study(replace(job, images=job.domains["night"]["images"], studies=["centroid_steps"]))
 
 
@@ -534,7 +534,7 @@ def test_inputs_that_cannot_serve_are_refused(cluster, job, tmp_path):
         study.run_study(bad(job, images=other))
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "precision.json").write_text("{}")
-    with pytest.raises(DataError, match=r"precision\.json: is not a result"):
+    with pytest.raises(OutputError, match=r"precision\.json: "):
         study.run_study(replace(job, output=str(tmp_path / "strange")))
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from small_world import write_world
 from torch.nn.parallel import DistributedDataParallel
 
-from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError, DataError, OutputError
 from revision_ray.miniature import encoder
 from revision_ray.train.contrastive import EncoderTraining, learning_rate, train_encoder
 from revision_ray.train.pairs import batch_rows, drawn_captions, pixels, read_pairs
@@ -258,7 +258,7 @@ def test_training_lowers_the_loss_and_open_clip_loads_the_folder(cluster, world,
     former, trained = train_encoder(training)
     assert (former, trained) == (json.loads((tmp_path / "encoder/metrics.json").read_text()), False)
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    with pytest.raises(DataError, match="num_steps is 12, asked for 13"):
+    with pytest.raises(OutputError, match="num_steps was 12, is now 13"):
         train_encoder(dataclasses.replace(training, num_steps=13))
 
 

@@ -4,13 +4,15 @@ texts, images --moments--> map --texts again--> mu' (each centroid step) --texts
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from revision_ray.align import alignment as artifact
 from revision_ray.align.alignment import (
     CONFIG,
+    DOCUMENT,
+    TENSORS,
     Alignment,
     FitInputs,
     ModalityGap,
@@ -24,7 +26,7 @@ from revision_ray.align.map_reduce import UniformSample, draw_sample, store_mome
 from revision_ray.align.maps import Affine
 from revision_ray.align.moments import Moments, gap_standard_error, modality_gap
 from revision_ray.align.strategies import STRATEGIES, StrategyConfig, centroid_steps, fit_map
-from revision_ray.core import config, storage
+from revision_ray.core import artifact, config, storage
 from revision_ray.core.cluster import one_thread
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import AlignmentError, ConfigError
@@ -86,9 +88,9 @@ def run_fit(job: FitJob) -> str:
     strategy = _strategy(job, base)
     inputs = _inputs(job, base)
     texts, images = open_stores(inputs.texts, "text"), open_stores(inputs.images, "image")
-    if storage.exists(storage.join(output, artifact.DOCUMENT)):
+    if storage.exists(storage.join(output, DOCUMENT)):
         return _reuse(output, job.domain, strategy, inputs, texts, images)
-    _check_unused(output)
+    artifact.check_unused(output, "a fit", leftovers=(REJECTED, CONFIG, TENSORS))
     if texts.alignment:
         raise AlignmentError(f"{texts.uris[0]}: is aligned already; fit on the store that it was made from")
     check_pair(texts, images, job.allow_other_encoder)
@@ -200,34 +202,41 @@ def _joined(former: tuple[str, ...], added: list[str]) -> tuple[str, ...]:
 def _reuse(
     output: str, domain: str | None, strategy: StrategyConfig, inputs: FitInputs, texts: Store, images: Store
 ) -> str:
-    """The fit at `output` stays as it is, for it is of the same shards and settings.
+    """Describe the fit at `output` if it has the same settings and shards; it is not changed.
 
     Raises:
-        AlignmentError: it is another fit, or the stores have changed since.
+        OutputError: it is another fit, or the stores have changed since.
     """
-    found = load_alignment(output)
-    rejected = {name: getattr(inputs, name) for name in ("num_rejected_texts", "num_rejected_images")}
-    same = found.strategy == strategy and replace(found.inputs, **rejected) == inputs
-    if not same or domain not in (None, found.domain):
-        raise AlignmentError(
-            f"{output} already holds another fit ({found.strategy.strategy} of {list(found.inputs.texts)} "
-            f"and {list(found.inputs.images)}); name another output, or remove that one yourself"
-        )
-    for store, moments in zip((texts, images), load_moments(output), strict=True):
-        if moments.shard_hashes != store.shard_hashes:
-            raise AlignmentError(
-                f"{output} holds a fit of what {list(store.uris)} held before shards were added or replaced; "
-                f"name another output (append_to={output} reads only the new shards)"
-            )
+    former = load_alignment(output)
+    artifact.check_same(
+        output,
+        "a fit",
+        _identity(former.strategy, former.inputs, former.domain),
+        _identity(strategy, inputs, former.domain if domain is None else domain),
+    )
+    artifact.refuse(
+        output,
+        "a fit",
+        [
+            f"shards of {', '.join(store.uris)} were added or replaced"
+            for store, moments in zip((texts, images), load_moments(output), strict=True)
+            if moments.shard_hashes != store.shard_hashes
+        ],
+        advice=f"to read only the new shards, give append_to={output} and another output",
+    )
     log.info("%s holds this fit already; nothing is done again", output)
-    return describe(found, output)
+    return describe(former, output)
 
 
-def _check_unused(output: str) -> None:
-    ours = {REJECTED, CONFIG, artifact.TENSORS}  # what a fit that was interrupted leaves
-    strangers = [uri for uri, _ in storage.list_files(output) if storage.name_of(uri) not in ours]
-    if strangers:
-        raise AlignmentError(f"{output}: holds files that are no fit ({strangers[0]}); name another output")
+def _identity(strategy: StrategyConfig, inputs: FitInputs, domain: str) -> dict[str, Any]:
+    return {
+        **asdict(strategy),
+        "domain": domain,
+        "texts": list(inputs.texts),
+        "images": list(inputs.images),
+        "max_rows": inputs.max_rows,
+        "drift_rows": inputs.drift_rows,
+    }
 
 
 def _both_moments(

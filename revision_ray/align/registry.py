@@ -36,7 +36,7 @@ from revision_ray.align.alignment import (
     save_alignment,
 )
 from revision_ray.align.moments import Moments
-from revision_ray.core import storage
+from revision_ray.core import artifact, storage
 from revision_ray.core.errors import AlignmentError, DataError, RevisionError, quote
 
 UNFINISHED = f"unfinished: no {DOCUMENT}; run the job that makes it again"
@@ -351,7 +351,7 @@ def export(uri: str, output: str) -> str:
         storage.write_bytes(output, content)
         return "exported"
     if storage.read_bytes(output) != content:
-        raise DataError(f"{output}: holds something else already; name another file, or remove it yourself")
+        artifact.refuse_files("this fit", [output])
     return "already there"
 
 
@@ -382,10 +382,7 @@ def import_file(file: str, registry: str, name: str | None = None) -> tuple[str,
     if storage.exists(storage.join(uri, DOCUMENT)):
         _check_same(uri, name, packed)
         return "already there", uri, packed.fit
-    ours = {TENSORS, CONFIG}  # of an import that was interrupted
-    strangers = [found for found, _ in storage.list_files(uri) if storage.name_of(found) not in ours]
-    if strangers:
-        raise DataError(f"{uri}: holds files that are no fit ({strangers[0]}); choose another name")
+    artifact.check_unused(uri, "a fit", leftovers=(TENSORS, CONFIG))
     if packed.config:
         storage.write_bytes(storage.join(uri, CONFIG), packed.config.encode())
     save_alignment(packed.fit.alignment, packed.fit.text, packed.fit.image, uri)
@@ -395,9 +392,13 @@ def import_file(file: str, registry: str, name: str | None = None) -> tuple[str,
 def _check_same(uri: str, name: str, packed: PackedFit) -> None:
     there = read(uri)
     if pack(there) != pack(packed.fit):
-        raise AlignmentError(
-            f"{uri}: another fit has the name {quote(name, 80)} already "
-            f"({there.alignment.strategy.strategy}, content hash {there.alignment.content_hash[:12]}; the "
-            f"file's is {packed.fit.alignment.content_hash[:12]}); "
-            "choose another name, or remove that fit yourself"
+        former, current = (
+            {"strategy": fit.alignment.strategy.strategy, "content_hash": fit.alignment.content_hash}
+            for fit in (there, packed.fit)
+        )
+        artifact.refuse(
+            uri,
+            "a fit",
+            artifact.changes(former, current) or ["the moments differ"],
+            advice=f"to keep both, give another name than {quote(name, 80)}",
         )

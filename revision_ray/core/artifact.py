@@ -1,13 +1,19 @@
-"""One writer to an output: a second job is refused while the first one lives, on any storage.
+"""Decide whether an output directory is this job's: unused, finished, resumable, or written by another job.
 
-Every writer lays a claim, a small file of its own, into OUTPUT/.tmp-fence/, then lists that folder: it has
-the output if no other claim is alive there. Of two writers at the same time at least one lists after both
-have written, so never do both go on. This asks of a storage no more than that it lists what was written
-before, as local disks, S3 and GCS do (pyarrow's filesystems offer no conditional creation). A holder writes
-its claim again every few seconds. A claim is dead when it is much older than one written now, by the clock of
-the storage, or when its process is gone, which only a process on the same machine can tell.
+Each job writes the settings and inputs that decide its result (its identity) into one JSON document of the
+output. `claim` writes that document first, for jobs that resume; `finished` reads the one that a job wrote
+last. Both raise OutputError where the directory belongs to something else. `writing` keeps a second job out.
+
+How `writing` works: each writer puts a small file of its own, a claim, into OUTPUT/.tmp-fence/, then lists
+that folder. It has the output if no other claim is alive there. Of two writers at the same time at least one
+lists after both have written, so they never both go on. A holder rewrites its claim every few seconds. A
+claim is dead when it is much older than one written now, by the clock of the storage, or when its process has
+ended, which only a process on the same machine can tell. The storage only has to list what was written
+before, as local disks, S3 and GCS do. S3's conditional writes (If-None-Match) would be simpler, but pyarrow's
+filesystems cannot send that header, and local and shared disks would still need another way.
 """
 
+import json
 import logging
 import os
 import random
@@ -16,14 +22,15 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import pyarrow.fs as pafs
 
 from revision_ray.core import storage
-from revision_ray.core.errors import DataError, RevisionError
+from revision_ray.core.errors import DataError, OutputError, RevisionError, quote
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +38,104 @@ FOLDER = storage.TEMPORARY + "fence"
 SECONDS_BETWEEN_BEATS = 10.0
 SECONDS_TO_LIVE = 60.0  # several missed beats: storage may refuse writes for a while
 _TRIES = 60  # more than it takes to see a beat, or to see that none comes
+
+
+def changes(
+    former: Mapping[str, Any], current: Mapping[str, Any], named: Callable[[str], str] = str
+) -> list[str]:
+    """Return one line for each setting that differs, with its old and its new value.
+
+    Nested settings are compared key by key and named with dots. A key that is missing equals None. `named`
+    turns a key into the name by which the user gives it.
+    """
+    old, new = (_flat(json.loads(json.dumps(settings))) for settings in (former, current))
+    return [
+        f"{named(key)} was {quote(old.get(key), 80)}, is now {quote(new.get(key), 80)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        is_table = isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)
+        nested = dict(enumerate(value)) if is_table else value
+        flat |= _flat(nested, f"{prefix}{key}.") if isinstance(nested, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def refuse(output: str, what: str, differences: Iterable[str], advice: str = "") -> None:
+    """Raise OutputError if there are `differences` between the output and what the job makes."""
+    lines = "; ".join(differences)
+    if lines:
+        raise OutputError(
+            f"{output}: holds {what} made from other settings or data ({lines}); name another output, "
+            f"or undo the change, or remove that one yourself{advice and '; '}{advice}"
+        )
+
+
+def check_same(output: str, what: str, former: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise OutputError if `what` at `output` was made with other settings; the message lists them."""
+    refuse(output, what, changes(former, current))
+
+
+def check_unused(output: str, what: str, leftovers: Collection[str] = ()) -> None:
+    """Raise OutputError if `output` holds files other than `leftovers`, those of an interrupted job."""
+    uris = [uri for uri, _ in storage.list_files(output)]
+    refuse_files(what, (uri for uri in uris if storage.name_of(uri) not in leftovers))
+
+
+def refuse_files(what: str, uris: Iterable[str]) -> None:
+    """Raise OutputError for the first of `uris`: files in the output that are no part of `what`."""
+    for uri in uris:
+        raise OutputError(
+            f"{uri}: does not belong to {what}; name another output, or remove the file yourself"
+        )
+
+
+def claim(output: str, document: str, settings: Mapping[str, Any], what: str) -> None:
+    """Write `settings` to OUTPUT/DOCUMENT, or check that an earlier run of the same job has written them.
+
+    Raises:
+        OutputError: the earlier run had other settings, or the directory holds other files.
+    """
+    uri = storage.join(output, document)
+    if storage.exists(uri):
+        return check_same(output, what, storage.read_json(uri), settings)
+    check_unused(output, what)
+    storage.write_json(uri, settings)
+
+
+def finished(
+    output: str,
+    document: str,
+    identity: Mapping[str, Any],
+    what: str,
+    *,
+    key: str = "identity",
+    format_version: int | None = None,
+) -> dict[str, Any] | None:
+    """Return OUTPUT/DOCUMENT if `what` with this identity is finished there; None if there is no document.
+
+    `key` is where the document holds its identity. The format version is checked where one is given.
+
+    Raises:
+        OutputError: it has another identity or format version, or it is no such document.
+    """
+    uri = storage.join(output, document)
+    if not storage.exists(uri):
+        return None
+    found = storage.read_json(uri)
+    if not isinstance(found, dict) or not isinstance(found.get(key), dict):
+        raise OutputError(f"{uri}: is not {what}; name another output, or remove the file yourself")
+    if format_version is not None and found.get("format_version") != format_version:
+        raise OutputError(
+            f"{uri}: format_version is {quote(found.get('format_version'), 80)}, this version of "
+            f"revision_ray writes {format_version}; name another output"
+        )
+    check_same(uri, what, found[key], identity)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,10 @@ class ConfigError(RevisionError):
     """The configuration names something that does not exist or cannot be."""
 
 
+class OutputError(ConfigError):
+    """The output holds a result of other settings or data, or files of something else. See core.artifact."""
+
+
 class DataError(RevisionError):
     """Input data, or storage that holds it, cannot be read or written as asked."""
 

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from revision_ray.core import storage
+from revision_ray.core import artifact, storage
 from revision_ray.core.cluster import connect, user_errors
-from revision_ray.core.errors import DataError, shorten
+from revision_ray.core.errors import DataError
 from revision_ray.data import shards
 from revision_ray.data.shards import EmbeddingTable, Layout, Manifest, Rejected, ShardFooter
 from revision_ray.data.store import REJECTED, check_rejected, write_rejected
@@ -171,29 +171,13 @@ def read_footers(output: str) -> dict[str, ShardFooter]:
 
 
 def claim(output: str, settings: dict[str, object]) -> None:
-    """The store at `output` is of these settings: they decide its content and are written down, or equal.
+    """Write the settings that decide a store's content into it, or check that they are the same.
 
     Raises:
-        DataError: it is a store of other settings, or the directory holds something else.
+        OutputError: it is a store of other settings, or the directory holds something else.
     """
-    uri = storage.join(output, shards.SETTINGS)
     settings = {"format_version": shards.FORMAT_VERSION, **settings}
-    if not storage.exists(uri):
-        strangers = [name for name, _ in storage.list_files(output)]
-        if strangers:
-            raise DataError(
-                f"{output}: holds files that are no embedding store ({strangers[0]}); name another output"
-            )
-        storage.write_json(uri, settings)
-        return
-    found = storage.read_json(uri)
-    for key, value in settings.items():
-        if found.get(key) != value:
-            raise DataError(
-                f"{output}: is a store with {key} = {shorten(found.get(key))}, this job says "
-                f"{shorten(value)}; "
-                "name another output"
-            )
+    artifact.claim(output, shards.SETTINGS, settings, "an embedding store")
 
 
 def finish_store(output: str, finish: FinishSettings, *, changed: bool = True) -> Manifest:

@@ -15,10 +15,10 @@ from typing import Any
 
 import ray
 
-from revision_ray.core import config, storage
+from revision_ray.core import artifact, config, storage
 from revision_ray.core.cluster import connect
 from revision_ray.core.config import MISSING
-from revision_ray.core.errors import CheckpointError, ConfigError, DataError, quote
+from revision_ray.core.errors import CheckpointError, ConfigError, quote
 from revision_ray.data.chat import as_date
 from revision_ray.data.store import Store, open_stores
 from revision_ray.encode import checkpoints
@@ -260,10 +260,10 @@ def _former(output: str) -> dict[str, Any]:
 def _claim(
     output: str, job: EvaluateJob, fingerprint: str, store: Store | None, found: dict[str, list[ReadUnit]]
 ) -> None:
-    """The output is this evaluation's: what decides the answers is written down there, or equal to it.
+    """Write what decides the answers to the output; benchmarks may be added to those of an earlier run.
 
     Raises:
-        DataError: other settings are, so that finished parts are not this run's.
+        OutputError: the earlier run had other settings, so its answers are not this run's.
     """
     former = _former(output)
     settings: dict[str, Any] = {
@@ -272,16 +272,10 @@ def _claim(
         **{name: getattr(job, name) for name in ("max_items", "seed", "max_new_tokens", "dtype", "today")},
         "data": {name: _identity(parts) for name, parts in found.items()},
     }
-    known = {**settings, **former}
-    data = former.get("data", {})
-    different = [name for name in settings if name != "data" and known[name] != settings[name]]
-    different += [f"data.{name}" for name, now in settings["data"].items() if data.get(name, now) != now]
-    if different:
-        raise DataError(
-            f"{output}: holds answers of another evaluation (different: {', '.join(different)}); name "
-            "another output, or remove that directory"
-        )
-    storage.write_json(storage.join(output, _SETTINGS), {**settings, "data": {**data, **settings["data"]}})
+    data = {**former.get("data", {}), **settings["data"]}
+    former_settings = {**settings, **former, "data": {**data, **former.get("data", {})}}
+    artifact.check_same(output, "answers", former_settings, {**former, **settings, "data": data})
+    storage.write_json(storage.join(output, _SETTINGS), {**settings, "data": data})
 
 
 def _identity(parts: Sequence[ReadUnit]) -> str:

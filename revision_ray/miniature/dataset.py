@@ -23,7 +23,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from revision_ray.core import config, storage
+from revision_ray.core import artifact, config, storage
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.miniature import language, world
@@ -193,34 +193,22 @@ def write_part(config: DatasetConfig, part: SceneRange) -> list[dict[str, Any]]:
 
 
 def finished(config: DatasetConfig) -> bool:
-    """Whether the output holds exactly this dataset already.
+    """Return whether the output holds exactly this dataset already.
 
     Raises:
-        DataError: it holds another one, or files that are no part of this one.
+        OutputError: it holds another one, or files that are no part of this one.
     """
     output = config.output
-    manifest = storage.join(output, "manifest.json")
-    if storage.exists(manifest):
-        found, wanted = storage.read_json(manifest).get("settings", {}), settings(config)
-        if found == wanted:
-            return True
-        raise DataError(
-            f"{output}: holds a dataset of other settings: {_differences(found, wanted)}; name another output"
-        )
+    if artifact.finished(output, "manifest.json", settings(config), "a dataset", key="settings"):
+        return True
     planned = {(part.split, part.number) for part in parts(config)}
     for split in (*SPLITS, "questions"):
-        for uri, _ in storage.list_files(storage.join(output, split)):
-            if not _is_planned(planned, split, storage.name_of(uri), config.image_form):
-                raise DataError(f"{uri}: is no file of this dataset; name another output, or remove the file")
+        uris = [uri for uri, _ in storage.list_files(storage.join(output, split))]
+        artifact.refuse_files(
+            "this dataset",
+            (uri for uri in uris if not _is_planned(planned, split, storage.name_of(uri), config.image_form)),
+        )
     return False
-
-
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    found, wanted = {**found, **found.get("world", {})}, {**wanted, **wanted["world"]}
-    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    return ", ".join(
-        f"{key} is {found.get(key)}, asked for {wanted.get(key)}" for key in keys if key != "world"
-    )
 
 
 def _is_planned(planned: set[tuple[str, int]], split: str, name: str, image_form: str) -> bool:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import revision_ray
-from revision_ray.core import config, storage
+from revision_ray.core import artifact, config, storage
 from revision_ray.core.cluster import connect
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import DataError, quote
@@ -226,26 +226,13 @@ def _read_finished(output: str, identity: Mapping[str, Any]) -> dict[str, Any] |
     """Read the finished report at `output`; None if there is none.
 
     Raises:
-        DataError: the output has another report, or files that are not part of a report.
+        OutputError: the output has another report, or files that are not part of a report.
     """
-    uri = storage.join(output, DOCUMENT)
-    if not storage.exists(uri):
-        ours = {PAGE, CONFIG, REJECTED}  # what an interrupted report leaves
-        strangers = [file for file, _ in storage.list_files(output) if storage.name_of(file) not in ours]
-        if strangers:
-            raise DataError(
-                f"{output}: has files that are not part of a report ({strangers[0]}); name another output"
-            )
-        return None
-    document = storage.read_json(uri)
-    if not isinstance(document, dict) or document.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{uri}: is not a report that this version reads; name another output")
-    if document.get("asked") != identity:
-        different = [key for key in identity if document.get("asked", {}).get(key) != identity[key]]
-        raise DataError(
-            f"{output}: has a report with other {', '.join(different)}; name another output, or remove that "
-            "directory yourself"
-        )
+    document = artifact.finished(
+        output, DOCUMENT, identity, "a report", key="asked", format_version=FORMAT_VERSION
+    )
+    if document is None:
+        artifact.check_unused(output, "a report", leftovers=(PAGE, CONFIG, REJECTED))
     return document
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from revision_ray.align.alignment import load_alignment
 from revision_ray.align.apply import open_pair
 from revision_ray.align.strategies import StrategyConfig, StrategyName
-from revision_ray.core import config, storage
+from revision_ray.core import artifact, config, storage
 from revision_ray.core.cluster import connect
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import ConfigError, DataError
@@ -37,38 +37,6 @@ from revision_ray.studies.precision import Precision
 from revision_ray.studies.sample_efficiency import SampleEfficiency
 
 FORMAT_VERSION = 1
-
-
-def read_finished(output: str, name: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the finished result of study `name` at `output`; None if there is none.
-
-    Raises:
-        ConfigError: the result there has other settings or inputs.
-        DataError: the file is not a result of this study.
-    """
-    uri = storage.join(output, f"{name}.json")
-    if not storage.exists(uri):
-        return None
-    document = storage.read_json(uri)
-    if not isinstance(document, dict) or "asked" not in document or document.get("study") != name:
-        raise DataError(f"{uri}: is not a result of study {name}; name another output, or remove the file")
-    if document.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{uri}: format_version is {document.get('format_version')}, this version writes "
-            f"{FORMAT_VERSION}; name another output"
-        )
-    different = [key for key in identity if document["asked"].get(key) != identity[key]]
-    if different:
-        key = different[0]
-        raise ConfigError(
-            f"{uri}: has a result with {key} = {_shorten(document['asked'].get(key))}, this job has "
-            f"{_shorten(identity[key])}; name another output, or remove the study's files yourself"
-        )
-    return document
-
-
-def _shorten(value: Any) -> str:
-    return str(value) if len(str(value)) < 200 else f"{str(value)[:200]}..."
 
 
 def write(
@@ -215,7 +183,17 @@ def run_study(job: StudyJob) -> str:
             raise ConfigError(f"study {name} needs {lacking[name]}")
     chosen = [name for name in STUDIES if name in (job.studies or set(STUDIES) - set(lacking))]
     identities = {name: _study_identity(name, opened) for name in chosen}
-    finished = {name: read_finished(output, name, identities[name]) for name in chosen}
+    finished = {
+        name: artifact.finished(
+            output,
+            f"{name}.json",
+            identities[name],
+            f"a study {name}",
+            key="asked",
+            format_version=FORMAT_VERSION,
+        )
+        for name in chosen
+    }
     connect()
     config.save_resolved(job, storage.join(output, "config.yaml"))
     texts = []

@@ -25,7 +25,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from ray.train import Checkpoint
 
-from revision_ray.core import storage
+from revision_ray.core import artifact, storage
 from revision_ray.core.errors import CheckpointError, shorten
 from revision_ray.train.zero import ZeroEngine
 
@@ -121,7 +121,8 @@ def read_position(checkpoint: Checkpoint, identity: dict[str, Any], num_workers:
     """Where `checkpoint` stands; it is one of this very run.
 
     Raises:
-        CheckpointError: it belongs to another run or another number of workers, or it is damaged.
+        OutputError: it belongs to a run of other settings or data.
+        CheckpointError: it belongs to another number of workers, or it is damaged.
     """
     where = checkpoint.path
     with checkpoint.as_directory() as folder:
@@ -134,9 +135,7 @@ def read_position(checkpoint: Checkpoint, identity: dict[str, Any], num_workers:
             f"{where}: format version {position.format_version}, expected {FORMAT_VERSION}; finish the run "
             "with the version of revision_ray that began it"
         )
-    changed = differences(position.identity, identity)
-    if changed:
-        raise CheckpointError(f"{where}: belongs to a run that differs: {changed}; name another output")
+    artifact.check_same(where, "a checkpoint", position.identity, identity)
     if position.num_workers != num_workers:
         raise CheckpointError(
             f"{where}: was written by {position.num_workers} workers, this run has {num_workers}; ZeRO's "
@@ -144,12 +143,6 @@ def read_position(checkpoint: Checkpoint, identity: dict[str, Any], num_workers:
             "checkpoint (jobs/export.py) and start another run from it"
         )
     return position
-
-
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What the one says and the other does not, for a person; empty where they agree."""
-    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    return ", ".join(f"{key} is {found.get(key)}, asked for {wanted.get(key)}" for key in keys)
 
 
 def load(engine: ZeroEngine, checkpoint: Checkpoint) -> None:

@@ -22,9 +22,9 @@ from ray.train.torch import TorchTrainer
 from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
 
-from revision_ray.core import storage
+from revision_ray.core import artifact, storage
 from revision_ray.core.config import MISSING
-from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError
 from revision_ray.core.observe import progress
 from revision_ray.miniature import encoder
 from revision_ray.train import worker
@@ -186,26 +186,15 @@ def _identity(
 def _former_metrics(
     output: str, training: EncoderTraining, identity: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The metrics of the finished encoder at `output`; None where there is none.
+    """Return the metrics of the finished encoder at `output`; None where there is none.
 
     Raises:
-        DataError: another encoder is there, or one that was not measured as asked.
+        OutputError: another encoder is there, or one that was not measured as asked.
     """
-    uri = storage.join(output, "metrics.json")
-    if not storage.exists(uri):
-        return None
-    metrics = storage.read_json(uri)
-    found = metrics.get("identity", {})
-    if found != identity:
-        keys = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
-        differences = ", ".join(f"{key} is {found.get(key)}, asked for {identity.get(key)}" for key in keys)
-        raise DataError(f"{output}: holds an encoder that differs: {differences}; name another output")
-    asked = dataclasses.asdict(training.monitor)
-    if training.monitor.enabled and metrics.get("monitor") != asked:
-        raise DataError(
-            f"{output}: holds this encoder, but with monitor {metrics.get('monitor')}, asked for {asked}; "
-            "what happened in training cannot be measured afterwards: name another output"
-        )
+    metrics = artifact.finished(output, "metrics.json", identity, "an encoder")
+    if metrics and training.monitor.enabled:  # what happened in training cannot be measured afterwards
+        former, current = metrics.get("monitor"), dataclasses.asdict(training.monitor)
+        artifact.check_same(output, "an encoder", {"monitor": former}, {"monitor": current})
     return metrics
 
 

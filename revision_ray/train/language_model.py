@@ -22,9 +22,9 @@ from ray.train.torch import TorchTrainer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from revision_ray.core import storage
+from revision_ray.core import artifact, storage
 from revision_ray.core.config import MISSING
-from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.core.errors import ConfigError
 from revision_ray.core.observe import progress
 from revision_ray.miniature import language_model
 from revision_ray.miniature.documents import Document, DocumentConfig, document
@@ -89,7 +89,7 @@ def train_language_model(training: LanguageTraining) -> tuple[dict[str, Any], bo
     """
     output = storage.absolute(training.output)
     identity = _identity(training)
-    if (former := _former_metrics(output, identity)) is not None:
+    if former := artifact.finished(output, "metrics.json", identity, "a language model"):
         return former, False
     task = {"training": training, "output": output, "identity": identity}
     return fitted(_trainer(training, output, task)), True
@@ -102,20 +102,6 @@ def _identity(training: LanguageTraining) -> dict[str, Any]:
         settings.pop(key)
     texts = [repr(document(training.documents, number)).encode() for number in range(_HASHED_DOCUMENTS)]
     return {**settings, "text_sha256": storage.sha256(*texts)}
-
-
-def _former_metrics(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of the finished model at `output`; None where there is none."""
-    uri = storage.join(output, "metrics.json")
-    if not storage.exists(uri):
-        return None
-    metrics = storage.read_json(uri)
-    found = metrics.get("identity", {})
-    if found != identity:
-        keys = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
-        differences = ", ".join(f"{key} is {found.get(key)}, asked for {identity.get(key)}" for key in keys)
-        raise DataError(f"{output}: holds a language model that differs: {differences}; name another output")
-    return metrics
 
 
 def _trainer(training: LanguageTraining, output: str, task: dict[str, Any]) -> TorchTrainer:

@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError
 
 from revision_ray.align.alignment import load_alignment
-from revision_ray.core import config, storage
+from revision_ray.core import artifact, config, storage
 from revision_ray.core.cluster import connect
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import AlignmentError, ConfigError, DataError
@@ -26,7 +26,7 @@ from revision_ray.data.conversations import source_of
 from revision_ray.encode import embed
 from revision_ray.encode.embed import EmbedJob
 from revision_ray.encode.encoder import EncoderConfig, located
-from revision_ray.train import checkpoint, export, ingest, sources
+from revision_ray.train import export, ingest, sources
 from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.joined import Kind
 from revision_ray.train.loop import TrainingTask, order_of, train
@@ -247,7 +247,8 @@ def _fit(
     if job.optimisation.max_steps is not None:
         num_steps = min(num_steps, job.optimisation.max_steps)
     identity = _identity(job, source)
-    if (former := _former(output, identity)) is not None:
+    if former := artifact.finished(output, RESULTS, identity, "a finished run"):
+        log.info("%s: finished before", output)
         return former
     config.save_resolved(job, storage.join(output, CONFIG))
     task = TrainingTask(
@@ -285,19 +286,6 @@ def _identity(job: PretrainJob | FinetuneJob, source: Source) -> dict[str, Any]:
         flat |= {f"{key}.{inner}".rstrip("."): found for inner, found in nested.items()}
     flat |= {"source": source.content_hash, "embedding_dim": source.embedding_dim}
     return json.loads(json.dumps(flat))
-
-
-def _former(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The results of this very run, if it is finished."""
-    uri = storage.join(output, RESULTS)
-    if not storage.exists(uri):
-        return None
-    found = storage.read_json(uri)
-    changed = checkpoint.differences(found.get("identity", {}), identity)
-    if changed:
-        raise DataError(f"{output}: holds a finished run that differs: {changed}; name another output")
-    log.info("%s: finished before", output)
-    return found
 
 
 def _run(job: Training, output: str, task: TrainingTask) -> dict[str, Any]:
