@@ -192,9 +192,14 @@ def _former_metrics(
         OutputError: another encoder is there, or one that was not measured as asked.
     """
     metrics = artifact.finished(output, "metrics.json", identity, "an encoder")
-    if metrics and training.monitor.enabled:  # what happened in training cannot be measured afterwards
+    if metrics and training.monitor.enabled:
         former, current = metrics.get("monitor"), dataclasses.asdict(training.monitor)
-        artifact.check_same(output, "an encoder", {"monitor": former}, {"monitor": current})
+        artifact.refuse(
+            output,
+            "an encoder",
+            artifact.changes({"monitor": former}, {"monitor": current}),
+            advice="a finished training cannot be measured afterwards",
+        )
     return metrics
 
 
