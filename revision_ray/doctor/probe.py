@@ -21,8 +21,8 @@ from revision_ray.core.errors import DataError
 # The project's dependencies, by the names of their distributions: a test compares them with pyproject.toml.
 PACKAGES = (
     "ray", "torch", "torchvision", "transformers", "open_clip_torch", "deepspeed", "omegaconf", "pyarrow",
-    "numpy", "scipy", "safetensors", "pillow", "protobuf", "sentencepiece", "threadpoolctl", "lazy_loader", "tqdm",
-    "peft", "tensorboardX", "matplotlib", "jinja2", "tokenizers", "aiohttp", "fastapi", "pydantic",
+    "numpy", "scipy", "safetensors", "pillow", "protobuf", "sentencepiece", "threadpoolctl", "lazy_loader",
+    "tqdm", "peft", "tensorboardX", "matplotlib", "jinja2", "tokenizers", "aiohttp", "fastapi", "pydantic",
 )  # fmt: skip
 DRIVERS_FILE = "driver"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
