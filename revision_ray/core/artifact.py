@@ -9,8 +9,8 @@ that folder. It has the output if no other claim is alive there. Of two writers 
 lists after both have written, so they never both go on. A holder rewrites its claim every few seconds. A
 claim is dead when it is much older than one written now, by the clock of the storage, or when its process has
 ended, which only a process on the same machine can tell. The storage only has to list what was written
-before, as local disks, S3 and GCS do. S3's conditional writes (If-None-Match) would be simpler, but pyarrow's
-filesystems cannot send that header, and local and shared disks would still need another way.
+before, as local disks, S3 and GCS do. S3's conditional writes would be simpler, but pyarrow does not send an
+If-None-Match header (it ignores that metadata key), and local disks would still need this.
 """
 
 import json

@@ -1,9 +1,11 @@
 """Read and write bytes at URIs (local paths, s3://, gs://) atomically, with retries on object stores.
 
 A local file is written beside its place, synced and renamed. On an object store one PUT (or a completed
-multipart upload) is atomic by itself. A request to an object store that fails for a passing reason
-(overload, restart, no connection) is made again after a growing wait; an error that will not pass (no such
-file, no permission) is raised at once.
+multipart upload) is atomic by itself. A request to an object store that fails for a passing reason (overload,
+restart, no connection) is made again after a growing wait; an error that will not pass (no such file, no
+permission) is raised at once. pyarrow's S3 retry strategy, which also repeats a read that ends early, does
+not replace these retries: `FileSystem.from_uri` takes none, it does not apply to other stores, and it logs
+nothing while it waits.
 """
 
 import errno
