@@ -70,6 +70,8 @@ def on_post_page(output: str, **_: Any) -> str:
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Turn fenced blocks of the language `math` into MathML, which browsers draw without any script."""
+    if page.file.src_uri == "guides/evaluate.md":
+        markdown = markdown.replace("<!-- benchmarks -->", benchmark_table())
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
     return re.sub(r"^```math\n(.*?)^```$", _mathml, markdown, flags=re.DOTALL | re.MULTILINE)
@@ -165,6 +167,17 @@ def _type(kind: str) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def benchmark_table() -> str:
+    """Return the benchmarks that the evaluate job knows, with what it reads of each."""
+    from revision_ray.evaluate.benchmarks import BENCHMARKS
+
+    rows = ["| benchmark | splits | columns of its files |", "| --- | --- | --- |"]
+    for name, spec in BENCHMARKS.items():
+        columns = ", ".join(f"`{column}`" for column in spec.columns)
+        rows.append(f"| `{name}` | {', '.join(spec.splits)} | {columns} |")
+    return "\n".join(rows)
 
 
 # --- Python API ---------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ class EvaluateJob:
     model: str = ""
     """Folder or URI of a saved model, or a hub id. Required but with `compare`."""
     benchmarks: list[str] = field(default_factory=list)
-    """Names: miniature, mme, mmstar, science_qa, real_world_qa, mmmu, mmmu_pro_standard, mmmu_pro_vision,
-    visulogic, logic_vista, crpe, pope, hallusion_bench. Required but with `compare`."""
+    """Names, such as mme, pope or miniature; an unknown one is answered with all that are known. Required but
+    with `compare`."""
     data: dict[str, str] = field(default_factory=dict)
     """Where each benchmark lies: a directory, a file or a wildcard path of its Parquet or JSONL files; for
     miniature the directory of a world."""
