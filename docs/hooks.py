@@ -244,7 +244,7 @@ def _modules(folder: str) -> Iterator[str]:
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI document of the server, without a model behind it."""
     from revision_ray.serve import http
-    from revision_ray.serve.calls import key_digests
+    from revision_ray.serve.http import key_digests
     from revision_ray.serve.settings import ServeJob
 
     async def nothing() -> None: ...

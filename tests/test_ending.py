@@ -23,8 +23,9 @@ from transformers import (
 from revision_ray.evaluate.responder import Responder
 from revision_ray.model.ending import declare_ends, end_ids, turn_ends, unknown_ends, until_end
 from revision_ray.serve.app import checked
-from revision_ray.serve.engine import Prompt, Sampling
-from revision_ray.serve.language_model import LanguageModel
+from revision_ray.serve.engine import Prompt
+from revision_ray.serve.replicas import LanguageModel
+from revision_ray.serve.sampling import Sampling
 from revision_ray.serve.settings import EngineConfig, ServeJob
 from revision_ray.train import export
 from revision_ray.train.models import Architecture, load_model, new_model

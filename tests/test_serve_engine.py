@@ -30,9 +30,16 @@ from transformers import (
 from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.model import ReVisionProcessor, add_image_token, build_model
 from revision_ray.model.modeling import FrozenImageTower
-from revision_ray.serve.engine import AnswerPiece, GenerationEngine, Prompt, QueueFull, Sampling, make_engine
-from revision_ray.serve.language_model import LanguageModel
-from revision_ray.serve.request_queue import LogitAdjustments, SamplingState, TextStream, TokenNames, choose
+from revision_ray.serve.engine import AnswerPiece, GenerationEngine, Prompt, QueueFull
+from revision_ray.serve.replicas import LanguageModel, make_engine
+from revision_ray.serve.sampling import (
+    LogitAdjustments,
+    Sampling,
+    SamplingState,
+    TextStream,
+    TokenNames,
+    choose,
+)
 from revision_ray.serve.settings import EngineConfig
 
 DIM, VISUAL, CONTEXT = 16, 3, 96

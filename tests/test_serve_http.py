@@ -15,14 +15,13 @@ from transformers import AutoProcessor, AutoTokenizer
 from revision_ray.core import config
 from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.encode.encoder import EncoderConfig, backend
-from revision_ray.serve.app import TextEncoderReplica
-from revision_ray.serve.calls import key_digests
+from revision_ray.serve.calls import Refusal
 from revision_ray.serve.engine import AnswerPiece, QueueFull
-from revision_ray.serve.http import Ingress, asgi_app
-from revision_ray.serve.model_facts import facts_of
-from revision_ray.serve.prompt import Prompter, conversation_of
+from revision_ray.serve.http import Ingress, asgi_app, key_digests
+from revision_ray.serve.prompt import Prompter, conversation_of, facts_of
 from revision_ray.serve.protocol import ApiError, ChatCompletion, ChatRequest, Embeddings
 from revision_ray.serve.proxy import UntilHealthy
+from revision_ray.serve.replicas import TextEncoder
 from revision_ray.serve.settings import RequestLimits, ServeJob, is_loopback
 
 KEY = "a-key-of-the-tests"
@@ -86,7 +85,7 @@ class Pieces:
             if isinstance(step, float):
                 await asyncio.sleep(step)
             elif isinstance(step, list):  # a refusal that comes as a value
-                yield step[0]
+                yield Refusal(step[0])
             elif isinstance(step, Exception):
                 raise step
             else:
@@ -673,7 +672,7 @@ def test_a_bug_of_ours_is_a_500_that_tells_nothing(app_of):
 class Direct:
     """A handle of the text encoder, which works in this process."""
 
-    def __init__(self, encoder: TextEncoderReplica) -> None:
+    def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
 
     @property
@@ -702,7 +701,7 @@ def test_long_texts_are_refused_or_cut_as_asked_and_said(tmp_path):
     long, longer = (" ".join(["word1 word2"] * number) for number in (40, 50))
     word, whole, more = backend(encoder).text_preparer(encoder)(["word1", long, longer])
     assert whole.truncated
-    replica: Any = TextEncoderReplica(encoder)
+    replica: Any = TextEncoder(encoder)
 
     async def alone(ids_T: np.ndarray) -> np.ndarray:
         return replica._tower.encode([ids_T])[0]

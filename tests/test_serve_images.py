@@ -161,7 +161,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(folder):
-    from revision_ray.serve.image_encoder import ImageEncoder
+    from revision_ray.serve.replicas import ImageEncoder
 
     return ImageEncoder(str(folder), ImageSettings(max_pixels=10_000))
 
@@ -184,7 +184,7 @@ def test_the_tower_alone_gives_the_rows_of_the_whole_model(folder, encoder):
 
 
 def test_a_model_without_tower_has_no_image_encoder(tmp_path):
-    from revision_ray.serve.image_encoder import load_image_tower
+    from revision_ray.serve.replicas import load_image_tower
 
     with pytest.raises(ConfigError, match="no image tower"):
         load_image_tower(str(tiny_model(tmp_path, tower=False)))

@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -25,6 +25,15 @@ PREFIX = "revision_ray_"
 STAGE_PREFIX = PREFIX + "stage_"
 
 Tags = Mapping[str, str] | None
+log = logging.getLogger(__name__)
+
+
+def _record(record: Callable[[float, dict[str, str]], None], value: float, tags: Tags) -> None:
+    """Record `value`. An error of Ray's metrics is logged, and never fails what is measured."""
+    try:
+        record(float(value), dict(tags or {}))
+    except Exception:
+        log.debug("a metric was not recorded", exc_info=True)
 
 
 class Counter:
@@ -38,7 +47,7 @@ class Counter:
 
     def inc(self, value: float = 1, tags: Tags = None) -> None:
         if value > 0:
-            self._counter.inc(float(value), dict(tags or {}))
+            _record(self._counter.inc, value, tags)
 
 
 class Gauge:
@@ -52,7 +61,7 @@ class Gauge:
 
     def set(self, value: float, tags: Tags = None) -> None:
         if math.isfinite(value):
-            self._gauge.set(float(value), dict(tags or {}))
+            _record(self._gauge.set, value, tags)
 
 
 class Histogram:
@@ -68,7 +77,7 @@ class Histogram:
 
     def observe(self, value: float, tags: Tags = None) -> None:
         if math.isfinite(value):
-            self._histogram.observe(float(value), dict(tags or {}))
+            _record(self._histogram.observe, value, tags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +156,6 @@ def _tags() -> dict[str, str]:
     return {"run": run.id, "stage": run.stage}
 
 
-log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
 
 

@@ -1,8 +1,4 @@
-"""The Serve application: its deployments, run until it is stopped, or built for `serve deploy`.
-
-Serve logs each raised exception with its trace. So a deployment returns a refusal that the request itself
-caused as a value: it must cost little under load and say nothing about the prompt.
-"""
+"""The Serve application: its deployments, run until it is stopped, or built for `serve deploy`."""
 
 import glob
 import logging
@@ -13,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,54 +22,17 @@ from transformers import AutoTokenizer
 
 from revision_ray.align.alignment import load_alignment
 from revision_ray.core import cluster, config, storage
-from revision_ray.core.errors import AlignmentError, ConfigError, DataError, RevisionError, shorten
+from revision_ray.core.errors import AlignmentError, ConfigError, DataError, shorten
 from revision_ray.encode import checkpoints
 from revision_ray.model import ReVisionConfig
 from revision_ray.model.ending import unknown_ends
 from revision_ray.serve import proxy
-from revision_ray.serve.calls import RETRY_AFTER_S, key_digests
+from revision_ray.serve.calls import RETRY_AFTER_S
 from revision_ray.serve.drift import Drift, DriftMonitor
-from revision_ray.serve.engine import AnswerPiece, Prompt, QueueFull, Sampling
-from revision_ray.serve.http import Ingress
-from revision_ray.serve.image_encoder import ImageEncoder
-from revision_ray.serve.language_model import LanguageModel
-from revision_ray.serve.model_facts import facts_of
-from revision_ray.serve.prompt import Prompter
+from revision_ray.serve.http import Ingress, key_digests
+from revision_ray.serve.prompt import Prompter, facts_of
+from revision_ray.serve.replicas import ImageEncoder, LanguageModel, TextEncoder
 from revision_ray.serve.settings import Replicas, ReplicaSettings, ServeJob, is_loopback
-from revision_ray.serve.text_encoder import TextEncoder
-
-_REFUSALS = (RevisionError, QueueFull, TimeoutError)
-
-
-class LanguageModelReplica(LanguageModel):
-    async def stream(  # type: ignore[override]
-        self, prompt: Prompt, sampling: Sampling
-    ) -> AsyncGenerator[AnswerPiece | Exception, None]:
-        pieces = super().stream(prompt, sampling)
-        try:
-            async for piece in pieces:
-                yield piece
-        except _REFUSALS as refusal:
-            yield refusal
-        finally:
-            await pieces.aclose()
-
-
-class ImageEncoderReplica(ImageEncoder):
-    async def encode(self, content: bytes) -> Any:
-        try:
-            return await super().encode(content)
-        except _REFUSALS as refusal:
-            return refusal
-
-
-class TextEncoderReplica(TextEncoder):
-    async def encode(self, texts: Sequence[str], align: bool, truncate: bool) -> Any:
-        try:
-            return await super().encode(texts, align, truncate)
-        except _REFUSALS as refusal:
-            return refusal
-
 
 log = logging.getLogger(__name__)
 
@@ -143,14 +102,14 @@ def application(job: ServeJob, digests: Sequence[str]) -> serve.Application:
     if job.alignment:
         monitor = _deployed(DriftMonitor, "Monitor", _MONITOR, replicas).bind(job.alignment, job.fits)
     if facts.image_input:
-        image_encoder = _deployed(ImageEncoderReplica, "ImageEncoder", replicas.image_encoder, replicas).bind(
+        image_encoder = _deployed(ImageEncoder, "ImageEncoder", replicas.image_encoder, replicas).bind(
             job.model, job.images, monitor
         )
     if job.encoder is not None:
-        text_encoder = _deployed(TextEncoderReplica, "TextEncoder", replicas.text_encoder, replicas).bind(
+        text_encoder = _deployed(TextEncoder, "TextEncoder", replicas.text_encoder, replicas).bind(
             job.encoder, job.alignment
         )
-    language_model = _deployed(LanguageModelReplica, "LanguageModel", replicas.language_model, replicas).bind(
+    language_model = _deployed(LanguageModel, "LanguageModel", replicas.language_model, replicas).bind(
         job.model, job.engine
     )
     return _deployed(serve.ingress()(Ingress), "Ingress", replicas.ingress, replicas).bind(

@@ -1,26 +1,24 @@
-"""Calls from the HTTP side to replicas (time limits, retries, failures), and checks of every request."""
+"""Calls from the HTTP side to replicas: time limits, retries, failures and refusals."""
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
+import functools
+import inspect
 import logging
-import os
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from revision_ray.core.errors import RevisionError
 from revision_ray.data.images import UndecodableImage
-from revision_ray.serve.engine import AnswerPiece, Prompt, QueueFull, Sampling
+from revision_ray.serve.engine import AnswerPiece, Prompt, QueueFull
 from revision_ray.serve.metrics import instruments
-from revision_ray.serve.protocol import ApiError, internal
+from revision_ray.serve.protocol import ApiError
+from revision_ray.serve.sampling import Sampling
 from revision_ray.serve.settings import RequestLimits
 
 log = logging.getLogger(__name__)
@@ -41,10 +39,52 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
-def value_of(answer: T) -> T:
-    """`answer` of a replica; raised where it is a refusal (deployments.py says why those come as values)."""
-    if isinstance(answer, Exception):
-        raise answer
+@dataclass(frozen=True)
+class Refusal:
+    """What a replica returns instead of raising an error that the request itself caused.
+
+    Serve logs every exception of a replica with its trace (`Request failed.`), counts it as the deployment's
+    error, and has no setting against either. A refusal must cost little under load and log no prompt.
+    """
+
+    error: Exception
+
+
+_REFUSED = (RevisionError, QueueFull, TimeoutError)
+
+
+def refusals_as_values(method: Any) -> Any:
+    """Decorate a coroutine or an async generator method of a replica: return or yield its refusals.
+
+    `value_of` raises them again on the caller's side.
+    """
+    if inspect.isasyncgenfunction(method):
+
+        @functools.wraps(method)
+        async def stream(*args: Any) -> AsyncIterator[Any]:
+            try:
+                async with contextlib.aclosing(method(*args)) as items:
+                    async for item in items:
+                        yield item
+            except _REFUSED as error:
+                yield Refusal(error)
+
+        return stream
+
+    @functools.wraps(method)
+    async def call(*args: Any) -> Any:
+        try:
+            return await method(*args)
+        except _REFUSED as error:
+            return Refusal(error)
+
+    return call
+
+
+def value_of(answer: T | Refusal) -> T:
+    """Return the `answer` of a replica, or raise the error of its refusal."""
+    if isinstance(answer, Refusal):
+        raise answer.error
     return answer
 
 
@@ -91,8 +131,7 @@ def unavailable(part: str) -> ApiError:
 
 def rejected(cause: str) -> None:
     """A refusal is counted."""
-    with contextlib.suppress(Exception):  # metrics fail no request
-        instruments().rejected.inc(tags={"cause": cause})
+    instruments().rejected.inc(tags={"cause": cause})
 
 
 async def ready(handle: Any) -> None:
@@ -152,12 +191,11 @@ class PendingAnswer:
         yield piece
 
     def _count(self, num_tokens: int) -> None:
-        with contextlib.suppress(Exception):  # metrics fail no request
-            made = instruments()
-            made.completion_tokens.inc(num_tokens)
-            if num_tokens > 1:
-                seconds = time.monotonic() - self._began
-                made.time_per_output_token.observe(seconds / (num_tokens - 1))
+        made = instruments()
+        made.completion_tokens.inc(num_tokens)
+        if num_tokens > 1:
+            seconds = time.monotonic() - self._began
+            made.time_per_output_token.observe(seconds / (num_tokens - 1))
 
     def close(self) -> None:
         """The replica stops working on it; nothing happens where it has finished."""
@@ -186,8 +224,7 @@ class LanguageModelCalls:
             timeout_s=self._limits.first_token_timeout_s,
             max_attempts=self._limits.max_attempts,
         )
-        with contextlib.suppress(Exception):  # metrics fail no request
-            instruments().time_to_first_token.observe(time.monotonic() - began)
+        instruments().time_to_first_token.observe(time.monotonic() - began)
         return answer
 
     async def whole(self, prompt: Prompt, sampling: Sampling) -> list[AnswerPiece]:
@@ -240,126 +277,3 @@ async def together(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-# What a browser or a load balancer asks before it has a key; nothing here tells about the model's users.
-OPEN_PATHS = ("/", "/health", "/openapi.json")
-
-
-def key_digests(keys: str) -> tuple[str, ...]:
-    """SHA-256 of each key in a comma-separated list, in hex: what may travel and be kept."""
-    return tuple(_digest(os.fsencode(key.strip())) for key in keys.split(",") if key.strip())
-
-
-def _digest(key: bytes) -> str:
-    return hashlib.sha256(key).hexdigest()
-
-
-class ApiGuard:
-    """ASGI middleware around the API."""
-
-    def __init__(
-        self, app: ASGIApp, *, digests: Sequence[str], max_ongoing_per_key: int | None, gate: "RequestGate"
-    ) -> None:
-        self._app, self._digests, self._gate = app, digests, gate
-        self._max_ongoing_per_key = max_ongoing_per_key
-        self._ongoing: Counter[str] = Counter()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._http(scope, receive, send)
-        else:  # there are no websockets here
-            await send({"type": "websocket.close", "code": 1008})
-
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = "499"  # the client left before an answer
-        head = scope["method"] == "HEAD"
-        if head:  # as GET, without the body
-            scope = {**scope, "method": "GET"}
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = str(message["status"])
-                headers = MutableHeaders(scope=message)
-                headers.setdefault("X-Content-Type-Options", "nosniff")
-                headers.setdefault("Cache-Control", "no-store")
-                headers.setdefault("Referrer-Policy", "no-referrer")
-            elif head and message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
-        try:
-            await self._admitted(scope, receive, noted)
-        except ApiError as error:
-            await error.response()(scope, receive, noted)
-        except Exception as error:
-            if status != "499":  # half of an answer is out: it cannot become another
-                internal(error)
-            else:
-                await internal(error).response()(scope, receive, noted)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            with contextlib.suppress(Exception):  # metrics fail no request
-                instruments().requests.inc(tags={"route": route, "status": status})
-
-    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in OPEN_PATHS:
-            await self._app(scope, receive, send)
-            return
-        digest = self._checked(Headers(scope=scope).get("authorization", ""))
-        with self._gate:
-            limit = self._max_ongoing_per_key
-            if digest and limit is not None and self._ongoing[digest] >= limit:
-                raise overloaded(f"this key has {limit} requests under way; wait for one of them", 429)
-            self._ongoing[digest] += 1
-            try:
-                await self._app(scope, receive, send)
-            finally:
-                self._ongoing[digest] -= 1
-
-    def _checked(self, authorization: str) -> str:
-        """The digest of the key; "" where none is asked for.
-
-        Raises:
-            ApiError: 401.
-        """
-        if not self._digests:
-            return ""
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip().encode("latin-1"))  # the bytes that were sent
-        # Against all of them, in constant time: how long it takes tells nothing.
-        equal = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if scheme.lower() == "bearer" and any(equal):
-            return given
-        rejected("key")
-        reason = "the API key is not known here" if authorization else "the request has no API key"
-        if authorization and scheme.lower() != "bearer":
-            reason = "the Authorization header has another scheme than Bearer"
-        raise ApiError(
-            401,
-            f"{reason}; send one as Authorization: Bearer KEY",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
-
-class RequestGate:
-    """How many requests are inside; once closed, no further one comes in."""
-
-    def __init__(self) -> None:
-        self.num_inside, self._closed = 0, False
-
-    def close(self) -> None:
-        self._closed = True
-
-    def __enter__(self) -> None:
-        if self._closed:
-            rejected("draining")
-            raise ApiError(503, "the server is shutting down; ask another", code="draining", retry_after_s=5)
-        self.num_inside += 1
-
-    def __exit__(self, *raised: Any) -> None:
-        self.num_inside -= 1

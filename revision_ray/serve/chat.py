@@ -1,7 +1,6 @@
 """POST /v1/chat/completions: messages to a prompt, the model's pieces to choices or server-sent events."""
 
 import asyncio
-import contextlib
 import json
 import math
 import time
@@ -14,12 +13,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from revision_ray.serve.calls import LanguageModelCalls, PendingAnswer, explained, together
-from revision_ray.serve.engine import AnswerPiece, Prompt, Sampling, TokenLogprob
+from revision_ray.serve.engine import AnswerPiece, Prompt, TokenLogprob
 from revision_ray.serve.images import ServedImages
 from revision_ray.serve.metrics import instruments
-from revision_ray.serve.model_facts import ModelFacts
-from revision_ray.serve.prompt import Prompter, conversation_of
+from revision_ray.serve.prompt import ModelFacts, Prompter, conversation_of
 from revision_ray.serve.protocol import ApiError, ChatRequest, internal
+from revision_ray.serve.sampling import Sampling
 from revision_ray.serve.settings import RequestLimits
 
 # JSON has no infinity; OpenAI's API says -9999 for tokens that cannot be.
@@ -196,9 +195,8 @@ class ChatCompletions:
         input_ids = await loop.run_in_executor(self._tokenizing, self._prompter.input_ids, conversation)
         self._check_length(request, len(input_ids), len(conversation.images))
         rows_ID = await self._images.embeddings(conversation.images)
-        with contextlib.suppress(Exception):  # metrics fail no request
-            instruments().prompt_tokens.inc(len(input_ids))
-            instruments().visual_tokens.inc(len(rows_ID) * self._prompter.num_visual_tokens)
+        instruments().prompt_tokens.inc(len(input_ids))
+        instruments().visual_tokens.inc(len(rows_ID) * self._prompter.num_visual_tokens)
         return Prompt(input_ids=input_ids, image_embeds=rows_ID)
 
     def _check_length(self, request: ChatRequest, num_tokens: int, num_images: int) -> None:

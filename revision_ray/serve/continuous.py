@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from revision_ray.core.errors import ConfigError
-from revision_ray.serve.request_queue import QueuedEngine, QueuedRequest
+from revision_ray.serve.engine import QueuedEngine, QueuedRequest
 from revision_ray.serve.settings import EngineConfig
 
 _FIRST_LENGTH = 64

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from revision_ray.serve.calls import patiently
+from revision_ray.serve.calls import Refusal, patiently
 from revision_ray.serve.images import ServedImages
 from revision_ray.serve.prompt import ImagePartPlace
 from revision_ray.serve.protocol import ApiError, EmbeddingsRequest, ImageUrlPart
+from revision_ray.serve.replicas import EncodedTexts, TextTooLong
 from revision_ray.serve.settings import RequestLimits
-from revision_ray.serve.text_encoder import EncodedTexts, TextTooLong
 
 
 class EmbeddingInputs:
@@ -122,12 +122,13 @@ class EmbeddingInputs:
 
         async def attempt() -> Any:
             answer = await self._texts.encode.remote(texts, bool(request.align), truncate)
-            if not isinstance(answer, TextTooLong):
+            if not (isinstance(answer, Refusal) and isinstance(answer.error, TextTooLong)):
                 return answer
-            param = "input" if isinstance(request.input, str) else f"input[{places[answer.index]}]"
+            text = answer.error
+            param = "input" if isinstance(request.input, str) else f"input[{places[text.index]}]"
             raise ApiError(
                 400,
-                f"{param}: the text has {answer.num_tokens} tokens, and the encoder takes {answer.limit}; "
+                f"{param}: the text has {text.num_tokens} tokens, and the encoder takes {text.limit}; "
                 "shorten it, or set truncate_prompt_tokens to -1 to have its end cut off",
                 param=param,
                 code="context_length_exceeded",

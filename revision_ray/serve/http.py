@@ -1,8 +1,12 @@
-"""The HTTP side of the application: routes, strict JSON bodies of bounded size, and their handlers."""
+"""The HTTP side of the application: routes, strict JSON bodies of bounded size, API keys, and handlers."""
 
 import asyncio
+import hashlib
+import hmac
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,32 +15,31 @@ from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute, APIRouter
 from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import AutoTokenizer
 
 from revision_ray.core import storage
 from revision_ray.serve import metrics
 from revision_ray.serve.calls import (
-    ApiGuard,
     LanguageModelCalls,
-    RequestGate,
     cause_of,
+    overloaded,
     ready,
     rejected,
     together,
     unavailable,
 )
 from revision_ray.serve.chat import ChatCompletions, EventStream
+from revision_ray.serve.drift import DriftReporter
 from revision_ray.serve.embeddings import EmbeddingInputs
 from revision_ray.serve.images import Fetcher, ServedImages
-from revision_ray.serve.metrics import DriftReporter
-from revision_ray.serve.model_facts import ModelFacts
 from revision_ray.serve.page import page
-from revision_ray.serve.prompt import Prompter
+from revision_ray.serve.prompt import ModelFacts, Prompter
 from revision_ray.serve.protocol import (
     MAX_NAME,
     ApiError,
@@ -48,6 +51,7 @@ from revision_ray.serve.protocol import (
     Health,
     Model,
     Models,
+    internal,
     invalid,
     starting,
 )
@@ -153,6 +157,128 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+# What a browser or a load balancer asks before it has a key; nothing here tells about the model's users.
+OPEN_PATHS = ("/", "/health", "/openapi.json")
+
+
+def key_digests(keys: str) -> tuple[str, ...]:
+    """SHA-256 of each key in a comma-separated list, in hex: what may travel and be kept."""
+    return tuple(_digest(os.fsencode(key.strip())) for key in keys.split(",") if key.strip())
+
+
+def _digest(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
+
+
+class ApiGuard:
+    """ASGI middleware around the API."""
+
+    def __init__(
+        self, app: ASGIApp, *, digests: Sequence[str], max_ongoing_per_key: int | None, gate: "RequestGate"
+    ) -> None:
+        self._app, self._digests, self._gate = app, digests, gate
+        self._max_ongoing_per_key = max_ongoing_per_key
+        self._ongoing: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:  # there are no websockets here
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = "499"  # the client left before an answer
+        head = scope["method"] == "HEAD"
+        if head:  # as GET, without the body
+            scope = {**scope, "method": "GET"}
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("X-Content-Type-Options", "nosniff")
+                headers.setdefault("Cache-Control", "no-store")
+                headers.setdefault("Referrer-Policy", "no-referrer")
+            elif head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        try:
+            await self._admitted(scope, receive, noted)
+        except ApiError as error:
+            await error.response()(scope, receive, noted)
+        except Exception as error:
+            if status != "499":  # half of an answer is out: it cannot become another
+                internal(error)
+            else:
+                await internal(error).response()(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            metrics.instruments().requests.inc(tags={"route": route, "status": status})
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        digest = self._checked(Headers(scope=scope).get("authorization", ""))
+        with self._gate:
+            limit = self._max_ongoing_per_key
+            if digest and limit is not None and self._ongoing[digest] >= limit:
+                raise overloaded(f"this key has {limit} requests under way; wait for one of them", 429)
+            self._ongoing[digest] += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._ongoing[digest] -= 1
+
+    def _checked(self, authorization: str) -> str:
+        """The digest of the key; "" where none is asked for.
+
+        Raises:
+            ApiError: 401.
+        """
+        if not self._digests:
+            return ""
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip().encode("latin-1"))  # the bytes that were sent
+        # Against all of them, in constant time: how long it takes tells nothing.
+        equal = [hmac.compare_digest(given, digest) for digest in self._digests]
+        if scheme.lower() == "bearer" and any(equal):
+            return given
+        rejected("key")
+        reason = "the API key is not known here" if authorization else "the request has no API key"
+        if authorization and scheme.lower() != "bearer":
+            reason = "the Authorization header has another scheme than Bearer"
+        raise ApiError(
+            401,
+            f"{reason}; send one as Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class RequestGate:
+    """How many requests are inside; once closed, no further one comes in."""
+
+    def __init__(self) -> None:
+        self.num_inside, self._closed = 0, False
+
+    def close(self) -> None:
+        self._closed = True
+
+    def __enter__(self) -> None:
+        if self._closed:
+            rejected("draining")
+            raise ApiError(503, "the server is shutting down; ask another", code="draining", retry_after_s=5)
+        self.num_inside += 1
+
+    def __exit__(self, *raised: Any) -> None:
+        self.num_inside -= 1
+
+
 _HEALTH_TIMEOUT_S = 3.0
 _DRIFT_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 1.0
@@ -171,7 +297,7 @@ class Ingress:
         text_encoder: Any = None,
         monitor: Any = None,
     ) -> None:
-        """`digests` are the API keys' (guard.key_digests): the keys themselves never come here."""
+        """`digests` are the API keys' (key_digests): the keys themselves never come here."""
         self.job, self.digests, self.gate = job, tuple(digests), RequestGate()
         self.model = facts.listed(job.model_id)
         self._monitor = monitor
@@ -374,7 +500,7 @@ def _no_query(request: Request) -> None:
 
 
 def _open(ingress: Ingress) -> APIRouter:
-    """What needs no key: guard.OPEN_PATHS."""
+    """What needs no key: OPEN_PATHS."""
     router = APIRouter()
 
     @router.get("/health", responses=_errors(503))

@@ -32,9 +32,8 @@ from revision_ray.data.images import (
     is_image,
 )
 from revision_ray.serve.calls import patiently, rejected, together
-from revision_ray.serve.metrics import DriftReporter
-from revision_ray.serve.model_facts import ModelFacts
-from revision_ray.serve.prompt import ImagePartPlace
+from revision_ray.serve.drift import DriftReporter
+from revision_ray.serve.prompt import ImagePartPlace, ModelFacts
 from revision_ray.serve.protocol import ApiError, ImageEmbedding, ImageUrlPart
 from revision_ray.serve.settings import ImageSettings, RemoteImageSettings, RequestLimits
 
