@@ -1,4 +1,8 @@
-"""A headless Chromium, driven over the WebDriver protocol with nothing but the standard library."""
+"""A headless Chromium, driven over the WebDriver protocol with nothing but the standard library.
+
+Debian's chromedriver has the version of its chromium, and gives computed labels and roles by the standard.
+Playwright would add a Node runtime to the installation, and is built for browser builds of its own.
+"""
 
 import base64
 import contextlib

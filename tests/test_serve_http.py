@@ -15,7 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from revision_ray.core import config
 from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.encode.encoder import EncoderConfig, backend
-from revision_ray.serve.calls import Refusal
+from revision_ray.serve.calls import Refusal, refusals_as_values
 from revision_ray.serve.engine import AnswerPiece, QueueFull
 from revision_ray.serve.http import Ingress, asgi_app, key_digests
 from revision_ray.serve.prompt import Prompter, conversation_of, facts_of
@@ -949,3 +949,41 @@ def test_settings_out_of_range_are_refused():
     assert config.load(ServeJob, ["model=a/b/"]).model_id == "b"
     with pytest.raises(ApiError):
         raise ApiError(400, "an error of the API is an exception")
+
+
+def test_a_replica_returns_its_refusals_and_raises_other_errors():
+    class Replica:
+        closed = False
+
+        @refusals_as_values
+        async def encode(self, error: Exception) -> int:
+            raise error
+
+        @refusals_as_values
+        async def stream(self, error: Exception | None) -> AsyncIterator[int]:
+            try:
+                yield 1
+                if error is not None:
+                    raise error
+                yield 2
+            finally:
+                self.closed = True
+
+    async def streamed(replica: Replica, error: Exception | None) -> list[Any]:
+        return [item async for item in replica.stream(error)]
+
+    async def left() -> bool:
+        replica = Replica()
+        items = replica.stream(None)
+        await anext(items)
+        await items.aclose()
+        return replica.closed
+
+    refused = DataError("too long")
+    assert asyncio.run(Replica().encode(refused)) == Refusal(refused)
+    assert asyncio.run(streamed(Replica(), refused)) == [1, Refusal(refused)]
+    assert asyncio.run(streamed(Replica(), None)) == [1, 2]
+    for call in (Replica().encode, lambda error: streamed(Replica(), error)):
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(call(ZeroDivisionError()))
+    assert asyncio.run(left())  # a client that leaves frees the slot at once

@@ -97,6 +97,8 @@ def explained(error: Exception, part: str) -> ApiError:
     cause = cause_of(error)
     if isinstance(cause, ApiError):
         return cause
+    # Serve's BackpressureConfig (app.py) answers what its proxy refuses. What a handle behind the ingress
+    # refuses arrives here, and is answered with the API's error object.
     if isinstance(cause, BackPressureError | QueueFull):
         return overloaded(f"the {part} has as many requests as it takes; try again in a moment")
     if isinstance(cause, TimeoutError):

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -17,7 +18,24 @@ from revision_ray.serve.engine import AnswerPiece, Prompt, TokenLogprob
 from revision_ray.serve.images import ServedImages
 from revision_ray.serve.metrics import instruments
 from revision_ray.serve.prompt import ModelFacts, Prompter, conversation_of
-from revision_ray.serve.protocol import ApiError, ChatRequest, internal
+from revision_ray.serve.protocol import (
+    AnswerMessage,
+    ApiError,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatRequest,
+    Choice,
+    ChoiceLogprobs,
+    ChunkChoice,
+    Delta,
+    ErrorResponse,
+    FinishReason,
+    Logprob,
+    PromptDetails,
+    TokenLogprobs,
+    Usage,
+    internal,
+)
 from revision_ray.serve.sampling import Sampling
 from revision_ray.serve.settings import RequestLimits
 
@@ -33,12 +51,12 @@ class ChatStream:
         answers: Sequence[PendingAnswer],
         *,
         head: dict[str, Any],
-        usage: Callable[[int], dict[str, Any]],
+        usage: Callable[[int], Usage],
         with_logprobs: bool,
         with_usage: bool,
         timeout_s: float,
     ) -> None:
-        """`usage` is told the answers' tokens, once; `timeout_s` is for the whole stream."""
+        """`usage` is called once, with the answers' number of tokens; `timeout_s` bounds the whole stream."""
         self._answers, self._head, self._usage = answers, head, usage
         self._with_logprobs, self._with_usage, self._timeout_s = with_logprobs, with_usage, timeout_s
 
@@ -53,31 +71,35 @@ class ChatStream:
         ends = time.monotonic() + self._timeout_s
         try:
             for index in range(len(self._answers)):
-                yield self._chunk(index, {"role": "assistant", "content": ""})
+                yield self._chunk(index, Delta(role="assistant", content=""))
             async for index, piece in merged(self._answers):
                 if time.monotonic() > ends:  # each piece has a limit of its own
                     raise TimeoutError
                 num_tokens[index] = piece.num_tokens
-                said = logprobs([piece]) if self._with_logprobs and piece.token else None
-                if piece.text or said:
-                    yield self._chunk(index, {"content": piece.text}, said)
+                token_logprobs = logprobs([piece]) if self._with_logprobs and piece.token else None
+                if piece.text or token_logprobs:
+                    yield self._chunk(index, Delta(content=piece.text), token_logprobs)
                 if piece.finish_reason is not None:
-                    yield self._chunk(index, {}, finish_reason=piece.finish_reason)
+                    yield self._chunk(index, Delta(), finish_reason=piece.finish_reason)
             usage = self._usage(sum(num_tokens))
             if self._with_usage:
-                yield _event(self._head | {"choices": [], "usage": usage})
+                yield _event(ChatCompletionChunk(**self._head, choices=[], usage=usage))
             yield b"data: [DONE]\n\n"
         except Exception as error:
-            yield _event(_said(error))
+            yield _event(_error_response(error))
         finally:
             self.close()
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], said: Any = None, finish_reason: str | None = None
+        self,
+        index: int,
+        delta: Delta,
+        token_logprobs: ChoiceLogprobs | None = None,
+        finish_reason: FinishReason | None = None,
     ) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": said, "finish_reason": finish_reason}
-        usage = {"usage": None} if self._with_usage else {}
-        return _event(self._head | {"choices": [choice]} | usage)
+        choice = ChunkChoice(index=index, delta=delta, logprobs=token_logprobs, finish_reason=finish_reason)
+        usage: dict[str, Any] = {"usage": None} if self._with_usage else {}
+        return _event(ChatCompletionChunk(**self._head, choices=[choice], **usage))
 
 
 class EventStream(StreamingResponse):
@@ -130,30 +152,36 @@ async def merged(answers: Sequence[PendingAnswer]) -> AsyncIterator[tuple[int, A
             task.cancel()
 
 
-def logprobs(pieces: Iterable[AnswerPiece]) -> dict[str, Any]:
-    """OpenAI's object for the tokens of pieces that name theirs."""
+def logprobs(pieces: Iterable[AnswerPiece]) -> ChoiceLogprobs:
+    """Return the log probabilities of the pieces' tokens; pieces without a token are left out."""
     content = [
-        _logprob(piece.token) | {"top_logprobs": [_logprob(other) for other in piece.top]}
+        TokenLogprobs(
+            **_logprob_fields(piece.token),
+            top_logprobs=[Logprob(**_logprob_fields(other)) for other in piece.top],
+        )
         for piece in pieces
         if piece.token
     ]
-    return {"content": content, "refusal": None}
+    return ChoiceLogprobs(content=content, refusal=None)
 
 
-def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    known = token.logprob if math.isfinite(token.logprob) else _LEAST_LOGPROB
-    return {"token": token.token, "logprob": max(known, _LEAST_LOGPROB), "bytes": list(token.bytes)}
+def _logprob_fields(token: TokenLogprob) -> dict[str, Any]:
+    finite = token.logprob if math.isfinite(token.logprob) else _LEAST_LOGPROB
+    return {"token": token.token, "logprob": max(finite, _LEAST_LOGPROB), "bytes": list(token.bytes)}
 
 
-def _said(error: Exception) -> dict[str, Any]:
+def _error_response(error: Exception) -> ErrorResponse:
     try:
-        return explained(error, "language model").body()
+        api_error = explained(error, "language model")
     except Exception as unexpected:
-        return internal(unexpected).body()
+        api_error = internal(unexpected)
+    return ErrorResponse.model_validate(api_error.body())
 
 
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+def _event(body: BaseModel) -> bytes:
+    """Write a server-sent event whose data are the fields of `body` that are set."""
+    text = json.dumps(body.model_dump(exclude_unset=True), ensure_ascii=False, allow_nan=False)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 class ChatCompletions:
@@ -287,28 +315,24 @@ class ChatCompletions:
             for choice in range(request.n or 1)
         ]
 
-    async def complete(self, request: ChatRequest, prompt: Prompt) -> dict[str, Any]:
-        """The body of an answer that is not streamed.
+    async def complete(self, request: ChatRequest, prompt: Prompt) -> ChatCompletion:
+        """Return the body of an answer that is not streamed.
 
         Raises:
             ApiError: the model refused, or failed.
         """
         answers = await together([self._calls.whole(prompt, each) for each in self.samplings(request)])
         choices = [
-            {
-                "index": index,
-                "message": {
-                    "role": "assistant",
-                    "content": "".join(piece.text for piece in pieces),
-                    "refusal": None,
-                },
-                "logprobs": logprobs(pieces) if request.logprobs else None,
-                "finish_reason": pieces[-1].finish_reason,
-            }
+            Choice(
+                index=index,
+                message=AnswerMessage(role="assistant", content="".join(piece.text for piece in pieces)),
+                logprobs=logprobs(pieces) if request.logprobs else None,
+                finish_reason=pieces[-1].finish_reason,  # type: ignore[arg-type]  # the last piece has one
+            )
             for index, pieces in enumerate(answers)
         ]
         usage = self._usage(prompt, sum(pieces[-1].num_tokens for pieces in answers))
-        return self._head("chat.completion") | {"choices": choices, "usage": usage}
+        return ChatCompletion(**self._head("chat.completion"), choices=choices, usage=usage)
 
     async def start(self, request: ChatRequest, prompt: Prompt) -> ChatStream:
         """The events of a streamed answer, each of whose choices has begun.
@@ -345,12 +369,12 @@ class ChatCompletions:
             "model": self._model,
         }
 
-    def _usage(self, prompt: Prompt, completion_tokens: int) -> dict[str, Any]:
+    def _usage(self, prompt: Prompt, completion_tokens: int) -> Usage:
         visual = len(prompt.image_embeds) * self._prompter.num_visual_tokens
         total = len(prompt.input_ids)
-        return {
-            "prompt_tokens": total,
-            "completion_tokens": completion_tokens,
-            "total_tokens": total + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0, "visual_tokens": visual},
-        }
+        return Usage(
+            prompt_tokens=total,
+            completion_tokens=completion_tokens,
+            total_tokens=total + completion_tokens,
+            prompt_tokens_details=PromptDetails(cached_tokens=0, visual_tokens=visual),
+        )

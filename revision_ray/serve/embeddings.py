@@ -11,7 +11,14 @@ import numpy as np
 from revision_ray.serve.calls import Refusal, patiently
 from revision_ray.serve.images import ServedImages
 from revision_ray.serve.prompt import ImagePartPlace
-from revision_ray.serve.protocol import ApiError, EmbeddingsRequest, ImageUrlPart
+from revision_ray.serve.protocol import (
+    ApiError,
+    Embedding,
+    Embeddings,
+    EmbeddingsRequest,
+    EmbeddingsUsage,
+    ImageUrlPart,
+)
 from revision_ray.serve.replicas import EncodedTexts, TextTooLong
 from revision_ray.serve.settings import RequestLimits
 
@@ -26,8 +33,8 @@ class EmbeddingInputs:
         self._has_fit = has_fit
         self._described: dict[str, Any] | None = None
 
-    async def embed(self, request: EmbeddingsRequest) -> dict[str, Any]:
-        """The body of the answer.
+    async def embed(self, request: EmbeddingsRequest) -> Embeddings:
+        """Return the body of the answer.
 
         Raises:
             ApiError: an input is refused, or the parts that embed it are not there.
@@ -52,22 +59,22 @@ class EmbeddingInputs:
         of_images = ((row_D, False) for row_D in await self._images.embeddings(shown))
         rows = [next(of_texts if isinstance(item, str) else of_images) for item in items]
         num_tokens = encoded.num_tokens if encoded else 0
-        return {
-            "object": "list",
-            "data": [
-                {
-                    "object": "embedding",
-                    "index": index,
-                    "embedding": _written(row_D, request.encoding_format),
-                    "truncated": truncated,
-                }
+        return Embeddings(
+            object="list",
+            data=[
+                Embedding(
+                    object="embedding",
+                    index=index,
+                    embedding=_written(row_D, request.encoding_format),
+                    truncated=truncated,
+                )
                 for index, (row_D, truncated) in enumerate(rows)
             ],
-            "model": self._model,
-            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-            "encoder_fingerprint": space["fingerprint"] or "",
-            "num_truncated": sum(truncated for _, truncated in rows),
-        }
+            model=self._model,
+            usage=EmbeddingsUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
+            encoder_fingerprint=space["fingerprint"] or "",
+            num_truncated=sum(truncated for _, truncated in rows),
+        )
 
     def _check(self, request: EmbeddingsRequest, items: list[str | ImageUrlPart]) -> None:
         limits = self._limits

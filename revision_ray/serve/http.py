@@ -442,7 +442,7 @@ def _posts(ingress: Ingress, route_class: Any) -> APIRouter:
         prompt = await ingress.chat.prompt(body)
         if body.stream:
             return EventStream(await ingress.chat.start(body, prompt))
-        return JSONResponse(await ingress.chat.complete(body, prompt))
+        return JSONResponse((await ingress.chat.complete(body, prompt)).model_dump())
 
     @router.post(
         "/v1/embeddings", response_model=None, responses={200: {"model": Embeddings}, **_POST_ERRORS}
@@ -450,7 +450,7 @@ def _posts(ingress: Ingress, route_class: Any) -> APIRouter:
     async def embeddings(body: EmbeddingsRequest) -> Response:
         """Embed texts and images in the space of the model's encoder."""
         ingress.check_model(body.model)
-        return JSONResponse(await ingress.embeddings.embed(body))
+        return JSONResponse((await ingress.embeddings.embed(body)).model_dump())
 
     return router
 

@@ -168,8 +168,12 @@ async def _fetch(session: aiohttp.ClientSession, url: str) -> str | None:
 
 
 def relay(texts: Iterable[str]) -> str:
-    """The expositions `texts` as one: families named in RELAYED, each with one HELP and one TYPE before all
-    of its samples, as the format demands."""
+    """Return the expositions `texts` as one, with the families named in RELAYED alone.
+
+    Each has one HELP and one TYPE before all of its samples, as the format demands.
+    """
+    # Lines are passed on as Ray wrote them. prometheus_client's parser and writer would make an object of
+    # every sample, and declare counters whose names do not end in _total under other names.
     heads: dict[str, dict[str, str]] = {}
     samples: dict[str, list[str]] = {}
     for text in texts:
