@@ -1,5 +1,6 @@
 """Steps are a function of data, seed and step alone; joins, alignment and mixtures are what they say."""
 
+import gzip
 import json
 import time
 from collections import Counter
@@ -615,6 +616,20 @@ def test_captions_beside_real_images_are_stage_one_too(cluster, pictures, format
         expected = unit(IMAGE_ND)[[rows[row_id] for row_id in batch.ids]]
         np.testing.assert_allclose(batch.image_embeds.numpy(), expected, atol=1e-7)
         assert (batch.input_ids[:, :2] == formatter.image_token_id).all()
+
+
+def test_captions_of_coco_and_of_tables_are_stage_one_too(cluster, pictures, tmp_path):
+    images = [{"id": n, "file_name": f"a/{n}.jpg"} for n in range(10)]
+    annotations = [{"id": 100 + n, "image_id": n % 10, "caption": f"a red dog {n}"} for n in range(20)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    table = "file_name,text\n" + "".join(f"a/{n}.jpg,a dog {n}\n" for n in range(10))
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(table.encode()))
+    for name, num_rows in (("coco.json", 20), ("t.csv.gz", 10)):
+        part = ConversationSource(uri=str(tmp_path / name))
+        source = conversation_source([part], [pictures], str(tmp_path / "cache"), kind="captions")
+        assert source.num_rows == num_rows
+        embeds = source.embeddings(0, np.arange(10))
+        np.testing.assert_allclose(np.concatenate(embeds), unit(IMAGE_ND)[0:20:2], atol=1e-7)
 
 
 def test_a_mixture_repeats_its_parts_and_mixes_text_alone_in(cluster, pictures, formatter, tmp_path):

@@ -1,6 +1,9 @@
 """Sources: every row of every format comes out once, with its id; what cannot be a row says why and where."""
 
 import base64
+import bz2
+import csv
+import gzip
 import hashlib
 import io
 import json
@@ -16,7 +19,7 @@ import pytest
 from PIL import Image
 
 from revision_ray.core.errors import DataError
-from revision_ray.data import interpret, records, sources
+from revision_ray.data import records, sources
 from revision_ray.data.images import decode_image
 from revision_ray.data.shards import ImageRow, Rejected, TextRow
 from revision_ray.data.sources import image_splits, read_images, read_texts, text_splits
@@ -292,8 +295,7 @@ def test_long_texts_pass_whole_in_every_format(tmp_path):
 
 def test_an_endless_line_is_rejected_and_the_next_one_read(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_READ_BYTES", 64)
-    for module in (records, interpret):
-        monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
     path = write(tmp_path / "a.txt", "x" * 1000 + "\n" + "y" * 5000 + "\nlast\n")
     first, long, last = texts(path)
     assert (first.text, last.text) == ("x" * 1000, "last")
@@ -670,7 +672,7 @@ def test_missing_and_empty_sources_say_what_was_found(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "csv" / "a.csv", "1,2")
     write(tmp_path / "csv" / "b.csv", "1,2")
-    write(tmp_path / "zip" / "a.jsonl.gz", b"\x1f\x8b")
+    write(tmp_path / "zip" / "a.jsonl.xz", b"\xfd7zXZ")
     write(tmp_path / "void" / "a.txt", "")
     write(tmp_path / "void" / "b.jsonl", "")
     pq.write_table(pa.table({"score": [1.0]}), tmp_path / "scores.parquet")
@@ -946,3 +948,148 @@ def test_a_value_that_is_no_image_is_one_short_rejection(tmp_path):
     for row, part in zip(rows, ("no base64", "breaks", "not base64"), strict=False):
         assert part in row.reason
     assert {row.reason for row in rows[5:8]} == {"no such image file"}
+
+
+# Compressed files, tables and COCO captions.
+
+CODECS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "zst": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
+LINES = "".join(json.dumps({"id": f"t{n}", "text": f"text {n} ü"}) + "\n" for n in range(500))
+PLAIN = {
+    "a.jsonl": LINES,
+    "a.json": json.dumps([json.loads(line) for line in LINES.splitlines()]),
+    "a.csv": "id,text\r\n" + "".join(f"t{n},text {n} ü\r\n" for n in range(500)),
+    "a.txt": "".join(f"text {n} ü\n" for n in range(500)),
+}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_compressed_file_has_the_rows_of_its_plain_one_in_one_split(tmp_path, name, codec):
+    plain = write(tmp_path / "plain" / name, PLAIN[name])
+    packed = write(tmp_path / "packed" / f"{name}.{codec}", CODECS[codec](PLAIN[name].encode()))
+    assert len(text_splits([str(packed)], bytes_per_split=100)) == 1
+    assert pairs(texts(packed.parent)) == pairs(texts(plain))
+    assert len(pairs(texts(packed))) == 500
+    # The same data twice in a folder is taken once.
+    both = write(tmp_path / "plain" / packed.name, packed.read_bytes()).parent
+    assert pairs(texts(both)) == pairs(texts(plain))
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.bz2", "a.tar.zst"])
+def test_a_compressed_tar_has_the_samples_of_its_plain_one(tmp_path, name):
+    tar = write_tar(
+        tmp_path / "plain.tar", [("a.png", RED), ("a.txt", b"red"), ("b.png", BLUE), ("b.txt", b"blue")]
+    )
+    codec = {"tgz": "gz"}.get(name.split(".")[-1], name.split(".")[-1])
+    packed = write(tmp_path / "packed" / name, CODECS[codec](tar.read_bytes()))
+    assert pairs(texts(packed)) == [("a", "red"), ("b", "blue")]
+    assert [(row.id, row.content) for row in images(packed)] == [("a", RED), ("b", BLUE)]
+    assert sources.tar_shards([str(packed.parent)]) == [str(packed)]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_compressed_file_that_is_cut_off_or_damaged_is_an_error_that_names_it(tmp_path, name, codec):
+    content = CODECS[codec](PLAIN[name].encode())
+    for number, damaged in enumerate((content[: len(content) // 2], b"no such format", content[:-3])):
+        path = write(tmp_path / f"{number}" / f"{name}.{codec}", damaged)
+        with pytest.raises(DataError, match=re.escape(str(path))):
+            texts(path)
+
+
+@pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_tables_follow_the_rules_of_quotes_and_of_records(tmp_path, ending, delimiter):
+    rows = [
+        ["id", "url", "caption", "note"],
+        ["007", "https://h/1", f'a "red"{delimiter} dog', ""],
+        ["b", "", "two\r\nlines", "x"],
+        ["", "", "no id", ""],
+        ["d", "", " ", ""],
+    ]
+    sink = io.StringIO()
+    csv.writer(sink, delimiter=delimiter).writerows(rows)
+    text = sink.getvalue() + delimiter.join(["e", "too few"]) + "\r\n\r\n"
+    path = write(tmp_path / f"a.{ending}", "\ufeff" + text + delimiter.join(["f", "", "last", ""]))
+    found = texts(path)
+    assert pairs(found) == [
+        ("007", f'a "red"{delimiter} dog'),
+        ("b", "two\r\nlines"),
+        (content_id("no id"), "no id"),
+        ("f", "last"),
+    ]
+    assert [(row.id, row.uri.rpartition(":")[2]) for row in rejections(found)] == [
+        ("d", "line 6"),
+        ("e", "line 7"),
+    ]
+    assert "2 cells" in rejections(found)[1].reason
+
+
+def test_a_table_that_cannot_be_read_names_its_columns_or_its_line(tmp_path):
+    write(tmp_path / "none.csv", "name,score\na,1\n")
+    with pytest.raises(DataError, match=r"\['name', 'score'\].*text or caption"):
+        texts(tmp_path / "none.csv")
+    write(tmp_path / "open.csv", 'text\na\n"never closed\nb\n')
+    with pytest.raises(DataError, match=r"open\.csv: malformed at or after line 2"):
+        texts(tmp_path / "open.csv")
+    write(tmp_path / "twice.csv", "text,text\na,b\n")
+    with pytest.raises(DataError, match="same name"):
+        texts(tmp_path / "twice.csv")
+    write(tmp_path / "latin.csv", b"id,text\n1,caf\xe9\n2,tea\n")
+    found = texts(tmp_path / "latin.csv")
+    assert pairs(found) == [("2", "tea")]
+    assert (rejections(found)[0].id, "UTF-8" in rejections(found)[0].reason) == ("1", True)
+
+
+def test_a_table_lists_images_beside_it_or_stands_for_texts_only(tmp_path):
+    write(tmp_path / "all" / "pictures" / "a.png", RED)
+    table = write(
+        tmp_path / "all" / "metadata.csv", "id,file_name,text\n7,pictures/a.png,a red square\n8,b.png,gone\n"
+    )
+    found = images(table)
+    assert [(row.id, row.content) for row in found if isinstance(row, ImageRow)] == [("7", RED)]
+    assert [row.id for row in rejections(found)] == ["8"]
+    assert [row.id for row in images(tmp_path / "all")] == ["pictures/a"]  # the files themselves
+    assert pairs(texts(tmp_path / "all")) == [("7", "a red square"), ("8", "gone")]
+
+
+def coco(tmp_path, **fields):
+    document = {
+        "info": {"year": 2017},
+        "images": [
+            {"id": 9, "file_name": "9.png", "coco_url": "http://h/9"},
+            {"id": 4, "file_name": "4.png"},
+        ],
+        "annotations": [
+            {"image_id": 9, "id": 38, "caption": "a red square"},
+            {"image_id": 4, "id": 67, "caption": "a blue one"},
+            {"image_id": 9, "id": 70, "caption": "something red"},
+        ],
+    }
+    return write(tmp_path / "captions.json", json.dumps(document | fields))
+
+
+def test_captions_of_coco_are_texts_and_its_images_images(tmp_path):
+    path = coco(tmp_path)
+    expected = [("38", "a red square"), ("67", "a blue one"), ("70", "something red")]
+    assert pairs(texts(path)) == expected
+    assert pairs(texts(path, bytes_per_split=60)) == expected
+    write(tmp_path / "9.png", RED)
+    write(tmp_path / "4.png", BLUE)
+    assert [(row.id, row.content) for row in images(path)] == [("9", RED), ("4", BLUE)]
+    (split,) = text_splits([str(path)])
+    named = [record.fields()["image"] for record in records.read_records(split, ["image"])]
+    assert named == ["9.png", "4.png", "9.png"]
+
+
+def test_objects_that_are_no_captions_of_coco_are_refused(tmp_path):
+    with pytest.raises(DataError, match="'annotations'"):
+        texts(coco(tmp_path, annotations=[{"image_id": 9, "id": 1, "bbox": [0, 0, 1, 1]}]))
+    with pytest.raises(DataError, match="keep one"):
+        texts(coco(tmp_path, texts=[{"id": "a", "text": "b"}]))
+    (split,) = text_splits([str(coco(tmp_path, images=[{"id": 9, "file_name": "9.png"}]))])
+    bad = [record.bad for record in records.read_records(split, ["image"])]
+    assert [reason is not None for reason in bad] == [False, True, False]

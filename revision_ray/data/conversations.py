@@ -8,8 +8,8 @@ from typing import Any, Final, Literal
 from revision_ray.core import storage
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import ConfigError, DataError, quote
-from revision_ray.data.interpret import read_records
-from revision_ray.data.records import TEXT_IDS, DerivedIds, RowError, fields_of, image_names, known_id
+from revision_ray.data.fields import TEXT_IDS, DerivedIds, RowError, fields_of, image_names, known_id
+from revision_ray.data.records import COCO_ANNOTATIONS, read_records
 from revision_ray.data.shards import Rejected, SourceSplit
 from revision_ray.data.sources import text_splits
 from revision_ray.data.turns import (
@@ -117,6 +117,8 @@ def expand(source: ConversationSource) -> list[ConversationSource]:
     if not named_json or storage.is_wildcard(source.uri) or not _is_object(source.uri):
         return [source]
     document = storage.read_json(source.uri)
+    if isinstance(document.get(COCO_ANNOTATIONS), list):
+        return [source]  # captions of COCO, which the reader of records knows or refuses
     if not all(isinstance(entry, dict) and "annotation" in entry for entry in document.values()):
         raise DataError(
             f"{source.uri}: is an object with the keys {quote(list(document)[:8])}; expected a list of "
@@ -176,7 +178,7 @@ def read_conversations(split: SourceSplit) -> Iterator[Conversation | Rejected]:
 def parse_record(record: object, derived: DerivedIds | None = None) -> Conversation:
     """The conversation of a LLaVA, Bunny or InternVL record: {id, image, conversations: [{from, value}]}.
 
-    `image` is a path, a list of them, or absent. `data.records` says which other fields count. A record
+    `image` is a path, a list of them, or absent. `data.fields` says which other fields count. A record
     without id gets one from its content (`derived`, where ids are to be unique among several records).
 
     Raises:

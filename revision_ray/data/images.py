@@ -19,6 +19,11 @@ FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 HEAD_BYTES = 64
 """As many of its first bytes tell whether a file is an image of these formats (`is_image`)."""
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "jif", "png", "apng", "webp", "gif", "bmp", "dib", "tif",
+                    "tiff", "avif", "avifs")  # fmt: skip
+# Downloads keep what stood behind the name: .jpg_large, .jpg:orig, .jpg?w=640.
+_IMAGE_ENDING = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})(\?[^/]*|[^a-z0-9./?][^./]*)?$", re.IGNORECASE)
+
 _DATA_URI = re.compile(r"data:(?P<type>[^,;]*)(?P<parameters>(?:;[^,;]*)*),", re.IGNORECASE)
 _MAX_URI_HEADER = 256
 _BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
@@ -51,6 +56,15 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def without_image_ending(path: str) -> str:
+    """`path` without the ending of an image file, if it has one."""
+    return _IMAGE_ENDING.sub("", path)
+
+
+def has_image_ending(path: str) -> bool:
+    return _IMAGE_ENDING.search(path) is not None
 
 
 class UndecodableImage(DataError):  # noqa: N818

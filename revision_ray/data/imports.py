@@ -22,8 +22,8 @@ from revision_ray.core.config import MISSING
 from revision_ray.core.errors import DataError, quote, shorten
 from revision_ray.core.observe import progress
 from revision_ray.data import shards
+from revision_ray.data.fields import is_filled
 from revision_ray.data.finish import DuplicateIds, FinishSettings, claim, describe, finish_store
-from revision_ray.data.records import is_filled
 from revision_ray.data.shards import EmbeddingTable, EncoderIdentity, Modality, Rejected, ShardFooter
 
 # The key under which the reference keeps what was embedded, by modality.

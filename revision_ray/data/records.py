@@ -1,33 +1,21 @@
-"""Read records of JSON, JSONL, Parquet and tar files in ranges, and say what a record means.
+"""Read records of JSON, JSON Lines, CSV, Parquet, text and tar files, each with its place in the file.
 
-Every reader asks the functions here, so that a record means the same wherever it is read: texts and images
-of the embed job, captions of stage 1, conversations of stage 2, pairs of the encoder's training.
-
-A field that is null, NaN, blank or an empty list is not filled, and hides no other field. The first filled
-field counts, in this order:
-
-- id of a text or conversation: `id`, `key`, `text_id`, `question_id`; of an image: `id`, `image_id`, `key`;
-- text: `text`, `caption`, `captions`, else the assistant's first answer in the turns that is trained on.
-  A list of several texts is several captions and no text;
-- turns: `conversations`, `messages` or `conversation`, of {from, value} or {role, content}; roles are human,
-  user, gpt, assistant, system, developer; content is a string or a list of text and image parts;
-- image: `image` or `images`, then the fields of a location.
-
-Fields that change what a conversation teaches are honoured: `system` (and its other names) becomes a system
-turn; `weight`, `loss`, `train` and the like of an assistant's turn, 0 or 1, say whether it is trained on.
-Those that would change it in a way that is not supported (`tools`, `videos`, `rejected`, ...: REFUSED_FIELDS
-and REFUSED_TURN_FIELDS) reject the record, as do fields that contradict each other. All others are metadata.
+`read_records` is the one reader of all jobs; `data.interpret` and `data.turns` turn records into texts,
+images and conversations. Files ending in .gz, .bz2 or .zst are decompressed while they are read.
 """
 
 import codecs
-import hashlib
+import csv
 import io
 import json
 import logging
+import math
 import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,196 +25,60 @@ import pyarrow.types as pat
 
 from revision_ray.core import storage
 from revision_ray.core.errors import DataError, quote, shorten
-from revision_ray.data.images import HEAD_BYTES, UndecodableImage, image_value
+from revision_ray.data.fields import (
+    CAPTION_FIELDS,
+    FILE_NAME,
+    IMAGE_FIELDS,
+    IMAGE_NAMES,
+    LOCATION_FIELDS,
+    TEXT_FIELDS,
+    TEXT_IDS,
+    TURN_FIELDS,
+    DerivedIds,
+    RowError,
+    canonical,
+    fields_of,
+    is_filled,
+    known_id,
+    utf8,
+    with_file_name,
+)
+from revision_ray.data.images import HEAD_BYTES, IMAGE_EXTENSIONS, is_image
+from revision_ray.data.shards import Rejected, SourceSplit
 
-# A text does not take `image_id`: five captions of one image share it.
-TEXT_IDS = ("id", "key", "text_id", "question_id")
-CAPTION_FIELDS = ("text", "caption", "captions")
-TURN_FIELDS = ("conversations", "messages", "conversation")
-TEXT_FIELDS = (*CAPTION_FIELDS, *TURN_FIELDS)
-IMAGE_IDS = ("id", "image_id", "key")
-LOCATION_FIELDS = ("uri", "image_uri", "image_path", "url", "image_url")
-# `jpg`, `png` and `webp` hold bytes in the tables that img2dataset writes.
-IMAGE_FIELDS = ("image", "bytes", "jpg", "jpeg", "png", "webp", *LOCATION_FIELDS)
-# Fields under which a conversation or a caption names images; `uri` and `url` are often where a text is from.
-IMAGE_NAMES = ("image", "images", "image_path", "image_uri", "image_url")
-
-
-class RowError(DataError):
-    """This row cannot be used; the message is the reason. It becomes a `Rejected`."""
-
-
-class DerivedIds:
-    """Ids of one split's rows that bring none: 20 hex digits of the content's SHA-256.
-
-    A function of content, hence equal between runs; a content that occurs again gets `-2`, `-3`, so that
-    every row of the split keeps an id of its own. Holds about 80 bytes for each id given.
-    """
-
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self._repetitions: dict[int, int] = {}
-
-    def __call__(self, content: bytes) -> str:
-        digest = hashlib.sha256(content).digest()[:10]
-        number = int.from_bytes(digest, "big")
-        if number not in self._seen:
-            self._seen.add(number)
-            return digest.hex()
-        self._repetitions[number] = self._repetitions.get(number, 1) + 1
-        return f"{digest.hex()}-{self._repetitions[number]}"
+TEXT_ENDINGS = ("txt", "text", "caption")
+FILES_READ_AHEAD = 8  # files read at once: object stores answer in tens of milliseconds, whatever the size
+_TEXT_BATCH_ROWS = 1024
+_IMAGE_BATCH_ROWS = 16
+_BOM = b"\xef\xbb\xbf"
+_CODECS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
-def known_id(record: dict[str, Any], fields: Sequence[str]) -> str | None:
-    """The first of `fields` that `record` fills, as a string; None where it fills none.
-
-    Raises:
-        RowError: the id is neither a string nor a number, or not Unicode.
-    """
-    for field in fields:
-        value = record.get(field)
-        if not is_filled(value):
-            continue
-        if isinstance(value, bytes):
-            value = utf8(value)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # an integer column with gaps, as pandas stores it
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise RowError(f"field {field!r} is {kind_of(value)}, expected a string or a number")
-        return unicode(str(value), f"field {field!r}")
-    return None
+def compression_of(path: str) -> str | None:
+    """Return the codec of a compressed file (gzip, bz2 or zstd) by the ending of its name, else None."""
+    return _CODECS.get(posixpath.splitext(path)[1].lower())
 
 
-def unicode(text: str, what: str) -> str:
-    """`text`, known to have a UTF-8 form. JSON can spell half a surrogate pair, which has none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(
-            f"{what} is not Unicode: a lone surrogate {text[error.start]!r} at character {error.start}"
-        ) from error
-    return text
+def uncompressed_name(path: str) -> str:
+    """Return `path` without the ending of a compressed file: x.json for x.json.gz, x.tar for x.tgz."""
+    stem, ending = posixpath.splitext(path)
+    if compression_of(path) is None:
+        return path
+    return stem + ".tar" if ending.lower() == ".tgz" else stem
 
 
-def utf8(content: bytes, start: int = 0) -> str:
-    """The text of UTF-8 `content`, whose first byte is byte `start` of where it was found."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError(f"invalid UTF-8 at byte {start + error.start}: {error.reason}") from error
-
-
-def fields_of(record: object) -> dict[str, Any]:
-    """`record`, known to be an object with fields."""
-    if not isinstance(record, dict):
-        raise RowError(f"record is {kind_of(record)}, expected an object with fields")
-    return record
-
-
-def is_filled(value: object) -> bool:
-    """Whether a field says something: it is not null, NaN, blank, or an empty list or object."""
-    if isinstance(value, str | bytes):
-        return bool(value.strip())
-    if isinstance(value, list | tuple | dict):
-        return bool(value)
-    # NaN is what pandas makes of a missing value.
-    return value is not None and not (isinstance(value, float) and value != value)
-
-
-def image_names(record: dict[str, Any]) -> tuple[str, ...]:
-    """The paths or ids by which `record` names its images outside its turns; none where it names none.
+def open_content(uri: str) -> pa.NativeFile:
+    """Open the file at `uri`; one that is compressed gives its content, and cannot be sought.
 
     Raises:
-        RowError: a name is no string, or `image` and `images` differ.
+        DataError: nothing there, or it cannot be read.
     """
-    return named_images(record, IMAGE_NAMES, "the record")
+    file = storage.open_input(uri)
+    codec = compression_of(storage.name_of(uri))
+    return pa.CompressedInputStream(file, codec) if codec else file
 
 
-def named_images(fields: dict[str, Any], asked: Sequence[str], where: str) -> tuple[str, ...]:
-    filled = [field for field in asked if is_filled(fields.get(field))]
-    paths: dict[str, tuple[str, ...]] = {}
-    for field in filled:
-        value = fields[field]
-        paths[field] = tuple(
-            checked_path(image.get("path") if isinstance(image, dict) else image, f"field {field!r}")
-            for image in (value if isinstance(value, list) else [value])
-        )
-        if field not in ("image", "images"):
-            break  # the same image, elsewhere
-    if not paths:
-        return ()
-    if paths.get("image", paths.get("images")) != paths.get("images", paths.get("image")):
-        raise RowError(f"'image' and 'images' of {where} differ; keep one of them")
-    return next(iter(paths.values()))
-
-
-def checked_path(value: object, what: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise RowError(f"{what} holds {value!r:.60}, expected a path or a list of paths")
-    return unicode(value, what)
-
-
-def first_filled(
-    fields: dict[str, Any], asked: Sequence[str], where: str, alike: dict[str, Any] | None = None
-) -> Any:
-    """The value of the first of `asked` that is filled, else of the first that is there.
-
-    Others that are filled must be equal to it, or stand for the same in `alike`.
-    """
-    filled = [field for field in asked if is_filled(fields.get(field))]
-    check_equal(fields, filled, where, alike)
-    present = filled or [field for field in asked if fields.get(field) is not None]
-    return fields[present[0]] if present else None
-
-
-def check_equal(
-    fields: dict[str, Any], filled: Sequence[str], where: str, alike: dict[str, Any] | None = None
-) -> None:
-    for other in filled[1:]:
-        first, second = fields[filled[0]], fields[other]
-        if first != second and (not alike or alike.get(str(first)) != alike.get(str(second))):
-            raise RowError(f"{filled[0]!r} and {other!r} of {where} differ; keep one of them")
-
-
-def image_of(record: dict[str, Any]) -> bytes | str:
-    """The encoded image in `record`, or the path or URI that it gives instead; see `image_value`.
-
-    Raises:
-        RowError: there is neither, or it can be no image.
-    """
-    for field in IMAGE_FIELDS:
-        try:
-            value = image_value(record.get(field))
-        except UndecodableImage as error:
-            raise RowError(f"field {field!r}: {error}") from error
-        if value is None or value == "":
-            continue
-        if isinstance(value, str) and field == "bytes":
-            raise RowError(f"field 'bytes' is a string that is no image in base64: {quote(value, 60)}")
-        return value if isinstance(value, bytes) else unicode(value, f"field {field!r}")
-    raise RowError(missing("image", record, IMAGE_FIELDS))
-
-
-def canonical(record: dict[str, Any]) -> bytes:
-    """Bytes that equal records share, to derive the id of one that was rejected."""
-    return repr(sorted(record.items())).encode("utf-8", "backslashreplace")
-
-
-def missing(what: str, record: dict[str, Any], asked: Sequence[str]) -> str:
-    nulls = [field for field in asked if field in record]
-    state = (
-        f"fields {nulls} are null or empty"
-        if nulls
-        else f"found fields {quote(sorted(map(str, record))[:20])}"
-    )
-    return f"no {what}: {state}, expected one of {list(asked)}"
-
-
-def kind_of(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
+COCO_ANNOTATIONS = "annotations"
 MAX_RECORD_CHARACTERS = 64 * 2**20
 _READ_BYTES = 2**20
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
@@ -235,24 +87,27 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True, slots=True)
 class JsonElement:
-    """A value of the list, the bytes it was parsed from, and the byte offset where they begin."""
+    """A value of a list, the bytes it was parsed from, where they begin, and the list's name, if any."""
 
     offset: int
     raw: bytes
     value: Any
+    list_name: str = ""
 
 
 def elements(uri: str, list_key: str) -> Iterator[JsonElement]:
-    """The values of the list that the JSON document at `uri` is, or that its object has under `list_key`.
+    """Read the list that the JSON document at `uri` is, or that its object has under `list_key`.
 
-    Memory is bounded by the largest value (MAX_RECORD_CHARACTERS at most). Bytes that are not UTF-8 are given
-    as lone surrogates inside the values; `raw` shows them as they are.
+    Where an object has no list "texts", its list "annotations" is read, if it holds captions (COCO).
+
+    Memory is bounded by the largest value (MAX_RECORD_CHARACTERS at most). Bytes that are not UTF-8 become
+    lone surrogates inside the values; `raw` has them as they are.
 
     Raises:
         DataError: no such list; or the document breaks: everything before that byte was given, nothing after
             it can be known.
     """
-    with storage.open_input(uri) as file:
+    with open_content(uri) as file:
         text = _Text(file, uri)
         opening = text.peek()
         if opening == "[":
@@ -267,10 +122,10 @@ def elements(uri: str, list_key: str) -> Iterator[JsonElement]:
             )
 
 
-def _list(text: "_Text") -> Iterator[JsonElement]:
+def _list(text: "_Text", name: str = "") -> Iterator[JsonElement]:
     text.take("[")
     while text.peek() != "]":
-        yield text.value()
+        yield text.value(name)
         if text.peek() != "]":
             text.take(",")
     text.take("]")
@@ -278,23 +133,34 @@ def _list(text: "_Text") -> Iterator[JsonElement]:
 
 def _member(text: "_Text", list_key: str) -> Iterator[JsonElement]:
     keys = []
+    has_captions = False
     text.take("{")
     while text.peek() != "}":
-        keys.append(text.value().value)
+        key = text.value().value
         text.take(":")
         if text.peek() == "[":
-            for element in _list(text):  # Lists of other names are walked through too, an element at a time.
-                if keys[-1] == list_key:
+            may_be_coco = key == COCO_ANNOTATIONS and list_key == "texts" and "texts" not in keys
+            # Lists of other names are walked through too, an element at a time.
+            for number, element in enumerate(_list(text, key)):
+                if may_be_coco and not number:
+                    has_captions = isinstance(element.value, dict) and "caption" in element.value
+                if key == list_key or (may_be_coco and has_captions):
                     yield element
         else:
             text.value()
+        keys.append(key)
         if text.peek() != "}":
             text.take(",")
+        if has_captions and key == list_key:
+            raise DataError(
+                f"{text.uri}: has captions in {COCO_ANNOTATIONS!r}, and a list {list_key!r} too; keep one"
+            )
     text.take("}")
-    if list_key not in keys:
+    if list_key not in keys and not has_captions:
         raise DataError(
             f"{text.uri}: is an object with the keys {quote(keys[:20])}; expected a list of records, or "
-            f"an object with the list {list_key!r}; a file of one record a line is named .jsonl"
+            f"an object with the list {list_key!r}, or with COCO's captions in {COCO_ANNOTATIONS!r}; a file "
+            "of one record a line is named .jsonl"
         )
 
 
@@ -335,7 +201,7 @@ class _Text:
         self._position += 1
         self._offset += 1
 
-    def value(self) -> JsonElement:
+    def value(self, list_name: str = "") -> JsonElement:
         """The next JSON value."""
         if not self.peek():
             raise self.broken("expected a value", cut_off=True)
@@ -357,7 +223,7 @@ class _Text:
                 raise self.broken(f"a value has more than {MAX_RECORD_CHARACTERS} characters")
             self._grow()
         raw = self._buffer[self._position : end].encode("utf-8", "surrogateescape")
-        element = JsonElement(self._offset, raw, value)
+        element = JsonElement(self._offset, raw, value, list_name)
         self._position = end
         self._offset += len(raw)
         return element
@@ -390,8 +256,8 @@ class _Text:
 MAX_LINE_BYTES = 64 * 2**20
 
 
-def lines(uri: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line without its break) of each line that begins in bytes [start, stop) of `uri`.
+def lines(uri: str, start: int = 0, stop: float = math.inf) -> Iterator[tuple[int, bytes]]:
+    """Read (byte offset, line without its break) of each line that begins in bytes [start, stop) of `uri`.
 
     Ranges that touch give every line once: a line belongs to the range where it begins. Lines end with LF or
     CRLF. Of a line longer than MAX_LINE_BYTES that many bytes and one more are given, which tells it apart.
@@ -399,7 +265,7 @@ def lines(uri: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     Raises:
         DataError: the file is missing or cannot be read.
     """
-    with io.BufferedReader(storage.open_input(uri), _READ_BYTES) as file:  # type: ignore[arg-type]
+    with io.BufferedReader(open_content(uri), _READ_BYTES) as file:  # type: ignore[arg-type]
         offset = start
         try:
             if start:
@@ -453,7 +319,7 @@ class TarSample:
 def samples(
     uri: str, extensions: Collection[str], max_bytes: int, *, by_content: ByContent | None = None
 ) -> Iterator[TarSample]:
-    """The samples of the tar at `uri`: consecutive members of one key, with contents of `extensions` only.
+    """Read the samples of the tar at `uri`: consecutive members of one key, contents of `extensions` only.
 
     The key is the member's path up to the first dot of its base name, the extension what follows, in lower
     case (the WebDataset rule). Hidden members and those named `__*__` belong to no sample, nor do those
@@ -461,13 +327,12 @@ def samples(
     of none, are wanted too. Holds one sample in memory.
 
     Raises:
-        DataError: missing, compressed, damaged or cut off; the message names the last sample that is
-            whole. An archive
+        DataError: missing, damaged or cut off; the message names the last sample that is whole. An archive
             without its end mark counts as cut off: how much is missing cannot be known.
     """
     sample: TarSample | None = None
     last_key: str | None = None
-    with storage.open_input(uri) as file:
+    with open_content(uri) as file:
         try:
             for name, extension, size, content in _files(file, uri, extensions, max_bytes, by_content):
                 key = name[: len(name) - len(extension) - 1] if extension else name
@@ -480,7 +345,7 @@ def samples(
             raise DataError(
                 f"{uri}: is no sound tar archive: {shorten(error)}; the last whole sample is "
                 f"{None if last_key is None else quote(last_key)}; "
-                "restore the file (compressed archives are not read: decompress them first)"
+                "restore the file (a compressed archive is named .tar.gz, .tgz, .tar.bz2 or .tar.zst)"
             ) from error
     if sample is not None:
         yield sample
@@ -511,8 +376,9 @@ def _files(
                 yield name, extension, entry.size, content
             else:
                 num_passed += 1
-        file.seek(archive.offset)  # type: ignore[attr-defined]
-        while rest := file.read(_READ_BYTES):
+        stream = archive.fileobj
+        assert stream is not None
+        while rest := stream.read(_READ_BYTES):
             if rest.strip(b"\0"):
                 raise tarfile.ReadError("data follows the end mark; was it joined with cat? join with tar -A")
     if num_passed:
@@ -570,7 +436,7 @@ class ParquetFooter:
 
 
 def footer(uri: str) -> ParquetFooter:
-    """The footer of the Parquet file at `uri`; nothing else of it is read.
+    """Read the footer of the Parquet file at `uri`, and nothing else of it.
 
     Raises:
         DataError: it is no Parquet file.
@@ -640,7 +506,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 def rows(
     uri: str, start: int, stop: int, columns: Sequence[str], batch_size: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number in the file, record of `columns`) of row groups [start, stop).
+    """Read (row number in the file, record of `columns`) of row groups [start, stop).
 
     Columns that the file lacks are left out; a string that is not UTF-8 is given as bytes. Where img2dataset
     wrote images into the table, the rows of failed downloads, which hold none, are left out. Holds
@@ -678,3 +544,284 @@ def _value(scalar: pa.Scalar) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:  # Other writers do not check that a string column holds UTF-8.
         return error.object
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """A record of a file: its place, its bytes, their content, and why it cannot be read, if so.
+
+    The content of a record that cannot be read may still hold its id. `raw` is empty where the format gives
+    values, not bytes.
+    """
+
+    where: str
+    raw: bytes
+    content: object
+    bad: RowError | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the record.
+
+        Raises:
+            RowError: the record cannot be read, or is no object.
+        """
+        if self.bad is not None:
+            raise self.bad
+        return fields_of(self.content)
+
+    def rejected(self, reason: str, derived: DerivedIds) -> Rejected:
+        """Return the entry of this record in the list of rejected ones, under its id if that is usable."""
+        identity = None
+        if isinstance(self.content, dict):
+            with suppress(RowError):
+                identity = known_id(self.content, TEXT_IDS)
+        raw = self.raw or (canonical(self.content) if isinstance(self.content, dict) else b"")
+        return Rejected(id=identity or derived(raw), uri=self.where, reason=reason)
+
+
+def read_records(split: SourceSplit, columns: Sequence[str]) -> Iterator[SourceRecord]:
+    """Read every record of `split`, in the order of the file; of a Parquet file these columns only.
+
+    A line of text is a record with a `text`. A sample of a tar is the record in its KEY.json, with `text`
+    from KEY.txt and the key as its id, which is the name of its image too where an image is in the sample. A
+    caption of COCO has `image`, its image's file name, where `columns` ask for images.
+
+    Raises:
+        DataError: the file itself is missing, damaged or cut off; the records before were given.
+    """
+    modality, _, container = split.kind.partition("_")
+    if container == "parquet":
+        return _from_parquet(split, columns, _IMAGE_BATCH_ROWS if modality == "image" else _TEXT_BATCH_ROWS)
+    if container == "json":
+        return _from_json(split, modality, columns)
+    if container in ("csv", "tsv"):
+        return _from_table(split, "," if container == "csv" else "\t")
+    return {"lines": _from_lines, "jsonl": _from_jsonl, "files": _from_text_files, "tar": _from_tar}[
+        container
+    ](split)
+
+
+def _from_lines(split: SourceSplit) -> Iterator[SourceRecord]:
+    for offset, line in lines(split.uri, split.start, _end(split)):
+        raw = line.removeprefix(_BOM) if offset == 0 else line
+        where = f"{split.uri}:byte {offset}"
+        try:
+            yield SourceRecord(where, raw, {"text": utf8(_whole(raw), offset + len(line) - len(raw))})
+        except RowError as error:
+            yield SourceRecord(where, raw, None, error)
+
+
+def _from_jsonl(split: SourceSplit) -> Iterator[SourceRecord]:
+    for offset, line in lines(split.uri, split.start, _end(split)):
+        raw = line.removeprefix(_BOM) if offset == 0 else line
+        if raw.strip():
+            yield record_of_json(raw, f"{split.uri}:byte {offset}", offset + len(line) - len(raw))
+
+
+def _whole(line: bytes) -> bytes:
+    if len(line) > MAX_LINE_BYTES:
+        raise RowError(f"a line of more than {MAX_LINE_BYTES} bytes")
+    return line
+
+
+def record_of_json(raw: bytes, where: str, offset: int) -> SourceRecord:
+    """Parse one record as JSON; its first byte is byte `offset` of the file."""
+    bad = None
+    try:
+        utf8(_whole(raw), offset)
+    except RowError as error:
+        bad = error
+    try:
+        # Where bytes are not UTF-8 the id may still be good.
+        return SourceRecord(where, raw, json.loads(raw.decode("utf-8", "surrogateescape")), bad)
+    except json.JSONDecodeError as error:
+        at = offset + len(error.doc[: error.pos].encode("utf-8", "surrogateescape"))
+        return SourceRecord(where, raw, None, bad or RowError(f"malformed JSON at byte {at}: {error.msg}"))
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting beyond the stack
+        return SourceRecord(where, raw, None, bad or RowError(f"malformed JSON: {shorten(error)}"))
+
+
+def _from_json(split: SourceSplit, modality: str, columns: Sequence[str]) -> Iterator[SourceRecord]:
+    file_names: dict[Any, Any] | None = None
+    for element in elements(split.uri, f"{modality}s"):
+        if element.offset >= _end(split):
+            return
+        if element.offset < split.start:
+            continue
+        value, bad = element.value, None
+        if modality == "text":
+            try:
+                utf8(element.raw, element.offset)
+            except RowError as error:
+                bad = error
+        if element.list_name == COCO_ANNOTATIONS and "image" in columns and isinstance(value, dict):
+            file_names = _coco_file_names(split.uri) if file_names is None else file_names
+            image_id = value.get("image_id")
+            if image_id in file_names:
+                value = {**value, "image": file_names[image_id]}
+            else:
+                bad = bad or RowError(f"image_id {quote(image_id, 60)} is not among the file's 'images'")
+        yield SourceRecord(f"{split.uri}:byte {element.offset}", element.raw, value, bad)
+
+
+def _end(split: SourceSplit) -> float:
+    """Return the byte where the split ends; a compressed file is one split, whose size nobody knows."""
+    return split.stop or math.inf
+
+
+def _coco_file_names(uri: str) -> dict[Any, Any]:
+    """Return the file name of each image by its id."""
+    images = (element.value for element in elements(uri, "images"))
+    return {image.get("id"): image.get("file_name") for image in images if isinstance(image, dict)}
+
+
+def _from_parquet(split: SourceSplit, columns: Sequence[str], batch_rows: int) -> Iterator[SourceRecord]:
+    for number, record in rows(split.uri, split.start, split.stop, columns, batch_rows):
+        yield SourceRecord(f"{split.uri}:row {number}", b"", record)
+
+
+def table_header(uri: str, delimiter: str) -> list[str]:
+    """Read the column names of the CSV or TSV file at `uri`; none where it does not begin with a header.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with suppress(csv.Error):
+        for _, header in _table_rows(uri, delimiter):
+            return header
+    return []
+
+
+def table_text_columns(header: Sequence[str]) -> list[str]:
+    """Return the columns of a CSV or TSV file that hold texts."""
+    return [name for name in CAPTION_FIELDS if name in header]
+
+
+def table_image_columns(header: Sequence[str]) -> list[str]:
+    """Return the columns of a CSV or TSV file that hold images or their locations."""
+    return [name for name in (*IMAGE_FIELDS, FILE_NAME) if name in header]
+
+
+def _from_table(split: SourceSplit, delimiter: str) -> Iterator[SourceRecord]:
+    header: list[str] | None = None
+    line = 1
+    try:
+        for line, cells in _table_rows(split.uri, delimiter):
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise DataError(f"{split.uri}: two columns of {quote(header[:20])} have the same name")
+                continue
+            bad = None
+            if len(cells) != len(header):
+                bad = RowError(f"{len(cells)} cells, but the header has {len(header)}")
+            fields = dict(zip(header, cells, strict=False))
+            try:
+                utf8("".join(cells).encode("utf-8", "surrogateescape"))
+            except RowError as error:
+                bad = RowError(f"invalid UTF-8 in line {line}: {error}")
+            yield SourceRecord(f"{split.uri}:line {line}", b"", with_file_name(fields), bad)
+    except csv.Error as error:
+        raise DataError(
+            f"{split.uri}: malformed at or after line {line}: {error}; what follows cannot be known. Quote "
+            'cells that hold quotes, delimiters or line breaks, and double the quotes inside: "a ""b"" c"'
+        ) from error
+
+
+def _table_rows(uri: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Read (number of its first line, cells) of every row that is not blank.
+
+    Raises:
+        csv.Error: a quote that is not closed, or with text behind it.
+        DataError: the file cannot be read.
+    """
+    csv.field_size_limit(MAX_LINE_BYTES)  # the module's own limit of 131072 characters is for all readers
+    with io.TextIOWrapper(
+        io.BufferedReader(open_content(uri), _READ_BYTES),  # type: ignore[arg-type]
+        "utf-8-sig",
+        "surrogateescape",
+        newline="",
+    ) as text:
+        reader = csv.reader(_bounded_lines(text), delimiter=delimiter, strict=True)
+        first = 1
+        try:
+            for cells in reader:
+                if cells:
+                    yield first, cells
+                first = reader.line_num + 1
+        except OSError as error:
+            raise DataError(f"{uri}: cannot be read near line {first}: {shorten(error, 400)}") from error
+
+
+def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    while line := text.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise csv.Error(f"a line of more than {MAX_LINE_BYTES} characters")
+        yield line
+
+
+def _from_text_files(split: SourceSplit) -> Iterator[SourceRecord]:
+    with ThreadPoolExecutor(FILES_READ_AHEAD) as pool:
+        for start in range(0, len(split.files), _TEXT_BATCH_ROWS):
+            uris = split.files[start : start + _TEXT_BATCH_ROWS]
+            for uri, content in zip(uris, pool.map(storage.read_bytes, uris), strict=True):
+                key, _, extension = storage.relative_path(uri, split.uri).rpartition(".")
+                fields, bad = _of_file(uri, extension.lower(), content)
+                yield SourceRecord(uri, b"", {**fields, "id": key}, bad)
+
+
+def _from_tar(split: SourceSplit) -> Iterator[SourceRecord]:
+    for sample in samples(split.uri, (*TEXT_ENDINGS, "json"), MAX_LINE_BYTES):
+        yield record_of_sample(split.uri, sample)
+
+
+def images_in(sample: TarSample) -> list[TarMember]:
+    """Return the members of `sample` that are images by their extension, else by their content."""
+    named = [member for member in sample.members if member.extension in IMAGE_EXTENSIONS]
+    return named or [m for m in sample.members if m.content is not None and is_image(m.content[:HEAD_BYTES])]
+
+
+def record_of_sample(uri: str, sample: TarSample) -> SourceRecord:
+    """Return the record of a sample of the tar at `uri`, whose contents of TEXT_ENDINGS and json were read.
+
+    Its text is that of KEY.txt (.text, .caption) that is not blank; all else is in KEY.json.
+    """
+    by_extension = {member.extension: member for member in reversed(sample.members)}
+    members = [by_extension[ending] for ending in (*TEXT_ENDINGS, "json") if ending in by_extension]
+    fields: dict[str, Any] = {}
+    bad: RowError | None = None
+    if not members:
+        bad = RowError(f"no text: found members {quote(sorted(by_extension))}, expected .txt or .json")
+    for member in reversed(members):  # the text of the first of them in place of those of the others
+        if member.content is None:
+            bad = RowError(f"{member.size} bytes, more than {MAX_LINE_BYTES}")
+            continue
+        member_fields, problem = _of_file(storage.join(uri, member.name), member.extension, member.content)
+        if problem is not None:
+            bad = problem
+        elif member.extension == "json":
+            fields = member_fields
+        elif is_filled(member_fields["text"]) or len(members) == 1:
+            fields, bad = {**fields, **member_fields}, None  # a text does not need the .json beside it
+    if images_in(sample) and not _names_several(fields):
+        fields = {name: value for name, value in fields.items() if name not in IMAGE_NAMES}
+        fields["image"] = sample.key
+    where = storage.join(uri, members[0].name if members else sample.key)
+    return SourceRecord(where, b"", {**fields, "id": sample.key}, bad)
+
+
+def _of_file(where: str, extension: str, content: bytes) -> tuple[dict[str, Any], RowError | None]:
+    """Return the fields of a file that holds a text, or a record as JSON; or why it holds none."""
+    raw = content.removeprefix(_BOM)
+    try:
+        if extension == "json":
+            return record_of_json(raw, where, 0).fields(), None
+        # The line break at the end of a text file is no part of the caption.
+        return {"text": utf8(_whole(raw)).strip()}, None
+    except RowError as error:
+        return {}, error
+
+
+def _names_several(fields: dict[str, Any]) -> bool:
+    lists = [value for name in IMAGE_NAMES if isinstance(value := fields.get(name), list)]
+    return any(len(value) > 1 for value in lists)

@@ -80,8 +80,9 @@ def describe_row(value: Sequence[float | None] | np.ndarray | None, embedding_di
     return f"values up to {np.abs(row_D).max():.0e}, out of range" if row_D.any() else "zero vector"
 
 
-SplitKind = Literal["image_files", "image_tar", "image_parquet", "image_json", "text_files", "text_lines",
-                    "text_jsonl", "text_json", "text_parquet", "text_tar"]  # fmt: skip
+SplitKind = Literal["image_files", "image_tar", "image_parquet", "image_json", "image_csv", "image_tsv",
+                    "text_files", "text_lines", "text_jsonl", "text_json", "text_parquet", "text_tar",
+                    "text_csv", "text_tsv"]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,21 +19,21 @@ import pyarrow.fs as pafs
 
 from revision_ray.core import storage
 from revision_ray.core.errors import DataError, quote
-from revision_ray.data.images import FORMATS, HEAD_BYTES, is_image
-from revision_ray.data.interpret import (
-    TEXT_ENDINGS,
-    has_image_ending,
-    read_images,
-    read_texts,
-    without_image_ending,
-)
+from revision_ray.data.images import FORMATS, HEAD_BYTES, has_image_ending, is_image, without_image_ending
+from revision_ray.data.interpret import read_images, read_texts
 from revision_ray.data.records import (
+    TEXT_ENDINGS,
     ParquetFooter,
+    compression_of,
     footer,
     holds_image_bytes,
     image_columns,
     is_download_list,
+    table_header,
+    table_image_columns,
+    table_text_columns,
     text_columns,
+    uncompressed_name,
 )
 from revision_ray.data.shards import SourceSplit, SplitKind
 
@@ -82,6 +82,15 @@ class SourceFile:
     @property
     def stem(self) -> str:
         return posixpath.splitext(self.below)[0]
+
+    @property
+    def is_compressed(self) -> bool:
+        return compression_of(self.below) is not None
+
+    @property
+    def format(self) -> str:
+        """The extension below that of compression: .json of x.json.gz."""
+        return posixpath.splitext(uncompressed_name(self.below))[1].lower()
 
 
 @dataclass
@@ -142,12 +151,15 @@ def _source(uri: str) -> ListedSource:
     else:
         raise DataError(f"{uri}: no such file or directory")
     source = ListedSource(uri, [])
-    for found, info in listed:
-        file = _file(found, info, root)
+    files = [_file(file_uri, info, root) for file_uri, info in listed]
+    paths = {file.below for file in files}
+    for file in files:
         if _is_hidden(file):
             source.pass_over(file, "hidden")
-        elif _NOTES.fullmatch(posixpath.basename(file.below)):
+        elif _NOTES.fullmatch(posixpath.basename(uncompressed_name(file.below))):
             source.pass_over(file, f"{kind_of(file)} of notes")
+        elif file.is_compressed and uncompressed_name(file.below) in paths:
+            source.pass_over(file, f"{kind_of(file)} beside its uncompressed file")
         else:
             source.files.append(file)
     return source
@@ -236,18 +248,32 @@ def _footers(files: list[SourceFile]) -> dict[str, ParquetFooter]:
         return {found.uri: found for found in pool.map(footer, uris)}
 
 
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def _table_headers(files: list[SourceFile]) -> dict[str, list[str]]:
+    """Return the column names of the CSV and TSV files."""
+    tables = [file for file in files if file.format in _DELIMITERS]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        headers = pool.map(lambda file: table_header(file.uri, _DELIMITERS[file.format]), tables)
+        return {file.uri: header for file, header in zip(tables, headers, strict=True)}
+
+
 __all__ = ["image_splits", "read_images", "read_texts", "tar_shards", "text_splits"]
 
 
 _IMAGES_ACCEPTED = (
     f"files of {FORMATS} images, WebDataset shards (.tar), Parquet with a column image, bytes, jpg, png, "
-    "webp, uri, image_uri, image_path, url or image_url, or a dataset.json"
+    "webp, uri, image_uri, image_path, url or image_url, CSV or TSV with a header that has one of these or "
+    "file_name, or a dataset.json; tar, JSON, CSV and TSV also compressed (.gz, .bz2, .zst)"
 )
 _TEXTS_ACCEPTED = (
     "lines (.txt, .text, .caption), JSON Lines (.jsonl, .ndjson), JSON lists or dataset.json (.json), "
-    "Parquet with a column text, caption or conversations, or WebDataset shards (.tar)"
+    "COCO captions (.json), Parquet with a column text, caption or conversations, CSV or TSV with a header "
+    "that has a column text or caption, or WebDataset shards (.tar); all but Parquet also compressed (.gz, "
+    ".bz2, .zst)"
 )
-_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")  # those not read give a hint
 _TEXT_FILES_PER_SPLIT = 8192
 # A task parses a JSON document from its beginning to find its own records: more parts would read mostly in
 # vain.
@@ -278,6 +304,7 @@ def image_splits(
     for source in each_source(uris):
         listed = list(source.files)
         parquet = parquet_data(source)
+        tables = _table_headers(source.files)
         files = _indexed(source)
         loose = _image_files(files, taken)
         fresh = _without_taken(loose, taken)
@@ -286,18 +313,21 @@ def image_splits(
         for file in files:
             if file.uri in images:
                 continue
-            if file.extension == ".tar":
+            if file.format == ".tar":
                 found.append(_split("image_tar", file))
-            elif file.extension == ".json" and (file.named or _is_index(file)):
+            elif file.format == ".json" and (file.named or _is_index(file)):
                 found += _byte_ranges(
                     "image_json", file, rows_per_split * _JSON_BYTES_PER_IMAGE, _MAX_JSON_PARTS
                 )
             elif file.uri in parquet and image_columns(parquet[file.uri].schema):
                 found += _row_group_ranges("image_parquet", file, parquet[file.uri].rows, rows_per_split)
+            elif (file.named or len(tables) == len(files)) and table_image_columns(tables.get(file.uri, ())):
+                # Beside other files a table may tell of them, under other ids.
+                found.append(_split("image_csv" if file.format == ".csv" else "image_tsv", file))
             else:
                 source.pass_over(file)
         if len(fresh) == len(loose):
-            _some(found, source, "images", _IMAGES_ACCEPTED, listed, parquet)
+            _some(found, source, "images", _IMAGES_ACCEPTED, listed, parquet, tables)
         source.say_what_was_passed_over()
         splits += found
     return splits
@@ -323,24 +353,28 @@ def text_splits(
     for source in each_source(uris):
         listed = list(source.files)
         parquet = parquet_data(source)
+        tables = _table_headers(source.files)
         single = _texts_of_images(source)
         fresh = _without_taken(single, taken)
         found = _slices("text_files", fresh, _TEXT_FILES_PER_SPLIT)
         for file in source.files:
-            if file.extension[1:] in TEXT_ENDINGS:
+            if file.format[1:] in TEXT_ENDINGS:
                 found += _byte_ranges("text_lines", file, bytes_per_split)
-            elif file.extension in (".jsonl", ".ndjson"):
+            elif file.format in (".jsonl", ".ndjson"):
                 found += _byte_ranges("text_jsonl", file, bytes_per_split)
-            elif file.extension == ".json":
+            elif file.format == ".json":
                 found += _byte_ranges("text_json", file, bytes_per_split, _MAX_JSON_PARTS)
-            elif file.extension == ".tar":
+            elif file.format == ".tar":
                 found.append(_split("text_tar", file))
+            elif table_text_columns(tables.get(file.uri, ())):
+                # One split a file: a line break may stand inside a quoted cell.
+                found.append(_split("text_csv" if file.format == ".csv" else "text_tsv", file))
             elif file.uri in parquet and text_columns(parquet[file.uri].schema):
                 found += _row_group_ranges("text_parquet", file, parquet[file.uri].bytes, bytes_per_split)
             else:
                 source.pass_over(file)
         if len(fresh) == len(single):
-            _some(found, source, "texts", _TEXTS_ACCEPTED, listed, parquet)
+            _some(found, source, "texts", _TEXTS_ACCEPTED, listed, parquet, tables)
         source.say_what_was_passed_over()
         splits += found
     return splits
@@ -360,7 +394,7 @@ def tar_shards(uris: Sequence[str]) -> list[str]:
     for source in each_source(uris):
         parquet_data(source)
         whole = storage.is_wildcard(source.uri)
-        found = {f.uri for f in source.files if f.extension == ".tar" and (whole or "/" not in f.below)}
+        found = {f.uri for f in source.files if f.format == ".tar" and (whole or "/" not in f.below)}
         for file in source.files:
             if file.uri not in found:
                 source.pass_over(file)
@@ -479,9 +513,11 @@ def _slices(kind: SplitKind, files: list[SourceFile], size: int) -> list[SourceS
 def _byte_ranges(
     kind: SplitKind, file: SourceFile, size: int, max_parts: int | None = None
 ) -> list[SourceSplit]:
-    """Ranges of `size` bytes that cover `file`; one, for its error, of an empty JSON document."""
+    """Return ranges of `size` bytes that cover `file`: one if it is compressed, or an empty JSON document."""
+    if file.is_compressed:
+        return [_split(kind, file)]  # cannot be entered in the middle
     if not file.size:
-        return [_split(kind, file)] if file.extension == ".json" else []
+        return [_split(kind, file)] if file.extension == ".json" else []  # reading it gives the error
     step = max(size, math.ceil(file.size / max_parts)) if max_parts else size
     return [_split(kind, file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
 
@@ -504,8 +540,13 @@ def _some(
     accepted: str,
     files: list[SourceFile],
     parquet: dict[str, ParquetFooter],
+    tables: dict[str, list[str]],
 ) -> None:
-    """Refuse a source of which nothing was `found`, and say what is there instead."""
+    """Check that splits were found, else tell which files are there instead.
+
+    Raises:
+        DataError: none was found.
+    """
     if found:
         return
     empty = sum(not file.size for file in files)
@@ -513,10 +554,9 @@ def _some(
     listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(8))
     state = f"{len(files)} files ({listed})" if files else "no files"
     notes = [f"{empty} of them empty"] if empty else []
-    notes += [
-        f"{found.uri} has the columns {quote(found.schema.names)}" for found in list(parquet.values())[:2]
-    ]
+    columns = {uri: table.schema.names for uri, table in parquet.items()} | tables
+    notes += [f"{uri} has the columns {quote(names[:20])}" for uri, names in list(columns.items())[:2]]
     if any(file.extension in _COMPRESSED for file in files):
-        notes.append("compressed files are not read: decompress them first")
+        notes.append("of compressed files only those named below are read: decompress them first")
     notes += [f"beside {number} {kind}" for kind, number in source.passed.items() if kind not in kinds]
     raise DataError(f"{source.uri}: no {what}, found {'; '.join([state, *notes])}; accepted are {accepted}")

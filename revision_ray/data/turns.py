@@ -1,10 +1,10 @@
-"""What a record says in words: its turns, its text, its captions. The rules are those of `data.records`."""
+"""What a record says in words: its turns, its text, its captions. The rules are those of `data.fields`."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from revision_ray.core.errors import quote
-from revision_ray.data.records import (
+from revision_ray.data.fields import (
     CAPTION_FIELDS,
     IMAGE_NAMES,
     LOCATION_FIELDS,

@@ -22,9 +22,10 @@ class EmbedJob:
     """Embed images or texts with one tower of a dual encoder into an embedding store."""
 
     images: str | list[str] | None = None
-    """Image sources: folders, WebDataset tars, Parquet, dataset.json; URIs and wildcards."""
+    """Image sources: folders, WebDataset tars, Parquet, CSV, TSV, dataset.json; URIs and wildcards."""
     texts: str | list[str] | None = None
-    """Text sources: JSONL, lines, Parquet, LLaVA-style JSON, dataset.json, WebDataset tars."""
+    """Text sources: JSONL, lines, Parquet, CSV, TSV, LLaVA-style JSON, dataset.json, COCO captions, tars;
+    compressed too (.gz, .bz2, .zst)."""
     output: str = MISSING
     """Directory of the store. One that exists is resumed, and extended by sources that it does not hold."""
     domain: str = ""

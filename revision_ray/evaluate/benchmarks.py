@@ -8,7 +8,7 @@ a text says `<image 1>` it keeps that reference.
 import ast
 import difflib
 import hashlib
-import json
+import itertools
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 from revision_ray.core import storage
 from revision_ray.core.errors import ConfigError, DataError, quote, shorten
 from revision_ray.data import records
-from revision_ray.data.images import UndecodableImage, image_value
-from revision_ray.data.interpret import DEFAULT_MAX_IMAGE_BYTES, IMAGE_EXTENSIONS, images_in
+from revision_ray.data.fields import RowError
+from revision_ray.data.images import IMAGE_EXTENSIONS, UndecodableImage, image_value
+from revision_ray.data.interpret import DEFAULT_MAX_IMAGE_BYTES
 from revision_ray.evaluate import scores
 from revision_ray.evaluate.answers import ALL_LETTERS, Scoring, letter_set, yes_no
 
@@ -499,7 +500,7 @@ def units(name: str, uri: str) -> list[ReadUnit]:
 
 
 def _line_units(spec: Benchmark, file: str, identity: str) -> list[ReadUnit]:
-    num_lines = len(storage.read_bytes(file).splitlines())
+    num_lines = sum(1 for _ in records.lines(file))
     # The scenes of a world's questions lie in one tar, which is read as a whole.
     step = num_lines if spec.name == "miniature" else _LINES_PER_UNIT
     return [
@@ -582,18 +583,17 @@ def _records(spec: Benchmark, unit: ReadUnit) -> Iterator[tuple[int, dict[str, A
         group = unit.row_group
         yield from records.rows(unit.uri, group, group + 1, columns, _BATCH_ROWS)
         return
-    lines = storage.read_bytes(unit.uri).splitlines()[unit.start : unit.stop]
-    for number, line in enumerate(lines, unit.start):
+    lines = itertools.islice(records.lines(unit.uri), unit.start, unit.stop)
+    for number, (offset, line) in enumerate(lines, unit.start):
         if not line.strip():
             continue
+        where = f"{unit.uri}: line {number + 1}"
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{unit.uri}: line {number + 1}: is not JSON: {shorten(error)}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{unit.uri}: line {number + 1}: expected an object, found {quote(line, 80)}")
-        _check_columns(spec, f"{unit.uri}: line {number + 1}", list(record))
-        yield number, record
+            row = records.record_of_json(line, where, offset).fields()
+        except RowError as error:
+            raise DataError(f"{where}: {error}") from error
+        _check_columns(spec, where, list(row))
+        yield number, row
 
 
 def _image_bytes(cell: Any, uri: str, where: str) -> bytes | None:
@@ -631,7 +631,7 @@ def _miniature_rows(unit: ReadUnit) -> Iterator[Row]:
 def _images_of(shard: str) -> dict[str, bytes]:
     found = {}
     for sample in records.samples(shard, IMAGE_EXTENSIONS, DEFAULT_MAX_IMAGE_BYTES):
-        for member in images_in(sample):
+        for member in records.images_in(sample):
             if member.content is not None:
                 found[sample.key] = member.content
     return found

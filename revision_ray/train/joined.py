@@ -42,9 +42,10 @@ from revision_ray.data.conversations import (
     read_conversations,
     record_splits,
 )
+from revision_ray.data.fields import TEXT_IDS, DerivedIds, RowError, known_id
 from revision_ray.data.finish import claim
-from revision_ray.data.interpret import read_records, without_image_ending
-from revision_ray.data.records import TEXT_IDS, DerivedIds, RowError, known_id
+from revision_ray.data.images import without_image_ending
+from revision_ray.data.records import read_records
 from revision_ray.data.shards import MANIFEST, EncoderIdentity, Rejected, SourceSplit
 from revision_ray.data.store import REJECTED, RowGroup, Store, read_group, write_rejected
 from revision_ray.data.turns import CONVERSATION_FIELDS, caption_images, text_of
@@ -213,7 +214,7 @@ def build_index(hashes_of_groups: Sequence[np.ndarray]) -> ImageIndex:
 log = logging.getLogger(__name__)
 
 Kind = Literal["conversations", "captions"]
-FORMAT_VERSION = 2  # 2: records' system prompts, losses and images as data.records says
+FORMAT_VERSION = 2  # 2: records' system prompts, losses and images as data.fields says
 FOOTER_KEY = b"revision_ray_joined"
 ROWS_PER_ROW_GROUP = 2048
 _FOOTERS_AT_ONCE = 16
@@ -450,7 +451,7 @@ def join(
     """The records of `source`, beside the embeddings of their images, stand in a joined store below `cache`.
 
     One that stands there already is returned; one that was interrupted goes on. Without `images` only records
-    without an image are taken. What names an image: see `data.records`; how it is found: `ImageIndex`.
+    without an image are taken. What names an image: see `data.fields`; how it is found: `ImageIndex`.
 
     Raises:
         DataError: the source or the image store cannot be read, no rows, or more rejected records than the

@@ -9,9 +9,9 @@ from PIL import Image, ImageOps
 
 from revision_ray.core import storage
 from revision_ray.core.errors import DataError, quote
-from revision_ray.data.images import decode_image, is_image
-from revision_ray.data.interpret import IMAGE_EXTENSIONS, TEXT_ENDINGS, images_in, record_of_sample
-from revision_ray.data.records import RowError, samples
+from revision_ray.data.fields import RowError
+from revision_ray.data.images import IMAGE_EXTENSIONS, decode_image, is_image
+from revision_ray.data.records import TEXT_ENDINGS, images_in, record_of_sample, samples
 from revision_ray.data.sources import tar_shards
 from revision_ray.data.turns import captions_of
 
