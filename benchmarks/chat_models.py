@@ -7,10 +7,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.miniature import encoder, language_model
-from revision_ray.miniature.language_model import ModelSize
 from revision_ray.model import ReVisionProcessor, build_model
 from revision_ray.model.attach import attach_image_tower
+from revision_ray.train import dual_encoder, language_model
+from revision_ray.train.language_model import ModelSize
 
 WORDS = [f"w{number}" for number in range(4000)]
 NUM_VISUAL_TOKENS = 4
@@ -31,7 +31,7 @@ def write_model(folder: Path, size: ModelSize) -> Path:
     words = {tokenizer.convert_tokens_to_ids(word) for word in WORDS}
     llama.generation_config.suppress_tokens = sorted(set(range(llama.config.vocab_size)) - words)
     llama.save_pretrained(folder / "language_model")
-    dim = encoder.MINIATURE["embed_dim"]
+    dim = dual_encoder.ARCHITECTURES["miniature"]["embed_dim"]
     model = build_model(
         str(folder / "language_model"),
         dim,
@@ -48,11 +48,11 @@ def write_model(folder: Path, size: ModelSize) -> Path:
 
 def write_encoder(folder: Path) -> EncoderConfig:
     """The demo's dual encoder, untrained."""
-    tokenizer = encoder.build_tokenizer(WORDS[:100], 100)
-    config = encoder.model_config("miniature", tokenizer.get_vocab_size(), None)
+    tokenizer = dual_encoder.build_tokenizer(WORDS[:100], 100)
+    config = dual_encoder.model_config("miniature", tokenizer.get_vocab_size(), None)
     folder.mkdir(parents=True)
-    for name, content in encoder.checkpoint_files(
-        encoder.build_model(config, temperature=0.01), config, tokenizer
+    for name, content in dual_encoder.checkpoint_files(
+        dual_encoder.build_model(config, temperature=0.01), config, tokenizer
     ).items():
         (folder / name).write_bytes(content)
     return EncoderConfig(kind="open_clip", model=str(folder))

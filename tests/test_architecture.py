@@ -21,9 +21,10 @@ LAYERS = [
     {"core"},
     {"data"},
     {"encode", "align"},
-    {"geometry", "model", "miniature"},
+    {"geometry", "model"},
     {"report"},
     {"studies", "train", "evaluate", "serve"},
+    {"miniature"},
     {"pipeline", "doctor"},
     {"jobs"},
 ]
@@ -41,7 +42,10 @@ DISTRIBUTED = {
     "data/imports.py",
     "encode/embed.py",
     "encode/pipeline.py",
+    "miniature/documents.py",
+    "miniature/language_model.py",
     "miniature/render.py",
+    "miniature/study.py",
 }
 
 

@@ -15,8 +15,8 @@ from revision_ray.core import config
 from revision_ray.core.errors import ConfigError, DataError, OutputError
 from revision_ray.geometry.dynamics import GapDynamics, Gradients, Residuals, averaged
 from revision_ray.geometry.fixed_frame import leak_ref, reference_frame
-from revision_ray.miniature import encoder
 from revision_ray.report import dynamics_figure
+from revision_ray.train import dual_encoder
 from revision_ray.train.contrastive import EncoderTraining, learning_rate, train_encoder
 from revision_ray.train.monitor import MonitorConfig
 
@@ -287,7 +287,9 @@ def test_the_papers_preset_builds_towers_of_its_size():
         EncoderTraining, ["configs/train_encoder_tinyclip.yaml", "data=[x]", "heldout=[x]", "output=x"]
     )
     with torch.device("meta"):
-        model = encoder.build_model(encoder.model_config(training.model, 30000, None), training.temperature)
+        model = dual_encoder.build_model(
+            dual_encoder.model_config(training.model, 30000, None), training.temperature
+        )
     assert sum(p.numel() for p in model.visual.parameters()) == pytest.approx(40e6, rel=0.02)
     assert sum(p.numel() for p in model.transformer.parameters()) == pytest.approx(19e6, rel=0.02)
     training.monitor.check(training.num_steps, 200_000, 512)

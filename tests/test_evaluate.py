@@ -38,11 +38,12 @@ from revision_ray.evaluate.benchmarks import (
 from revision_ray.evaluate.evaluation import EvaluateJob, run_evaluate
 from revision_ray.evaluate.responder import Responder
 from revision_ray.evaluate.scores import Answered, wilson
-from revision_ray.miniature import dataset, documents, language_model
+from revision_ray.miniature import dataset, documents
 from revision_ray.miniature.dataset import DatasetConfig
-from revision_ray.miniature.language_model import ModelSize
 from revision_ray.model import ReVisionProcessor, build_model
 from revision_ray.model.attach import attach_image_tower
+from revision_ray.train import language_model
+from revision_ray.train.language_model import ModelSize
 
 # --- answers ----------------------------------------------------------------------------------------------
 

@@ -14,11 +14,12 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from revision_ray.core.errors import ConfigError, DataError, OutputError
-from revision_ray.miniature import dataset, documents, language_model, world
+from revision_ray.miniature import dataset, documents, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.documents import DocumentConfig, document, examination, told_scene
-from revision_ray.miniature.language_model import ModelSize
-from revision_ray.train.language_model import LanguageTraining, learning_rate_factor, train_language_model
+from revision_ray.miniature.language_model import LanguageTraining, _right, examine, train_language_model
+from revision_ray.train import language_model
+from revision_ray.train.language_model import ModelSize, learning_rate_factor
 
 CONFIG = DocumentConfig(num_documents=400)
 READ = [document(CONFIG, i) for i in range(CONFIG.num_documents)]
@@ -265,7 +266,7 @@ def test_greedy_answers_are_what_generation_gives(tokenizer):
         said = model.generate(prompt, attention_mask=mask, max_new_tokens=2, do_sample=False)[0].tolist()
         if len(said) == len(ids):  # else it ended at once
             documents_of_it = [(said, weights), (ids, weights)]
-            assert language_model._right(model, documents_of_it) == [True, said == ids]
+            assert _right(model, documents_of_it) == [True, said == ids]
             compared += said != ids
     assert compared > 10
 
@@ -297,7 +298,7 @@ def test_training_writes_a_folder_that_transformers_loads_and_is_kept(cluster, t
     assert tokenizer.convert_tokens_to_ids("<image>") == model.config.vocab_size
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 0)
     # The same weights give the same figures to the last bit that argmax sees; the loss to float32 rounding.
-    again = language_model.examine(model, tokenizer, CONFIG, training.num_heldout)
+    again = examine(model, tokenizer, CONFIG, training.num_heldout)
     assert again["answers"] == metrics["heldout"]["answers"]
     assert again["paraphrase_loss"] == pytest.approx(metrics["heldout"]["paraphrase_loss"], rel=1e-5)
     turns = chat("how many things are there?")

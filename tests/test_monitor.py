@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from small_world import MONITOR, lines, write_world
 
 # Few imports: each worker process that a test starts makes them again.
-from revision_ray.miniature import encoder
+from revision_ray.train import dual_encoder
 from revision_ray.train import monitor as monitoring
 from revision_ray.train.monitor import GapMonitor, GradientSums
 from revision_ray.train.pairs import read_pairs
@@ -29,7 +29,7 @@ def gradient_moments(batches):
     for image_BD, text_BD in batches:
         rows = [side.clone().requires_grad_() for side in (image_BD, text_BD)]
         sums.watch(*rows)
-        encoder.contrastive_loss(*rows, temperature=0.1).backward()
+        dual_encoder.contrastive_loss(*rows, temperature=0.1).backward()
     return dataclasses.asdict(sums.over_workers())
 
 
@@ -42,7 +42,7 @@ def test_gradients_are_those_of_the_loss_per_row_and_covariances_are_per_batch()
     gradients = []
     for image_BD, text_BD in two_batches():
         rows = [side.double().requires_grad_() for side in (image_BD, text_BD)]
-        (16 * encoder.contrastive_loss(*rows, temperature=0.1)).backward()
+        (16 * dual_encoder.contrastive_loss(*rows, temperature=0.1)).backward()
         gradients.append([side.grad.numpy() for side in rows])
     found = gradient_moments(two_batches())
     image_ND = np.concatenate([image for image, _ in gradients])
@@ -81,8 +81,8 @@ def world(tmp_path_factory):
 
 def monitor_of(world, output, model):
     heldout = read_pairs([str(world / "heldout")])
-    tokenizer = encoder.build_tokenizer((text for pair in heldout for text in pair.captions), 100)
-    encoder.set_context(tokenizer, 26)
+    tokenizer = dual_encoder.build_tokenizer((text for pair in heldout for text in pair.captions), 100)
+    dual_encoder.set_context(tokenizer, 26)
     return GapMonitor(MONITOR, model, tokenizer, heldout, image_size=8, num_steps=3, output=str(output))
 
 
@@ -92,7 +92,7 @@ def run_probes(monitor, part=slice(None)):
         monitor.probe(step, losses=[float(index) for index in range(step)])
         image_BD, text_BD = (side[part].clone().requires_grad_() for side in embeddings())
         monitor.watch(step, image_BD, text_BD)
-        encoder.contrastive_loss(image_BD, text_BD, temperature=0.1).backward()
+        dual_encoder.contrastive_loss(image_BD, text_BD, temperature=0.1).backward()
     monitor.probe(3, losses=[0.0, 1.0, 2.0])
     monitor.finish()
 

@@ -19,13 +19,13 @@ from revision_ray.data.shards import Modality, read_columns, read_embeddings
 from revision_ray.miniature import render
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.documents import DocumentConfig
-from revision_ray.miniature.language_model import ModelSize
+from revision_ray.miniature.language_model import LanguageTraining, train_language_model
 from revision_ray.report import report
 from revision_ray.report.report import ReportJob
 from revision_ray.studies import study
 from revision_ray.studies.study import Precision, SampleEfficiency, StudyJob
 from revision_ray.train.contrastive import EncoderTraining, train_encoder
-from revision_ray.train.language_model import LanguageTraining, train_language_model
+from revision_ray.train.language_model import ModelSize
 
 pytestmark = pytest.mark.slow
 

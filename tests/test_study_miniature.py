@@ -10,25 +10,24 @@ import tiny_encoder
 from revision_ray.core.errors import ConfigError, DataError
 from revision_ray.encode import embed
 from revision_ray.encode.encoder import EncoderConfig
-from revision_ray.miniature import dataset, world
+from revision_ray.miniature import dataset, study, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.render import render
+from revision_ray.miniature.study import Miniature, MiniatureStudyJob
 from revision_ray.miniature.world import DrawnShape, Scene
-from revision_ray.studies import miniature
 from revision_ray.studies.cross_modal_probe import CrossModalProbe
 from revision_ray.studies.inputs import read_labels
-from revision_ray.studies.miniature import Miniature, MiniatureStudyJob
 
 THING = DrawnShape(shape="star", colour="red", size="small", x=20, y=20, radius=9, angle=0)
 
 
 def test_attributes_are_those_in_which_all_things_agree():
     alone = Scene(background="grass", things=(THING,))
-    assert miniature.attributes(alone) == {
+    assert study.attributes(alone) == {
         "background": "grass", "count": "1", "colour": "red", "shape": "star", "size": "small"
     }  # fmt: skip
     pair = replace(alone, things=(THING, replace(THING, colour="blue")))
-    assert miniature.attributes(pair) == {
+    assert study.attributes(pair) == {
         "background": "grass", "count": "2", "shape": "star", "size": "small"
     }  # fmt: skip
 
@@ -41,7 +40,7 @@ def small(folder: Path) -> DatasetConfig:
 
 def test_labels_are_those_of_the_scenes_and_leave_the_training_pairs_out(tmp_path):
     here = small(tmp_path / "world")
-    uri = miniature._labelled(here, str(tmp_path / "labels.jsonl"))
+    uri = study._labelled(here, str(tmp_path / "labels.jsonl"))
     rows = [json.loads(line) for line in Path(uri).read_text().splitlines()]
     assert len(rows) == 40 + 150 + 160
     for row in rows[::50]:
@@ -51,7 +50,7 @@ def test_labels_are_those_of_the_scenes_and_leave_the_training_pairs_out(tmp_pat
         assert (row["background"], row["count"]) == (shown.background, str(len(shown.things)))
     assert read_labels([uri]).attributes == ["background", "colour", "count", "shape", "size"]
     before = Path(uri).stat().st_mtime_ns
-    miniature._labelled(here, uri)
+    study._labelled(here, uri)
     assert Path(uri).stat().st_mtime_ns == before
 
 
@@ -69,9 +68,9 @@ def job_of(folder: Path, **changes) -> MiniatureStudyJob:
 
 def test_a_missing_world_and_inputs_given_twice_are_refused(cluster, tmp_path):
     with pytest.raises(DataError, match=r"manifest\.json.* run `make demo` first"):
-        miniature.run_miniature_study(job_of(tmp_path))
+        study.run_miniature_study(job_of(tmp_path))
     with pytest.raises(ConfigError, match=r"labels: miniature"):
-        miniature.run_miniature_study(job_of(tmp_path, labels=["x.jsonl"]))
+        study.run_miniature_study(job_of(tmp_path, labels=["x.jsonl"]))
 
 
 @pytest.mark.slow
@@ -95,7 +94,7 @@ def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path, m
         studies=["domain_transfer", "caption_length", "probe"],
         probe=CrossModalProbe(num_train=60, num_seeds=2, attributes=["background", "count"]),
     )
-    said = miniature.run_miniature_study(job)
+    said = study.run_miniature_study(job)
     transfer = json.loads((tmp_path / "study" / "domain_transfer.json").read_text())
     assert transfer["domains"] == ["day", "night"]
     lengths = json.loads((tmp_path / "study" / "caption_length.json").read_text())
@@ -105,4 +104,4 @@ def test_the_other_domain_long_captions_and_labels_are_made(cluster, tmp_path, m
     assert lengths["stores"][1]["probe"] is not None
     probed = json.loads((tmp_path / "study" / "probe.json").read_text())
     assert (probed["num_test"], probed["test_images_held_out"]) == (40, True)
-    assert miniature.run_miniature_study(job) == said
+    assert study.run_miniature_study(job) == said

@@ -19,7 +19,7 @@ from small_world import write_world
 from torch.nn.parallel import DistributedDataParallel
 
 from revision_ray.core.errors import ConfigError, DataError, OutputError
-from revision_ray.miniature import encoder
+from revision_ray.train import dual_encoder
 from revision_ray.train.contrastive import EncoderTraining, learning_rate, train_encoder
 from revision_ray.train.pairs import batch_rows, drawn_captions, pixels, read_pairs
 
@@ -42,11 +42,11 @@ def training_of(world, output, **settings) -> EncoderTraining:
 
 
 def test_tokens_give_the_words_back_and_the_end_token_is_the_highest():
-    tokenizer = encoder.build_tokenizer(CAPTIONS, max_words=100)
+    tokenizer = dual_encoder.build_tokenizer(CAPTIONS, max_words=100)
     assert [tokenizer.token_to_id(name) for name in ("<pad>", "<unk>", "<start>")] == [0, 1, 2]
     assert tokenizer.token_to_id("<end>") == tokenizer.get_vocab_size() - 1
-    encoder.set_context(tokenizer, 12)
-    tokens_BT = encoder.tokenize(tokenizer, CAPTIONS)
+    dual_encoder.set_context(tokenizer, 12)
+    tokens_BT = dual_encoder.tokenize(tokenizer, CAPTIONS)
     assert tokens_BT.shape == (3, 12)
     for text, ids in zip(CAPTIONS, tokens_BT.tolist(), strict=True):
         assert tokenizer.decode(ids) == text.lower().replace(",", " ,")
@@ -56,19 +56,19 @@ def test_tokens_give_the_words_back_and_the_end_token_is_the_highest():
 
 
 def test_a_text_that_is_cut_keeps_its_end_token():
-    tokenizer = encoder.build_tokenizer(CAPTIONS, max_words=100)
-    encoder.set_context(tokenizer, 6)
-    ids = encoder.tokenize(tokenizer, ["red " * 50])[0].tolist()
+    tokenizer = dual_encoder.build_tokenizer(CAPTIONS, max_words=100)
+    dual_encoder.set_context(tokenizer, 6)
+    ids = dual_encoder.tokenize(tokenizer, ["red " * 50])[0].tolist()
     assert ids[0] == tokenizer.token_to_id("<start>")
     assert ids[-1] == tokenizer.token_to_id("<end>")
     assert ids[1:-1] == [tokenizer.token_to_id("red")] * 4
 
 
 def test_rare_words_are_unknown_and_the_vocabulary_ignores_order():
-    tokenizer = encoder.build_tokenizer(CAPTIONS, max_words=3)
+    tokenizer = dual_encoder.build_tokenizer(CAPTIONS, max_words=3)
     assert tokenizer.get_vocab_size() == 4 + 3
     assert tokenizer.encode("zebra").ids[1] == tokenizer.token_to_id("<unk>")
-    assert tokenizer.to_str() == encoder.build_tokenizer(CAPTIONS[::-1], max_words=3).to_str()
+    assert tokenizer.to_str() == dual_encoder.build_tokenizer(CAPTIONS[::-1], max_words=3).to_str()
 
 
 # --- negatives of all workers -----------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def half_batch(rank: int) -> list[torch.Tensor]:
 
 
 def loss_and_gradients(network, image_BI, text_BT) -> tuple[float, list[np.ndarray]]:
-    loss = encoder.contrastive_loss(*network(image_BI, text_BT), temperature=0.05)
+    loss = dual_encoder.contrastive_loss(*network(image_BI, text_BT), temperature=0.05)
     loss.backward()
     return loss.item(), [parameter.grad.numpy() for parameter in network.parameters()]
 
@@ -138,19 +138,19 @@ def test_loss_of_known_rows():
     """Matching rows orthogonal to all others: log(1 + (N - 1) e^(-1/t)); all rows equal: log N."""
     rows = torch.eye(4, dtype=torch.float64)
     expected = np.log1p(3 * np.exp(-1 / 0.5))
-    assert encoder.contrastive_loss(rows, rows, 0.5).item() == pytest.approx(expected, rel=1e-12)
+    assert dual_encoder.contrastive_loss(rows, rows, 0.5).item() == pytest.approx(expected, rel=1e-12)
     same = rows[:1].expand(4, -1)
-    assert encoder.contrastive_loss(same, same, 0.5).item() == pytest.approx(np.log(4), rel=1e-12)
+    assert dual_encoder.contrastive_loss(same, same, 0.5).item() == pytest.approx(np.log(4), rel=1e-12)
 
 
 def test_measures_of_known_rows():
     """Two orthogonal centroids of single points: gap sqrt(2), traces 0. Half the rows swapped: R@1 half."""
     image, text = torch.eye(4)[:1].expand(3, -1), torch.eye(4)[1:2].expand(3, -1)
-    found = encoder.pair_metrics(image, text)
+    found = dual_encoder.pair_metrics(image, text)
     assert found["modality_gap"] == pytest.approx(np.sqrt(2))
     assert found["image_trace"] == pytest.approx(0, abs=1e-12)
     rows = torch.eye(4)
-    found = encoder.pair_metrics(rows, rows[[0, 1, 3, 2]])
+    found = dual_encoder.pair_metrics(rows, rows[[0, 1, 3, 2]])
     assert found["image_to_text_r1"] == found["text_to_image_r1"] == 0.5
     assert found["text_trace"] == pytest.approx(0.75)
 
@@ -249,7 +249,7 @@ def test_training_lowers_the_loss_and_open_clip_loads_the_folder(cluster, world,
         images = torch.stack([preprocess(Image.open(io.BytesIO(pair.image))) for pair in pairs])
         image_ND = model.encode_image(images, normalize=True)
         text_ND = model.encode_text(tokenizer([pair.captions[0] for pair in pairs]), normalize=True)
-    again = encoder.pair_metrics(image_ND, text_ND)
+    again = dual_encoder.pair_metrics(image_ND, text_ND)
     # The same weights and pixels through another program: float32 rounding, amplified by normalisation.
     for name in ("modality_gap", "image_trace", "text_trace"):
         assert again[name] == pytest.approx(metrics["heldout"][name], abs=1e-4)

@@ -17,16 +17,12 @@ from revision_ray.core.errors import ConfigError
 from revision_ray.miniature import language, world
 from revision_ray.miniature.language import CaptionLength, QuestionKind
 from revision_ray.miniature.world import Scene, WorldConfig
+from revision_ray.train.language_model import ANSWER, END, QUESTION, Document
 
-PAD, UNKNOWN, END, QUESTION, ANSWER, IMAGE = "<pad>", "<unk>", "<e>", "<q>", "<a>", "<image>"
 CONTEXT_WEIGHT, PARAPHRASE_WEIGHT, ANSWER_WEIGHT = 0.2, 1.0, 3.0
 """Weights in the loss: of what stands for an image and of questions, of paraphrases, of answers."""
 FIRST_TRAINING_SCENE, FIRST_HELDOUT_SCENE = 10**12, 10**13
 _NUM_DRAWS, _EASY = 3, ("background", "count")  # questions of these kinds are drawn once
-
-Piece = tuple[str, float]
-"""A part of a document: its text, and the weight that each of its tokens has in the loss."""
-Document = list[Piece]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from revision_ray.evaluate.evaluation import EvaluateJob
 from revision_ray.evaluate.report import table
 from revision_ray.miniature import dataset, render
 from revision_ray.miniature.dataset import ConversationsJob, DatasetConfig
+from revision_ray.miniature.language_model import LanguageTraining, run_train_language_model
 from revision_ray.pipeline import plan
 from revision_ray.pipeline.chain import Stage, StageChoice, StageKind, chosen
 from revision_ray.pipeline.ledger import open_ledger
@@ -35,7 +36,6 @@ from revision_ray.train import export, export_job, from_scratch
 from revision_ray.train import stages as training
 from revision_ray.train.contrastive import EncoderTraining
 from revision_ray.train.export_job import ExportJob
-from revision_ray.train.language_model import LanguageTraining
 from revision_ray.train.stages import FinetuneJob, PretrainJob
 
 
@@ -125,7 +125,7 @@ KINDS = {
         ),
         StageKind(
             name="train_language_model",
-            run=from_scratch.run_train_language_model,
+            run=run_train_language_model,
             reads=_reads(),
             proof="metrics.json",
         ),

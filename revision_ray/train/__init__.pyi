@@ -2,14 +2,14 @@
 
 from .contrastive import EncoderTraining, train_encoder
 from .export_job import ExportJob, run_export
-from .language_model import LanguageTraining, train_language_model
+from .language_model import LanguageModelTraining, train_language_model
 from .stages import FinetuneJob, PretrainJob, finetune, pretrain
 
 __all__ = [
     "EncoderTraining",
     "ExportJob",
     "FinetuneJob",
-    "LanguageTraining",
+    "LanguageModelTraining",
     "PretrainJob",
     "finetune",
     "pretrain",

@@ -26,8 +26,7 @@ from revision_ray.core import artifact, storage
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import ConfigError
 from revision_ray.core.observe import progress
-from revision_ray.miniature import encoder
-from revision_ray.train import worker
+from revision_ray.train import dual_encoder, worker
 from revision_ray.train.entry import fitted, loop, scaling
 from revision_ray.train.monitor import GapMonitor, MonitorConfig, embed_pairs
 from revision_ray.train.pairs import (
@@ -139,10 +138,12 @@ def train_encoder(training: EncoderTraining) -> tuple[dict[str, Any], bool]:
     identity = _identity(training, pairs, heldout)
     if (former := _former_metrics(output, training, identity)) is not None:
         return former, False
-    tokenizer = encoder.build_tokenizer(
+    tokenizer = dual_encoder.build_tokenizer(
         (text for pair in pairs for text in pair.captions), training.max_words
     )
-    model_config = encoder.model_config(training.model, tokenizer.get_vocab_size(), training.context_length)
+    model_config = dual_encoder.model_config(
+        training.model, tokenizer.get_vocab_size(), training.context_length
+    )
     training.monitor.check(training.num_steps, len(heldout), model_config["embed_dim"])
     log.info("%d pairs, %d held out, %d tokens", len(pairs), len(heldout), tokenizer.get_vocab_size())
     del pairs, heldout
@@ -211,11 +212,11 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
     worker.set_up("train_encoder", task["output"], rank, training.cpus_per_worker)
     pairs = read_pairs(training.data)
     tokenizer = Tokenizer.from_str(task["tokenizer"])
-    encoder.set_context(tokenizer, task["model_config"]["text_cfg"].get("context_length", 77))
+    dual_encoder.set_context(tokenizer, task["model_config"]["text_cfg"].get("context_length", 77))
     image_size = task["model_config"]["vision_cfg"].get("image_size", 224)
 
     torch.manual_seed(training.seed)
-    model = encoder.build_model(task["model_config"], training.temperature).to(device)
+    model = dual_encoder.build_model(task["model_config"], training.temperature).to(device)
     network: torch.nn.Module = model
     if num_workers > 1:
         # Batch normalisation over all workers exists on GPUs only; on CPUs each normalises its own rows.
@@ -234,12 +235,14 @@ def _train(task: dict[str, Any]) -> dict[str, Any]:
             mine = slice(rank * len(rows) // num_workers, (rank + 1) * len(rows) // num_workers)
             texts = drawn_captions(chosen, step, training.seed)[mine]
             pixels_BHWC = torch.from_numpy(np.stack([pixels(pair, image_size) for pair in chosen[mine]]))
-            tokens_BT = encoder.tokenize(tokenizer, texts)
+            tokens_BT = dual_encoder.tokenize(tokenizer, texts)
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(training, step)
-            image_BD, text_BD, *_ = network(encoder.normalised(pixels_BHWC.to(device)), tokens_BT.to(device))
-            loss = encoder.contrastive_loss(image_BD, text_BD, training.temperature)
+            image_BD, text_BD, *_ = network(
+                dual_encoder.normalised(pixels_BHWC.to(device)), tokens_BT.to(device)
+            )
+            loss = dual_encoder.contrastive_loss(image_BD, text_BD, training.temperature)
             if monitor is not None:
                 monitor.watch(step, image_BD, text_BD)
             optimizer.zero_grad()
@@ -322,7 +325,7 @@ def _save(
             "open_clip": open_clip.__version__,
         },
     }
-    for name, content in encoder.checkpoint_files(model, task["model_config"], tokenizer).items():
+    for name, content in dual_encoder.checkpoint_files(model, task["model_config"], tokenizer).items():
         storage.write_bytes(storage.join(task["output"], name), content)
     storage.write_json(storage.join(task["output"], "metrics.json"), metrics)
     return metrics
@@ -331,5 +334,5 @@ def _save(
 def measure(
     model: Any, tokenizer: Tokenizer, pairs: Sequence[ImageTextPair], image_size: int
 ) -> dict[str, float]:
-    """Retrieval and geometry of `pairs` (their first captions), as `encoder.pair_metrics` defines them."""
-    return encoder.pair_metrics(*embed_pairs(model, tokenizer, pairs, image_size))
+    """Measure `pairs` by their first captions (see `dual_encoder.pair_metrics`)."""
+    return dual_encoder.pair_metrics(*embed_pairs(model, tokenizer, pairs, image_size))

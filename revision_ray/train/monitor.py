@@ -22,8 +22,7 @@ from tokenizers import Tokenizer
 from revision_ray.core import storage
 from revision_ray.core.errors import ConfigError
 from revision_ray.geometry.dynamics import GapDynamics, Gradients
-from revision_ray.miniature import encoder
-from revision_ray.train import trackers
+from revision_ray.train import dual_encoder, trackers
 from revision_ray.train.pairs import ImageTextPair, pixels
 
 
@@ -255,8 +254,8 @@ def embed_pairs(
     for first in range(0, len(pairs), _EMBEDDED_AT_ONCE):
         chunk = pairs[first : first + _EMBEDDED_AT_ONCE]
         pixels_PHWC = torch.from_numpy(np.stack([pixels(pair, image_size) for pair in chunk])).to(device)
-        tokens_PT = encoder.tokenize(tokenizer, [pair.captions[0] for pair in chunk]).to(device)
-        images.append(model.encode_image(encoder.normalised(pixels_PHWC), normalize=True))
+        tokens_PT = dual_encoder.tokenize(tokenizer, [pair.captions[0] for pair in chunk]).to(device)
+        images.append(model.encode_image(dual_encoder.normalised(pixels_PHWC), normalize=True))
         texts.append(model.encode_text(tokens_PT, normalize=True))
     return torch.cat(images), torch.cat(texts)
 

@@ -1,4 +1,4 @@
-"""The small dual encoder of the miniature world: its architecture, tokenizer, loss and measures. No Ray.
+"""Dual encoders trained from scratch: architectures, tokenizer, contrastive loss and measures. No Ray.
 
 Shapes: B rows of this worker's batch, N rows of all workers, D embedding_dim, T tokens, H height, W width,
 C colour channels.
@@ -28,19 +28,23 @@ from revision_ray.core.errors import ConfigError, quote
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
 
-MINIATURE: dict[str, Any] = {
-    "embed_dim": 128,
-    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
-    "text_cfg": {"context_length": 26, "width": 128, "heads": 4, "layers": 2},
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # A ResNet of 64 px and a text transformer, 1.8 M parameters together.
+    "miniature": {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
+        "text_cfg": {"context_length": 26, "width": 128, "heads": 4, "layers": 2},
+    },
 }
-"""open_clip model configuration: a ResNet of 64 px and a text transformer, 1.8 M parameters together."""
+"""open_clip model configurations that open_clip does not bring."""
 
 
 def build_tokenizer(captions: Iterable[str], max_words: int) -> Tokenizer:
-    """A word-level tokenizer of the `max_words` most frequent words, lower-cased; punctuation is a word.
+    """Return a word-level tokenizer of the `max_words` most frequent words, in lower case.
 
-    Ids: padding 0, unknown 1, start 2, words in order of (frequency, alphabet), and last the end token: CLIP
-    pools where the id is highest. The post-processor adds start and end, the end also when the text is cut.
+    Punctuation is a word. Ids: padding 0, unknown 1, start 2, words in order of (frequency, alphabet), and
+    last the end token: CLIP pools where the id is highest. The post-processor adds start and end, the end
+    also when the text is cut.
     """
     counts = Counter(word for text in captions for word in re.findall(r"\w+|[^\w\s]+", text.lower()))
     words = sorted(counts, key=lambda word: (-counts[word], word))[:max_words]
@@ -56,34 +60,33 @@ def build_tokenizer(captions: Iterable[str], max_words: int) -> Tokenizer:
 
 
 def set_context(tokenizer: Tokenizer, context_length: int) -> None:
-    """`tokenizer` cuts and pads every text to `context_length` tokens."""
+    """Make `tokenizer` cut and pad every text to `context_length` tokens."""
     tokenizer.enable_truncation(context_length)
     tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=context_length)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """int64 (B, T); T as `set_context` said."""
+    """Return token ids, int64 (B, T); `set_context` sets T."""
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(texts))])
 
 
 def model_config(name: str, vocab_size: int, context_length: int | None) -> dict[str, Any]:
-    """open_clip's model configuration `name` with a text tower for the tokenizer.
+    """Return open_clip's model configuration `name` with a text tower for the tokenizer.
 
     Raises:
         ConfigError: no such architecture or file, or its text tower brings a tokenizer of its own.
     """
-    if name == "miniature":
-        config: Any = MINIATURE
-    elif name.endswith(".json"):
+    config: Any
+    if name.endswith(".json"):
         document = storage.read_json(name)
         config = document.get("model_cfg", document)
     else:
-        config = open_clip.get_model_config(name)
+        config = ARCHITECTURES.get(name) or open_clip.get_model_config(name)
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
         raise ConfigError(
-            f"model {quote(name, 80)} is no open_clip model configuration; name 'miniature', an "
-            f"architecture, or "
-            "a JSON with embed_dim, vision_cfg and text_cfg"
+            f"model {quote(name, 80)} is no open_clip model configuration; name "
+            f"{', '.join(ARCHITECTURES)}, an architecture of open_clip, or a JSON with embed_dim, vision_cfg "
+            "and text_cfg"
         )
     square = isinstance(config["vision_cfg"].get("image_size", 224), int)
     if "hf_model_name" in config["text_cfg"] or not square:
@@ -98,7 +101,7 @@ def model_config(name: str, vocab_size: int, context_length: int | None) -> dict
 
 
 def build_model(config: dict[str, Any], temperature: float) -> torch.nn.Module:
-    """The dual encoder with fresh weights and its temperature fixed; initialised from torch's global seed."""
+    """Build the dual encoder at a fixed temperature, its weights drawn from torch's global seed."""
     towers = {key: value for key, value in config.items() if key != "custom_text"}
     model_class = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
     model = model_class(**towers, init_logit_scale=math.log(1 / temperature))
@@ -107,7 +110,7 @@ def build_model(config: dict[str, Any], temperature: float) -> torch.nn.Module:
 
 
 def normalised(pixels_BHWC: torch.Tensor) -> torch.Tensor:
-    """float32 (B, 3, H, W), as open_clip's preprocessing normalises uint8 pixels."""
+    """Return float32 (B, 3, H, W), normalised as open_clip's preprocessing does it, of uint8 pixels."""
     mean = torch.tensor(OPENAI_DATASET_MEAN, device=pixels_BHWC.device)
     deviation = torch.tensor(OPENAI_DATASET_STD, device=pixels_BHWC.device)
     return ((pixels_BHWC.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
@@ -116,7 +119,7 @@ def normalised(pixels_BHWC: torch.Tensor) -> torch.Tensor:
 def checkpoint_files(
     model: torch.nn.Module, config: dict[str, Any], tokenizer: Tokenizer
 ) -> dict[str, bytes]:
-    """name -> bytes of a folder that open_clip loads as `local-dir:FOLDER`, tokenizer included."""
+    """Return name -> bytes of the files that open_clip loads as `local-dir:FOLDER`, tokenizer included."""
     saved = Tokenizer.from_str(tokenizer.to_str())
     saved.no_padding()
     saved.no_truncation()
@@ -142,7 +145,7 @@ def _json(document: Any) -> bytes:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all workers in rank order; a row's gradient is the sum of all workers' gradients of it."""
+    """Gather the rows of all workers in rank order; sum the gradients that all workers have of a row."""
 
     @staticmethod
     def forward(ctx: Any, rows_BD: torch.Tensor) -> torch.Tensor:
@@ -159,10 +162,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 def contrastive_loss(image_BD: torch.Tensor, text_BD: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Symmetric InfoNCE of this worker's unit rows against the rows of all workers, averaged over its rows.
+    """Return the symmetric InfoNCE of this worker's unit rows against the rows of all workers.
 
-    Every worker brings equally many rows. The mean of this loss over the workers, and the mean of its
-    parameter gradients (what DistributedDataParallel takes), are those of one worker with the whole batch.
+    It is the mean over this worker's rows. Every worker brings equally many rows. The mean of this loss over
+    the workers, and the mean of its parameter gradients (what DistributedDataParallel takes), are those of
+    one worker with the whole batch.
     """
     image_ND, text_ND, first = image_BD, text_BD, 0
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -177,7 +181,7 @@ def contrastive_loss(image_BD: torch.Tensor, text_BD: torch.Tensor, temperature:
 
 
 def pair_metrics(image_ND: torch.Tensor, text_ND: torch.Tensor) -> dict[str, float]:
-    """Retrieval and geometry of N paired unit rows.
+    """Measure retrieval and geometry of N paired unit rows.
 
     `image_to_text_r1`, `text_to_image_r1`: share whose partner is nearest of all N. `modality_gap`: distance
     between the centroids. `image_trace`, `text_trace`: mean squared distance to the own centroid.
