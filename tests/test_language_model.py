@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from revision_ray.core.errors import ConfigError, DataError, OutputError
+from revision_ray.core.errors import ConfigError, OutputError
 from revision_ray.miniature import dataset, documents, world
 from revision_ray.miniature.dataset import DatasetConfig
 from revision_ray.miniature.documents import DocumentConfig, document, examination, told_scene
@@ -312,5 +312,5 @@ def test_training_writes_a_folder_that_transformers_loads_and_is_kept(cluster, t
     with pytest.raises(OutputError, match="num_steps was 30, is now 31"):
         train_language_model(dataclasses.replace(training, num_steps=31))
     changed = dataclasses.replace(CONFIG, questions_per_document=2)
-    with pytest.raises(DataError, match="text_sha256"):
+    with pytest.raises(OutputError, match="text_sha256"):
         train_language_model(dataclasses.replace(training, documents=changed))
