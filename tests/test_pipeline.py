@@ -23,20 +23,14 @@ from toy_chain import PIECES, TOY, ToyJob, diamond, go, made, results, stage
 
 from revision_ray.core import config, storage
 from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.core.stage import DataCost, Estimates, Stage, StageKind, StageWork, Throughput
 from revision_ray.pipeline import plan
-from revision_ray.pipeline.chain import Stage, StageChoice, StageKind, chosen, makers
+from revision_ray.pipeline.chain import StageChoice, chosen, makers
+from revision_ray.pipeline.job import KINDS
 from revision_ray.pipeline.ledger import Contents, StageRecord, listed, open_ledger
-from revision_ray.pipeline.plan import (
-    DataCost,
-    Estimates,
-    StageWork,
-    Throughput,
-    cost_of,
-    counted_parameters,
-    gpu_hours,
-    seen_samples,
-)
+from revision_ray.pipeline.plan import cost_of, gpu_hours
 from revision_ray.pipeline.run import run_chain
+from revision_ray.train.work import counted_parameters, seen_samples
 
 TESTS = Path(__file__).parent
 ALL = [
@@ -572,7 +566,7 @@ def kind(name: str, *keys: str) -> StageKind:
         named = {key: getattr(job, key) or [] for key in keys}
         return {key: [uris] if isinstance(uris, str) else uris for key, uris in named.items()}
 
-    return StageKind(name=name, run=lambda _: "", reads=reads, proof="manifest.json")
+    return replace(KINDS[name], run=lambda _: "", reads=reads, proof="manifest.json")
 
 
 def real_chain(folder: Path) -> list[Stage]:

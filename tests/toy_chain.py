@@ -10,7 +10,8 @@ from pathlib import Path
 
 from revision_ray.core import artifact, storage
 from revision_ray.core.errors import DataError
-from revision_ray.pipeline.chain import Stage, StageChoice, StageKind
+from revision_ray.core.stage import Stage, StageKind
+from revision_ray.pipeline.chain import StageChoice
 from revision_ray.pipeline.ledger import open_ledger
 from revision_ray.pipeline.run import run_chain
 
@@ -52,6 +53,7 @@ def run(job: ToyJob) -> str:
 
 TOY = StageKind(
     name="toy",
+    job=ToyJob,
     run=run,
     reads=lambda job: {"reads": job.reads, "model": job.models},
     proof="results.json",

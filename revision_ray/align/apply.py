@@ -18,10 +18,11 @@ from revision_ray.core.cluster import connect, data_context, one_thread, user_er
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import AlignmentError, DataError
 from revision_ray.core.observe import progress
+from revision_ray.core.stage import StageKind, StageWork, reads_keys, store_rows_done
 from revision_ray.data import shards
 from revision_ray.data.finish import FinishSettings, claim, finish_store
 from revision_ray.data.shards import EmbeddingTable, Layout, ShardFooter
-from revision_ray.data.store import RowGroup, Store, open_stores, read_group
+from revision_ray.data.store import RowGroup, Store, count_rows, open_stores, read_group
 
 log = logging.getLogger(__name__)
 
@@ -251,3 +252,14 @@ def _write_shard(
                      rejected=tuple(rejected))  # fmt: skip
     rows = EmbeddingTable(ids=[ids[row] for row in keep], embedding_ND=stacked_ND[keep], columns=columns)
     shards.write_shard(target, rows, footer, layout)
+
+
+STAGE = StageKind(
+    name="align",
+    job=AlignJob,
+    run=run_align,
+    reads=reads_keys("texts", "alignment"),
+    proof="manifest.json",
+    work=lambda forecast, stage: StageWork(rows=forecast.rows_read(stage, stage.job.texts, count_rows)),
+    done=store_rows_done,
+)

@@ -4,6 +4,7 @@ texts, images --moments--> map --texts again--> mu' (each centroid step) --texts
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,11 +31,13 @@ from revision_ray.core import artifact, config, storage
 from revision_ray.core.cluster import one_thread
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import AlignmentError, ConfigError
+from revision_ray.core.stage import Forecast, Stage, StageKind, StageWork, reads_keys, whole_sum
 from revision_ray.data.shards import Rejected
 from revision_ray.data.store import (
     REJECTED,
     Store,
     check_rejected,
+    count_rows,
     open_stores,
     read_rejected,
     write_rejected,
@@ -306,3 +309,43 @@ def describe(alignment: Alignment, output: str) -> str:
         f"traces {alignment.text_trace:.4f} / {alignment.image_trace:.4f}\n"
         f"fit: {output}"
     )
+
+
+# --- as a stage of a chain --------------------------------------------------------------------------------
+
+
+def _work(forecast: Forecast, stage: Stage) -> StageWork:
+    sides = [forecast.rows_read(stage, uris, count_rows) for uris in (stage.job.texts, stage.job.images)]
+    most = stage.job.max_rows
+    return StageWork(rows=whole_sum([min(rows, most) if rows and most else rows for rows in sides]))
+
+
+def _done(stage: Stage) -> dict[str, Any]:
+    document = stage.proof()
+    return {"rows": document["num_texts"] + document["num_images"]}
+
+
+def _summary(stages: Sequence[Stage]) -> str:
+    """Return a table of the gap after each fit; fits of one strategy go by their stages' names."""
+    alignments = [load_alignment(stage.output) for stage in stages]
+    strategies = [alignment.strategy.strategy for alignment in alignments]
+    lines = [f"{'strategy':<14}{'modality gap':>14}   {'sampling floor':>14}"]
+    for stage, alignment, strategy in zip(stages, alignments, strategies, strict=True):
+        name = stage.title or (strategy if strategies.count(strategy) == 1 else stage.name)
+        gap = alignment.modality_gap
+        lines.append(f"{name:<14}{gap.after:>14.5f}   {gap.after_standard_error:>14.5f}")
+    last = alignments[-1]
+    sizes = f"Fitted on {last.num_texts:,} texts and {last.num_images:,} images, unpaired."
+    return f"{sizes}\n\n" + "\n".join(lines)
+
+
+STAGE = StageKind(
+    name="fit",
+    job=FitJob,
+    run=run_fit,
+    reads=reads_keys("texts", "images", "append_to"),
+    proof="alignment.json",
+    work=_work,
+    done=_done,
+    summary=_summary,
+)

@@ -434,6 +434,7 @@ def keys(schema: type, default: Any = None, prefix: str = "") -> list[tuple[str,
     rows = []
     for field in dataclasses.fields(schema):
         key = prefix + field.name
+        explanation = explanations.get(field.name, field.metadata.get("explanation", ""))
         value = _default_of(field) if default is None else getattr(default, field.name)
         inner = [t for t in (field.type, *get_args(field.type)) if dataclasses.is_dataclass(t)]
         if not inner or value is None:
@@ -443,7 +444,7 @@ def keys(schema: type, default: Any = None, prefix: str = "") -> list[tuple[str,
                 if field.type in (str, int, float, bool)
                 else re.sub(r"[\w.]+\.", "", str(field.type))
             )
-            rows.append((key, name.replace("typing.", ""), shown, explanations.get(field.name, "")))
+            rows.append((key, name.replace("typing.", ""), shown, explanation))
         # In a mapping every entry has a name of the user's.
         below = f"{key}.NAME." if get_origin(field.type) is dict else f"{key}."
         for nested in inner:
@@ -462,7 +463,10 @@ def _field_docstrings(schema: type) -> dict[str, str]:
     """Explanations: the string literal that follows a field in the class body (base classes included)."""
     found: dict[str, str] = {}
     for cls in reversed(schema.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        except OSError:  # made by `make_dataclass`, which has no source; its fields explain in their metadata
+            continue
         assert isinstance(body, ast.ClassDef)
         for statement, following in zip(body.body, body.body[1:], strict=False):
             if (

@@ -21,6 +21,7 @@ from revision_ray.core.cluster import connect, user_errors
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import DataError, quote, shorten
 from revision_ray.core.observe import progress
+from revision_ray.core.stage import StageKind, reads_keys, store_rows_done
 from revision_ray.data import shards
 from revision_ray.data.fields import is_filled
 from revision_ray.data.finish import DuplicateIds, FinishSettings, claim, describe, finish_store
@@ -331,3 +332,14 @@ def _table(rows: list[ReferenceRow], dim: int, dtype: str, modality: Modality) -
         columns = {"text": contents, "truncated": pa.array([False] * len(rows), pa.bool_())}
     stacked_ND = np.array([row.embedding for row in rows], dtype).reshape(-1, dim)
     return EmbeddingTable(ids=[row.id for row in rows], embedding_ND=stacked_ND, columns=columns)
+
+
+STAGE = StageKind(
+    name="import_reference",
+    job=ImportJob,
+    run=run_import,
+    reads=reads_keys("input"),
+    proof="manifest.json",
+    sources=("input",),
+    done=store_rows_done,
+)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from revision_ray.core import storage
 from revision_ray.core.errors import DataError, shorten
 from revision_ray.data import shards
+from revision_ray.data.records import footer
 from revision_ray.data.shards import EncoderIdentity, Manifest, Modality, Rejected
 
 REJECTED = "rejected.parquet"
@@ -246,3 +247,12 @@ def _sha256_of(file: pa.NativeFile) -> str:
     while block := file.read_buffer(1 << 24):
         digest.update(block)
     return digest.hexdigest()
+
+
+def count_rows(uri: str) -> int | None:
+    """Return the rows of the store at `uri` from its manifest or its footers; None if there is none."""
+    manifest = storage.join(uri, "manifest.json")
+    if storage.exists(manifest):
+        return storage.read_json(manifest).get("num_rows")
+    files = [file_uri for file_uri, _ in storage.list_files(uri, "*.parquet")]
+    return sum(sum(footer(file_uri).rows) for file_uri in files) if files else None

@@ -8,9 +8,20 @@ from typing import Literal
 from revision_ray.core import config, storage
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import ConfigError, DataError
-from revision_ray.data import sources
+from revision_ray.core.stage import (
+    Forecast,
+    Stage,
+    StageKind,
+    StageWork,
+    actor_gpus,
+    as_uris,
+    store_rows_done,
+    whole_sum,
+)
+from revision_ray.data import records, sources
 from revision_ray.data.finish import DuplicateIds, FinishSettings, claim, describe, finish_store, read_footers
 from revision_ray.data.shards import EncoderIdentity, Layout, Modality, ShardFooter, SourceSplit
+from revision_ray.data.store import count_rows
 from revision_ray.encode.encoder import EncoderConfig, backend, located
 from revision_ray.encode.pipeline import Resources, ShardPlan, encode_splits
 
@@ -169,3 +180,63 @@ def _complete(footers: dict[str, ShardFooter], done: dict[str, frozenset[int]]) 
         for footer in footers.values()
         if footer.last and done[footer.split] == frozenset(range(footer.index + 1))
     }
+
+
+# --- as a stage of a chain --------------------------------------------------------------------------------
+
+
+def encoder_reads(key: str, encoder: EncoderConfig | None) -> dict[str, list[str]]:
+    """Return the checkpoints that a job reads through the encoder configured under `key`."""
+    if encoder is None:
+        return {}
+    uris_by_key = {
+        f"{key}.{name}": as_uris(getattr(encoder, name)) for name in ("model", "pretrained", "text_model")
+    }
+    return {name: uris for name, uris in uris_by_key.items() if uris}
+
+
+def listed_rows(uri: str, images: bool) -> int | None:
+    """Return the rows of a source as far as its listing tells: of image files and Parquet, else None."""
+    splits = sources.image_splits([uri]) if images else sources.text_splits([uri])
+    rows_of_splits: list[int | None] = []
+    for split in splits:
+        if split.files:
+            rows_of_splits.append(len(split.files))
+        elif split.kind.endswith("_parquet"):
+            rows_of_splits.append(sum(records.footer(split.uri).rows[split.start : split.stop]))
+        else:
+            rows_of_splits.append(None)
+    return whole_sum(rows_of_splits)
+
+
+def _reads(job: EmbedJob) -> dict[str, list[str]]:
+    key = "images" if job.texts is None else "texts"
+    return {key: as_uris(getattr(job, key)), **encoder_reads("encoder", job.encoder)}
+
+
+def _work(forecast: Forecast, stage: Stage) -> StageWork:
+    job, of_images = stage.job, stage.job.texts is None
+    rows = count_rows(stage.output) if stage.name in forecast.standing else None
+    if rows is None:
+        uris = job.images if of_images else job.texts
+        rows = forecast.rows_read(stage, uris, lambda uri: listed_rows(uri, of_images))
+    if rows is None:
+        rows = forecast.configured_rows(stage)
+    if of_images:
+        return StageWork(rows=rows, tokens=0, uses_gpu=True)
+    each = forecast.tokens_per_text()
+    tokens = None if rows is None or each is None else rows * each
+    return StageWork(rows=rows, tokens=tokens, uses_gpu=True, texts=rows)
+
+
+STAGE = StageKind(
+    name="embed",
+    job=EmbedJob,
+    run=run_embed,
+    reads=_reads,
+    proof="manifest.json",
+    sources=("images", "texts"),
+    work=_work,
+    done=store_rows_done,
+    gpus=lambda job, total: actor_gpus(job.resources, total),
+)

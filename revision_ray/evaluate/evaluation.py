@@ -19,7 +19,18 @@ from revision_ray.core import artifact, config, storage
 from revision_ray.core.cluster import connect
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import CheckpointError, ConfigError, quote
+from revision_ray.core.stage import (
+    Forecast,
+    Stage,
+    StageKind,
+    StageWork,
+    actor_gpus,
+    as_uris,
+    first_known,
+    whole_sum,
+)
 from revision_ray.data.chat import as_date
+from revision_ray.data.records import footer
 from revision_ray.data.store import Store, open_stores
 from revision_ray.encode import checkpoints
 from revision_ray.evaluate import ask, compare, picture, report
@@ -280,3 +291,67 @@ def _claim(
 
 def _identity(parts: Sequence[ReadUnit]) -> str:
     return storage.sha256(*(json.dumps(asdict(unit)).encode() for unit in parts))[:16]
+
+
+# --- as a stage of a chain --------------------------------------------------------------------------------
+
+
+def _reads(job: EvaluateJob) -> dict[str, list[str]]:
+    if job.compare:
+        raise ConfigError("compare is no stage of a chain; run jobs/evaluate.py with it after the chain")
+    return {
+        "data": [job.data[name] for name in job.benchmarks],
+        "images": as_uris(job.images),
+        "model": as_uris(job.model),
+        "caption_model": as_uris(job.caption_model),
+    }
+
+
+def _work(forecast: Forecast, stage: Stage) -> StageWork:
+    job = stage.job
+    questions = [_num_questions(forecast, stage, name) for name in job.benchmarks]
+    rows = first_known(whole_sum(questions), forecast.configured_rows(stage))
+    return StageWork(rows=None if rows is None else rows * (1 + len(job.controls)), uses_gpu=True)
+
+
+def _num_questions(forecast: Forecast, stage: Stage, name: str) -> int | None:
+    """Return the rows of a benchmark, among them rows that hold no question; None if not there yet."""
+    uri, most = stage.job.data[name], stage.job.max_items
+    if forecast.maker(stage, uri) and not storage.exists(uri):
+        return None
+    rows = 0
+    for unit in units(name, uri):
+        rows += unit.stop - unit.start if unit.row_group < 0 else footer(unit.uri).rows[unit.row_group]
+    return min(rows, most) if most else rows
+
+
+def _done(stage: Stage) -> dict[str, Any]:
+    benchmarks = stage.proof()["benchmarks"].values()
+    return {"rows": sum(part["num"] for each in benchmarks for part in each["conditions"].values())}
+
+
+def _summary(stages: Sequence[Stage]) -> str:
+    """Return the table of each evaluation, and where its pictures are."""
+    parts, pictures = [], []
+    for stage in stages:
+        conditions = ["image", *stage.job.controls]
+        parts.append(f"{stage.title or stage.name}:\n{report.table(stage.proof(), conditions)}")
+        drawn = storage.join(stage.output, "picture.png")
+        pictures += [drawn] if storage.exists(drawn) else []
+    if pictures:
+        parts.append("\n".join(f"Captions and answers, drawn: {uri}" for uri in pictures))
+    return "\n\n".join(parts)
+
+
+STAGE = StageKind(
+    name="evaluate",
+    job=EvaluateJob,
+    run=run_evaluate,
+    reads=_reads,
+    proof="results.json",
+    sources=("data",),
+    work=_work,
+    done=_done,
+    gpus=actor_gpus,
+    summary=_summary,
+)

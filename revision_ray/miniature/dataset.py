@@ -17,6 +17,7 @@ import dataclasses
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from revision_ray.core import artifact, config, storage
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import ConfigError, DataError
+from revision_ray.core.stage import Stage, StageKind, StageWork, reads_keys
 from revision_ray.miniature import language, world
 from revision_ray.miniature.language import CaptionLength
 from revision_ray.miniature.world import WorldConfig
@@ -298,3 +300,26 @@ def write_conversations(world: DatasetConfig, split: str, num_samples: int, outp
     if not storage.exists(output) or storage.read_bytes(output) != content:
         storage.write_bytes(output, content)
     return num_images
+
+
+def _summary(stages: Sequence[Stage]) -> str:
+    """Return how many questions about how many images stage 2 learnt from."""
+    parts = []
+    for stage in stages:
+        content = storage.read_bytes(storage.join(stage.output, FILE)).decode()
+        records = [json.loads(line) for line in content.splitlines()]
+        images = {record["image"] for record in records}
+        parts.append(f"{len(records)} questions about {len(images)} images to learn from: {stage.output}")
+    return "\n\n".join(parts)
+
+
+STAGE = StageKind(
+    name="conversations",
+    job=ConversationsJob,
+    run=run_conversations,
+    reads=reads_keys("world"),
+    proof=FILE,
+    work=lambda _, stage: StageWork(rows=stage.job.num_samples),
+    rows_at=lambda job, uri: job.num_samples,
+    summary=_summary,
+)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from revision_ray.core import cluster, config, storage
 from revision_ray.core.errors import ConfigError
+from revision_ray.core.stage import Forecast, Stage, StageKind, StageWork, reads_keys
 from revision_ray.miniature import documents
 from revision_ray.miniature.documents import ANSWER_WEIGHT, DocumentConfig, examination
 from revision_ray.train import language_model
@@ -135,3 +136,27 @@ def _shares(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
         kind: float(np.mean([ok for ok, of in zip(right, kinds, strict=True) if of == kind]))
         for kind in sorted(set(kinds))
     }
+
+
+# --- as a stage of a chain ---------------------------------------------------------------------------------
+
+
+def _language_model_work(_: Forecast, stage: Stage) -> StageWork:
+    return StageWork(**_language_model_figures(stage), uses_gpu=True)
+
+
+def _language_model_figures(stage: Stage) -> dict[str, Any]:
+    rows = stage.job.num_steps * stage.job.rows_per_batch
+    return {"rows": rows, "tokens": rows * stage.job.row_length}
+
+
+LANGUAGE_MODEL_STAGE = StageKind(
+    name="train_language_model",
+    job=LanguageTraining,
+    run=run_train_language_model,
+    reads=reads_keys(),
+    proof="metrics.json",
+    work=_language_model_work,
+    done=_language_model_figures,
+    gpus=lambda job, total: 1.0 if total >= 1 else 0.0,
+)

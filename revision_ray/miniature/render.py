@@ -7,6 +7,7 @@ import ray
 from revision_ray.core import config, storage
 from revision_ray.core.cluster import connect, user_errors
 from revision_ray.core.observe import progress
+from revision_ray.core.stage import StageKind, StageWork, reads_keys
 from revision_ray.miniature import dataset
 from revision_ray.miniature.dataset import DatasetConfig
 
@@ -41,3 +42,18 @@ def render(settings: DatasetConfig) -> bool:
                 shown.advance(running.pop(task).num_rows)
     dataset.write_manifest(settings, entries)
     return True
+
+
+def _rows_at(job: DatasetConfig, uri: str) -> int | None:
+    return getattr(job, f"num_{storage.name_of(uri)}", None)
+
+
+STAGE = StageKind(
+    name="render",
+    job=DatasetConfig,
+    run=run_render,
+    reads=reads_keys(),
+    proof="manifest.json",
+    work=lambda _, stage: StageWork(rows=sum(_rows_at(stage.job, split) or 0 for split in dataset.SPLITS)),
+    rows_at=_rows_at,
+)

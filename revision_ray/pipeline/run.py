@@ -8,13 +8,12 @@ from typing import Any
 
 from revision_ray.core import artifact, logs, storage
 from revision_ray.core.errors import DataError, RevisionError, quote
+from revision_ray.core.stage import Stage, inside
 from revision_ray.pipeline import ledger
-from revision_ray.pipeline.chain import Stage, StageChoice, chosen, inside
+from revision_ray.pipeline.chain import StageChoice, chosen
 from revision_ray.pipeline.ledger import Contents, Identified, Ledger, StageRecord
 
 log = logging.getLogger(__name__)
-
-_MODELS = ("model", "caption_model", "pretrained", "text_model")
 
 Measured = dict[str, Any]  # rows, tokens, gpus of a finished stage
 
@@ -53,7 +52,7 @@ def _check_given(now: Sequence[Stage], stages: Sequence[Stage]) -> None:
         f"{uri} ({stage.key_of(key)})"
         for stage in now
         for key, uris in stage.reads.items()
-        if key.rpartition(".")[2] not in _MODELS  # perhaps names on a hub
+        if key.rpartition(".")[2] not in stage.kind.hub_names
         for uri in uris
         if not any(inside(uri, other.output) for other in stages) and not _there(uri)
     ]

@@ -9,6 +9,7 @@ from ray.train import Checkpoint
 from revision_ray.core import config, storage
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import CheckpointError
+from revision_ray.core.stage import StageKind, StageWork, reads_keys
 from revision_ray.train import export, models
 from revision_ray.train.checkpoint import BEST, best_checkpoint
 from revision_ray.train.stages import RESULTS, FinetuneJob, PretrainJob, alignment_identity
@@ -113,3 +114,14 @@ def _start_of(run: str, checkpoint: str) -> tuple[Any, Any]:
 
 def _embedding_dim(checkpoint: str) -> int:
     return int(storage.read_json(storage.join(checkpoint, "position.json"))["identity"]["embedding_dim"])
+
+
+STAGE = StageKind(
+    name="export",
+    job=ExportJob,
+    run=run_export,
+    reads=reads_keys("run"),
+    proof="config.json",
+    model="",
+    work=lambda forecast, stage: StageWork(rows=0),
+)

@@ -20,11 +20,12 @@ from revision_ray.core import artifact, config, storage
 from revision_ray.core.cluster import connect
 from revision_ray.core.config import MISSING
 from revision_ray.core.errors import AlignmentError, ConfigError, DataError
+from revision_ray.core.stage import Stage, StageKind, as_uris, worker_gpus
 from revision_ray.core.storage import is_passing, patiently
 from revision_ray.data.chat import as_date, prints_date
-from revision_ray.data.conversations import source_of
+from revision_ray.data.conversations import expand, source_of
 from revision_ray.encode import embed
-from revision_ray.encode.embed import EmbedJob
+from revision_ray.encode.embed import EmbedJob, encoder_reads
 from revision_ray.encode.encoder import EncoderConfig, located
 from revision_ray.train import export, ingest, sources
 from revision_ray.train.entry import fitted, loop, scaling
@@ -34,6 +35,7 @@ from revision_ray.train.models import Architecture, load_tokenizer
 from revision_ray.train.samples import Formatter
 from revision_ray.train.settings import Lora, Training
 from revision_ray.train.sources import Source
+from revision_ray.train.work import finetune_work, pretrain_work
 
 log = logging.getLogger(__name__)
 RESULTS, CONFIG = "results.json", "config.yaml"
@@ -314,3 +316,82 @@ def _run(job: Training, output: str, task: TrainingTask) -> dict[str, Any]:
     # Ray Train's controller notes its checkpoints there, tries for seconds, and ends the run where it cannot:
     # a new run goes on from the last checkpoint.
     return patiently(output, attempt)
+
+
+# --- as stages of a chain ---------------------------------------------------------------------------------
+
+
+def _pretrain_reads(job: PretrainJob) -> dict[str, list[str]]:
+    return {
+        "data": job.data,
+        "images": job.images,
+        "heldout": job.heldout,
+        "alignment": as_uris(job.alignment),
+        "model": as_uris(job.model),
+        **encoder_reads("image_tower", job.image_tower),
+    }
+
+
+def _finetune_reads(job: FinetuneJob) -> dict[str, list[str]]:
+    return {
+        "data": _record_files(job.data),
+        "images": job.images,
+        "image_files": job.image_files,
+        "heldout": _record_files(job.heldout),
+        "model": as_uris(job.model),
+        **encoder_reads("encoder", job.encoder),
+    }
+
+
+def _record_files(entries: list[str]) -> list[str]:
+    """Return the files of conversations, and those that a meta JSON among them lists."""
+    parts = [source_of(entry) for entry in entries]
+    listed = [part for source in parts if storage.exists(source.uri) for part in expand(source)]
+    return list(dict.fromkeys(source.uri for source in (*parts, *listed)))
+
+
+def _done(stage: Stage) -> dict[str, Any]:
+    tokens_per_sample = _tokens_per_sample(storage.join(stage.output, "metrics.jsonl"))
+    samples = stage.proof()["samples"]
+    return {"rows": samples, "tokens": None if tokens_per_sample is None else samples * tokens_per_sample}
+
+
+def _tokens_per_sample(uri: str) -> float | None:
+    """Return the visual and text tokens of a sample, the mean over the lines of a run's metrics."""
+    if not storage.exists(uri):
+        return None
+    lines = [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines()]
+    tokens_per_sample = [
+        line["tokens_per_second"] / line["samples_per_second"]
+        for line in lines
+        if line.get("samples_per_second")
+    ]
+    return sum(tokens_per_sample) / len(tokens_per_sample) if tokens_per_sample else None
+
+
+# A run knows its models by their paths alone: new weights at an old path would go unnoticed (`trusts`).
+PRETRAIN_STAGE = StageKind(
+    name="pretrain",
+    job=PretrainJob,
+    run=lambda job: describe("stage 1", pretrain(job), job.output),
+    reads=_pretrain_reads,
+    proof=RESULTS,
+    model=export.MODEL,
+    trusts=("model", "image_tower.model", "image_tower.pretrained", "image_tower.text_model"),
+    work=pretrain_work,
+    done=_done,
+    gpus=worker_gpus,
+)
+FINETUNE_STAGE = StageKind(
+    name="finetune",
+    job=FinetuneJob,
+    run=lambda job: describe("stage 2", finetune(job), job.output),
+    reads=_finetune_reads,
+    proof=RESULTS,
+    model=export.MODEL,
+    sources=("data", "image_files", "heldout"),
+    trusts=("model",),
+    work=finetune_work,
+    done=_done,
+    gpus=worker_gpus,
+)
