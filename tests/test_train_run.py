@@ -128,7 +128,7 @@ def test_a_finished_run_trains_nothing_and_refuses_other_settings(world, unbroke
     before = (unbroken / "model/model.safetensors").stat().st_mtime_ns
     pretrain(stage_one(world, "unbroken"))
     assert (unbroken / "model/model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(DataError, match="seed"):
+    with pytest.raises(OutputError, match="seed"):
         pretrain(stage_one(world, "unbroken", seed=1))
 
 
