@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from PIL import Image
 from tiny_encoder import CONTEXT, WORDS, write_encoder
@@ -90,6 +91,24 @@ def test_texts_are_embedded_as_the_tower_does_and_truncation_is_counted(cluster,
     stacked = np.stack([found[record["id"]] for record in records]).astype(np.float32)
     np.testing.assert_allclose(stacked, expected, atol=FLOAT16)
     np.testing.assert_allclose(np.linalg.norm(stacked, axis=1), 1, atol=2 * FLOAT16)
+
+
+def test_one_folder_of_tables_coco_and_compressed_files_is_one_store(cluster, encoder, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_texts(tmp_path / "plain.jsonl", 30)
+    (folder / "a.jsonl.zst").write_bytes(
+        pa.compress((tmp_path / "plain.jsonl").read_bytes(), "zstd", asbytes=True)
+    )
+    (folder / "b.csv").write_text(f'id,caption\nb0,"{WORDS[0]}, {WORDS[1]}"\n')
+    annotations = [{"id": 5, "image_id": 1, "caption": WORDS[2]}]
+    (folder / "c.json").write_text(json.dumps({"images": [{"id": 1}], "annotations": annotations}))
+    embed.run_embed(job_of(encoder, tmp_path / "store", texts=str(folder)))
+    embed.run_embed(job_of(encoder, tmp_path / "plain", texts=str(tmp_path / "plain.jsonl")))
+    found, plain = rows_of(tmp_path / "store"), rows_of(tmp_path / "plain")
+    assert found.keys() == plain.keys() | {"b0", "5"}
+    for row_id, row_D in plain.items():
+        np.testing.assert_allclose(found[row_id], row_D, atol=FLOAT16)
 
 
 def test_images_are_embedded_as_the_tower_does_and_bad_ones_are_listed(cluster, encoder, tmp_path):
