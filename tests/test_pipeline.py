@@ -211,7 +211,7 @@ def test_changed_settings_of_an_output_that_stands_are_refused_with_what_changed
             go(tmp_path, stages)
         said = str(refused.value)
         assert "this job says <LEFT>" in said
-        assert "stages.left.toy.word is '<LEFT>', was '<left>'" in said
+        assert "stages.left.toy.word was '<left>', is now '<LEFT>'" in said
         assert "stages.left.toy.output=..., which later stages follow" in said
         assert f"or remove {tmp_path / 'left'} yourself" in said
     go(tmp_path, diamond(tmp_path))

@@ -322,7 +322,7 @@ def test_changed_settings_of_a_stage_are_refused_with_a_remedy(whole):
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 2
     (error,) = [line for line in said.splitlines() if line.startswith("OutputError: ")]
-    assert "stages.pretrain.pretrain.seed is 5, was 0" in error
+    assert "stages.pretrain.pretrain.seed was 0, is now 5" in error
     assert "stages.pretrain.pretrain.output=..." in error
     assert states(output) == dict.fromkeys(STAGES, "finished")
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from revision_ray.core import artifact, logs, storage
-from revision_ray.core.errors import DataError, RevisionError, quote
+from revision_ray.core.errors import DataError, RevisionError
 from revision_ray.core.stage import Stage, inside
 from revision_ray.pipeline import ledger
 from revision_ray.pipeline.chain import StageChoice, chosen
@@ -93,13 +93,8 @@ def why(stage: Stage, record: StageRecord | None, inputs: dict[str, Identified],
 
 
 def changes(record: StageRecord, stage: Stage, inputs: dict[str, Identified]) -> list[str]:
-    """What differs from the stage's last run, one line each."""
-    former, now = _flat(record.settings), _flat(stage.settings)
-    lines = [
-        f"{stage.key_of(key)} is {quote(now.get(key), 80)}, was {quote(former.get(key), 80)}"
-        for key in sorted(former.keys() | now.keys())
-        if former.get(key) != now.get(key)
-    ]
+    """Return one line for each setting and each input that differs from the stage's last run."""
+    lines = artifact.changes(record.settings, stage.settings, stage.key_of)
     return lines + [f"what {stage.key_of(key)} reads has changed" for key in _changed_inputs(record, inputs)]
 
 
@@ -114,14 +109,6 @@ def _changed_inputs(record: StageRecord, inputs: dict[str, Identified]) -> list[
 
 def _identities(found: Identified) -> list[str]:
     return [identity for _, identity in found]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def outputs_of(stage: Stage, contents: Contents) -> Identified:
