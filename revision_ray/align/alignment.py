@@ -1,8 +1,9 @@
-"""The fitted alignment as a directory of JSON and safetensors, and the test of rows against its domain.
+"""Save and load a fitted alignment (a directory of JSON and safetensors); compute its sampling floors.
 
-Domain: let mu, T be the centroid and trace of a fit's N rows, and m the centroid of n other rows. If all
-were drawn from one distribution, E||m - mu_true||^2 = T / n and E||mu - mu_true||^2 = T / N with independent
-errors. So the root mean square of ||m - mu|| is the *sampling floor* sqrt(T (1/n + 1/N)).
+Sampling floor: let mu and T be the centroid and trace of a fit's N rows, and m the centroid of n other rows.
+If all rows come from one distribution, then E||m - mu_true||^2 = T / n and E||mu - mu_true||^2 = T / N, and
+the two errors are independent. The root mean square of ||m - mu|| is then sqrt(T (1/n + 1/N)). A distance
+well above this floor means that the rows come from another domain than the fit's.
 
 Shapes: D embedding dim, K centroid steps.
 """
@@ -22,27 +23,31 @@ from revision_ray.core import storage
 from revision_ray.core.errors import AlignmentError, ConfigError, DataError, quote, shorten
 from revision_ray.data.shards import EncoderIdentity
 
-# With fewer, a shift of two fifths of the spread sqrt(T) could be chance.
+# With fewer rows, a shift of two fifths of the spread sqrt(T) could be chance.
 MIN_ROWS = 50
-# The error of a mean of that many rows is nearly Gaussian, so its squared length over the squared floor is a
-# weighted sum of chi-squares with mean 1. Of all weights a single one has the heaviest tail (Szekely and
-# Bakirov, 2003): independent rows pass three floors by chance in less than 0.3 % of cases, on any spectrum.
+# The error of a mean of MIN_ROWS or more rows is nearly Gaussian. Its squared length divided by the squared
+# floor is therefore a weighted sum of chi-squares with mean 1. The tail is heaviest when one weight is 1 and
+# the others are 0 (Szekely and Bakirov, 2003). So independent rows of the same distribution exceed three
+# floors in less than 0.3 % of cases, whatever the spectrum.
 FLOORS = 3.0
 
 
 def sampling_floor(trace: float, num_fitted: int, num_sampled: int) -> float:
-    """Root mean square distance between the centroid of `num_sampled` rows of the fit's own distribution and
-    the fit's centroid, whose `num_fitted` rows have this trace."""
+    """Return the root mean square distance to the fit's centroid that sampling alone explains.
+
+    The distance is that of the centroid of `num_sampled` rows, drawn from the fit's own distribution, to the
+    centroid of the fit's `num_fitted` rows, whose sample trace is `trace`.
+    """
     return math.sqrt(unbiased_trace(trace, num_fitted) * (1 / num_sampled + 1 / num_fitted))
 
 
 def gap_floor(text_trace: float, num_texts: int, image_trace: float, num_images: int) -> float:
-    """Root mean square distance that sampling alone leaves between the centroids of texts and images."""
+    """Return the root mean square distance between text and image centroids that sampling alone explains."""
     return math.sqrt(text_trace / max(num_texts - 1, 1) + image_trace / max(num_images - 1, 1))
 
 
 def unbiased_trace(trace: float, num_rows: int) -> float:
-    """The trace of a sample is N / (N - 1) too small on average."""
+    """Return the unbiased trace N / (N - 1) * T of N rows; a negative T (rounding) counts as 0."""
     return max(trace, 0.0) * num_rows / max(num_rows - 1, 1)
 
 
@@ -59,14 +64,14 @@ class ModalityGap:
     before: float
     after: float
     before_standard_error: float
-    # Root mean square distance that sampling alone leaves between the two centroids: the floor of `after`
-    # on rows that took no part in the fit.
+    # Root mean square distance between the two centroids that sampling alone explains. On rows that were not
+    # used in the fit, `after` cannot be expected to be smaller.
     after_standard_error: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitInputs:
-    """What the fit was made from."""
+    """Stores and row limits that a fit was made from, with the number of rejected rows."""
 
     texts: tuple[str, ...]
     images: tuple[str, ...]
@@ -116,7 +121,7 @@ class Alignment:
 
     @property
     def content_hash(self) -> str:
-        """Identifies the map itself: equal hashes align any row to the same bits."""
+        """Return the SHA-256 of the map's arrays and settings; maps of equal hash give equal bits."""
         return _content_hash(safetensors.numpy.save(self.tensors()), self._map_settings())
 
     def _map_settings(self) -> dict[str, Any]:
@@ -129,10 +134,11 @@ class Alignment:
         }
 
     def check_encoder(self, encoder: EncoderIdentity, embedding_dim: int, where: str, override: bool) -> None:
-        """Texts at `where`, of this encoder and dimension, may be aligned by this fit.
+        """Check that this fit may align texts of `encoder` and `embedding_dim`; errors name `where`.
 
         Raises:
-            AlignmentError: another dimension; or another or unknown encoder, and `override` is off.
+            AlignmentError: the dimension differs; or the encoder differs or is unknown, and `override` is
+                False.
         """
         if embedding_dim != self.embedding_dim:
             raise AlignmentError(
@@ -148,7 +154,7 @@ class Alignment:
         )
 
     def document(self) -> dict[str, Any]:
-        """What alignment.json holds."""
+        """Return the content of alignment.json, without the hashes of the moments files."""
         gap = self.modality_gap
         return {
             "format_version": FORMAT_VERSION,
@@ -165,7 +171,7 @@ class Alignment:
             "image_trace": self.image_trace,
             "modality_gap": {"before": gap.before, "after": gap.after},
             "standard_errors": {
-                # Null where a side has too few rows to tell: JSON has neither NaN nor infinity.
+                # Null where a side has too few rows for an estimate: JSON has neither NaN nor infinity.
                 name: error if math.isfinite(error) else None
                 for name, error in (
                     ("text_centroid", self.text_centroid_standard_error),
@@ -191,10 +197,12 @@ def _content_hash(tensors: bytes, settings: dict[str, Any]) -> str:
 
 
 def save_alignment(alignment: Alignment, text: Moments, image: Moments, uri: str) -> None:
-    """The alignment and its moments stand at directory `uri`; alignment.json appears last and completes it.
+    """Write the alignment and its moments to directory `uri`.
+
+    alignment.json is written last: a directory without it is an unfinished fit.
 
     Raises:
-        DataError: the storage refused a write.
+        DataError: a write failed.
     """
     hashes = {}
     for name, moments in ((TEXT_MOMENTS, text), (IMAGE_MOMENTS, image)):
@@ -206,10 +214,10 @@ def save_alignment(alignment: Alignment, text: Moments, image: Moments, uri: str
 
 
 def load_alignment(uri: str) -> Alignment:
-    """The alignment at directory `uri`.
+    """Read the alignment in directory `uri`.
 
     Raises:
-        AlignmentError: none there, unfinished, damaged, or of a format that this version does not read.
+        AlignmentError: there is none, or it is unfinished, damaged, or of an unsupported format version.
     """
     try:
         document = _read_document(uri)
@@ -224,10 +232,10 @@ def load_alignment(uri: str) -> Alignment:
 
 
 def parse_alignment(document: dict[str, Any], tensors: dict[str, np.ndarray], where: str) -> Alignment:
-    """The alignment of which `document()` and `tensors()` are these; `where` names them in errors.
+    """Return the alignment of a `document()` and its `tensors()`; error messages name `where`.
 
     Raises:
-        AlignmentError: something is missing, of the wrong kind, or was changed.
+        AlignmentError: a value is missing or of the wrong type, or the content hash does not match.
     """
     try:
         alignment = _of_document(document, tensors)
@@ -294,11 +302,11 @@ def _of_document(document: dict[str, Any], tensors: dict[str, np.ndarray]) -> Al
 
 
 def load_moments(uri: str) -> tuple[Moments, Moments]:
-    """The text and image moments that were saved with the alignment at `uri`.
+    """Read the text and image moments that were saved with the alignment in directory `uri`.
 
     Raises:
-        AlignmentError: damaged.
-        DataError: not there.
+        AlignmentError: a moments file is damaged, or the format version is unsupported.
+        DataError: a file is missing.
     """
     hashes = _read_document(uri).get("moments", {})
     return _moments(uri, TEXT_MOMENTS, hashes), _moments(uri, IMAGE_MOMENTS, hashes)

@@ -1,4 +1,4 @@
-"""Aligned rows inside Ray Data pipelines, and the job that writes them down for those who want that."""
+"""Align embeddings in Ray Data pipelines; the align job, which writes an aligned copy of a text store."""
 
 import json
 import logging
@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class AlignRows:
-    """A `map_batches` function (NumPy batches): `embedding` is aligned, all other columns stay.
+    """A `map_batches` function for NumPy batches that aligns column `embedding` and keeps all others.
 
-    Aligned embeddings are float32 (N, D), computed in float64. Rows without a direction come out as NaN.
+    Aligned embeddings are float32 (N, D), computed in float64. A row without a direction (NaN, infinite or
+    zero) becomes NaN. Column `id` is needed where the map adds noise.
     """
 
     def __init__(self, affine: Affine) -> None:
@@ -44,9 +45,9 @@ class AlignRows:
 
 
 def read_rows(store: Store, columns: Sequence[str] = ("id",)) -> ray.data.Dataset:
-    """The store's rows as a Ray Data dataset: `embedding` (D,) in the store's dtype, and `columns`.
+    """Return the store's rows as a Ray Data dataset: `columns`, and `embedding` (D,) in the store's dtype.
 
-    One row group a block at most, read where the block is made.
+    A block holds at most one row group, which is read in the Ray task that makes the block.
     """
     connect()
 
@@ -65,10 +66,10 @@ def read_rows(store: Store, columns: Sequence[str] = ("id",)) -> ray.data.Datase
 def aligned_rows(
     store: Store, alignment: Alignment, columns: Sequence[str] = ("id",), *, allow_other_encoder: bool = False
 ) -> ray.data.Dataset:
-    """The store's rows with their embeddings aligned, float32; nothing is written.
+    """Return the store's rows as a Ray Data dataset with aligned float32 embeddings; nothing is written.
 
     Raises:
-        AlignmentError: the store's encoder or dimension is not the fit's, or it is aligned already.
+        AlignmentError: the store has another encoder or dimension than the fit, or is aligned already.
     """
     check_store(store, alignment, allow_other_encoder)
     wanted = tuple(dict.fromkeys(["id", *columns]))
@@ -78,10 +79,10 @@ def aligned_rows(
 
 
 def check_store(store: Store, alignment: Alignment, allow_other_encoder: bool) -> None:
-    """The store's texts may be aligned by this fit.
+    """Check that this fit may align the store's texts.
 
     Raises:
-        AlignmentError: its encoder or dimension is not the fit's, or it is aligned already.
+        AlignmentError: the store has another encoder or dimension than the fit, or is aligned already.
     """
     if store.alignment:
         raise AlignmentError(
@@ -92,11 +93,11 @@ def check_store(store: Store, alignment: Alignment, allow_other_encoder: bool) -
 
 
 def open_pair(texts: str | Sequence[str], images: str | Sequence[str]) -> tuple[Store, Store]:
-    """The text and the image store, of one dual encoder.
+    """Open a text and an image store, and check that one dual encoder made both.
 
     Raises:
         DataError: a store is missing, damaged or of the other modality.
-        AlignmentError: the two are not of one encoder.
+        AlignmentError: the dimensions or encoders differ.
     """
     text = open_stores([texts] if isinstance(texts, str) else texts, "text")
     image = open_stores([images] if isinstance(images, str) else images, "image")
@@ -105,10 +106,12 @@ def open_pair(texts: str | Sequence[str], images: str | Sequence[str]) -> tuple[
 
 
 def check_pair(texts: Store, images: Store, allow_other_encoder: bool | None = None) -> None:
-    """Texts and images are of one dual encoder. `allow_other_encoder`: the job's setting, where it has one.
+    """Check that one dual encoder made both stores.
+
+    `allow_other_encoder` is the job's setting, None for a job that has none. True accepts different encoders.
 
     Raises:
-        AlignmentError: the dimensions differ, or the encoders do and that is not allowed.
+        AlignmentError: the dimensions differ, or the encoders differ and that is not allowed.
     """
     where = f"{', '.join(texts.uris)} and {', '.join(images.uris)}"
     if texts.embedding_dim != images.embedding_dim:
@@ -126,30 +129,31 @@ def check_pair(texts: Store, images: Store, allow_other_encoder: bool | None = N
 
 @dataclass(frozen=True, kw_only=True)
 class AlignJob:
-    """Write an aligned copy of a text store. Training needs none: it aligns in its ingest."""
+    """Write an aligned copy of a text store. Training does not need it: it aligns rows as it reads them."""
 
     texts: str = MISSING
-    """Text store."""
+    """Text store to align."""
     alignment: str = MISSING
-    """Directory of a fit."""
+    """Directory of the fit to align with."""
     output: str = MISSING
-    """Directory of the aligned store."""
+    """Directory to write the aligned store to."""
     layout: Layout = "binary"
-    """binary for jobs of this project; list is a float32 list column for pandas, datasets, vector stores."""
+    """Column type of the embeddings. binary: for the jobs of this project. list: a float32 list column for
+    pandas, datasets and vector stores."""
     dtype: Literal["float16", "float32"] = "float32"
-    """Of the stored embeddings."""
+    """Data type of the stored embeddings."""
     max_rejected_fraction: float = 0.001
     """Fail when a larger share of rows is NaN, infinite, zero, or of another dimension."""
     allow_other_encoder: bool = False
-    """Align although the texts come from another encoder than the fit."""
+    """Align even if the texts were embedded with another encoder than the fit."""
 
 
 def run_align(job: AlignJob) -> str:
-    """Every text of the store stands aligned in the output, shard by shard; shards that stand are kept.
+    """Align every text of the store and write the output shard by shard; shards already written are kept.
 
     Raises:
-        AlignmentError: the fit is not for this store.
-        DataError: the output is another store, or too many rows have no direction.
+        AlignmentError: the store has another encoder or dimension than the fit, or is aligned already.
+        DataError: the output holds something else, or too many rows were rejected.
     """
     output = storage.absolute(job.output)
     alignment = load_alignment(job.alignment)
@@ -198,14 +202,14 @@ def _check_shards(work: list[list[RowGroup]], output: str) -> None:
 
 
 def _name(groups: list[RowGroup]) -> str:
-    """A shard's name follows from content, so shards of several stores never collide."""
+    """Return a file name derived from the shard's content, so that shards of several stores never collide."""
     return f"part-{groups[0].shard_hash[:16]}.parquet"
 
 
 def _write_all(
     work: list[list[RowGroup]], footer: ShardFooter, affine: Affine, output: str, layout: Layout
 ) -> None:
-    """Every shard stands aligned in the output; one task for each that was missing."""
+    """Align each shard in a Ray task of its own and write it to the output; existing shards are kept."""
     connect()
 
     def write(item: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The global fit: two map-reduces for the moments, then one pass over the texts for each centroid step.
+"""The fit job: fit an alignment to a text store and an image store, and save it.
 
-texts, images --moments--> map --texts again--> mu' (each centroid step) --texts again--> gap after
+One pass over each store collects its moments, and the map follows from them. Each centroid step then takes
+one more pass over the texts, for mu'. A last pass over the texts measures the modality gap after alignment.
 """
 
 import logging
@@ -53,25 +54,26 @@ class FitJob(StrategyConfig):
     """Fit an alignment from unpaired text and image stores."""
 
     texts: str | list[str] = MISSING
-    """Text store, or several."""
+    """Text store, or a list of them."""
     images: str | list[str] | None = None
-    """Image store, or several. Required, unless append_to names a fit that has images already."""
+    """Image store, or a list of them. Required, unless append_to names a fit that has images already."""
     output: str = MISSING
-    """Directory of the fit."""
+    """Directory to write the fit to."""
     append_to: str | None = None
-    """A fit whose moments these stores join; its shards are not read again for the moments. The texts that it
-    names are read again for mu' (or a sample of them, see drift_rows), and all its stores must still be
-    there."""
+    """Directory of a former fit to extend: its moments are added to those of the stores named here, without
+    reading its shards again. Its texts (or a sample, see drift_rows) are read again for mu' and the gap
+    after alignment. All its stores must still exist."""
     max_rows: int | None = None
-    """Fit on a uniform sample of this many rows a side."""
+    """Fit on a uniform sample of at most this many texts and as many images; all rows if not given."""
     drift_rows: int | None = None
-    """Estimate mu' and the gap after from a uniform sample of this many texts; its error is stated."""
+    """Estimate mu' and the gap after alignment from a uniform sample of at most this many texts. If not
+    given, max_rows applies, then all texts. The fit records the standard error."""
     domain: str | None = None
-    """What the data are about; taken from the stores where they agree."""
+    """Subject of the data, as a label. If not given, the domains of the stores, joined by commas."""
     max_rejected_fraction: float = 0.001
     """Fail when a larger share of rows is NaN, infinite, zero, or of another dimension."""
     allow_other_encoder: bool = False
-    """Fit although the stores come from different encoders."""
+    """Fit even if the stores were embedded with different encoders."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +87,13 @@ class FitJob(StrategyConfig):
 
 
 def run_fit(job: FitJob) -> str:
-    """Fit as `job` says, save, and describe the result."""
+    """Fit an alignment, save it, and return a summary; an equal fit in the output is not made again.
+
+    Raises:
+        AlignmentError: the stores do not fit together, a side does not vary, or a store is aligned already.
+        DataError: a store cannot be read, or too many rows were rejected.
+        OutputError: the output holds something else.
+    """
     output = storage.absolute(job.output)
     base = load_alignment(job.append_to) if job.append_to else None
     strategy = _strategy(job, base)
@@ -121,7 +129,10 @@ def fit_alignment(
     strategy: StrategyConfig,
     drift_sample: UniformSample | None = None,
 ) -> Alignment:
-    """The strategy fitted to these moments, its centroid steps measured on `texts`.
+    """Fit the strategy to these moments; measure mu' and the gap after alignment on `texts`.
+
+    `drift_sample` limits those measurements to a sample of the texts; None takes all. The result has no
+    domain.
 
     Raises:
         AlignmentError: a side is empty or does not vary.
@@ -130,7 +141,7 @@ def fit_alignment(
     def measure(name: str, affine: Affine) -> Moments:
         return store_moments(texts, name, affine=affine, sample=drift_sample)[0]
 
-    with one_thread():  # the eigenvectors of second moments have other bits on more threads
+    with one_thread():  # with more threads, the eigenvectors of second moments differ in their last bits
         affine = fit_map(text, image, strategy)
     affine, drifted = centroid_steps(affine, image, strategy, measure)
     after = measure("gap after", affine=affine)
@@ -205,10 +216,10 @@ def _joined(former: tuple[str, ...], added: list[str]) -> tuple[str, ...]:
 def _reuse(
     output: str, domain: str | None, strategy: StrategyConfig, inputs: FitInputs, texts: Store, images: Store
 ) -> str:
-    """Describe the fit at `output` if it has the same settings and shards; it is not changed.
+    """Return the description of the fit in `output` if its settings and shards are the same.
 
     Raises:
-        OutputError: it is another fit, or the stores have changed since.
+        OutputError: its settings differ, or the stores have changed since.
     """
     former = load_alignment(output)
     artifact.check_same(
@@ -245,10 +256,12 @@ def _identity(strategy: StrategyConfig, inputs: FitInputs, domain: str) -> dict[
 def _both_moments(
     job: FitJob, strategy: StrategyConfig, inputs: FitInputs, texts: Store, images: Store, output: str
 ) -> tuple[Moments, Moments, FitInputs]:
-    """Moments of both sides, and `inputs` with the rejected rows counted, which are listed in the output.
+    """Return the text moments, the image moments, and `inputs` with the number of rejected rows.
+
+    The rejected rows are also listed in a file in the output.
 
     Raises:
-        DataError: more of the rows that were read now are rejected than the job allows.
+        DataError: more of the rows read by this job were rejected than it allows.
     """
     second = STRATEGIES[strategy.strategy].second
     formers = load_moments(job.append_to) if job.append_to else (None, None)
@@ -273,7 +286,10 @@ def _both_moments(
 def _moments(
     store: Store, name: str, former: Moments | None, second: bool, sample: UniformSample | None
 ) -> tuple[Moments, list[Rejected], int]:
-    """Moments of all shards, those that `former` counts taken from there; rejected rows, and rows read."""
+    """Return the moments of all shards, the rejected rows, and the number of rows read.
+
+    Shards that are already counted in `former` are not read; its moments are extended in place.
+    """
     if former is None:
         moments, rejected = store_moments(store, name, second=second, sample=sample)
         return moments, rejected, moments.count + len(rejected)
@@ -300,7 +316,7 @@ def _domain(texts: Store, images: Store) -> str:
 
 
 def describe(alignment: Alignment, output: str) -> str:
-    """What the fit did, for a person."""
+    """Return a summary of the fit as two lines of text."""
     gap = alignment.modality_gap
     return (
         f"{alignment.strategy.strategy} fitted on {alignment.num_texts:,} texts and "
@@ -326,7 +342,10 @@ def _done(stage: Stage) -> dict[str, Any]:
 
 
 def _summary(stages: Sequence[Stage]) -> str:
-    """Return a table of the gap after each fit; fits of one strategy go by their stages' names."""
+    """Return a table of the gap after each fit.
+
+    A fit is named by its stage's title, else by its strategy, or by the stage where several fits share one.
+    """
     alignments = [load_alignment(stage.output) for stage in stages]
     strategies = [alignment.strategy.strategy for alignment in alignments]
     lines = [f"{'strategy':<14}{'modality gap':>14}   {'sampling floor':>14}"]

@@ -1,8 +1,8 @@
-"""Mergeable sums over unit rows: counts, means and second moments with the same bits for any partition.
+"""Mergeable moments of unit rows (count, mean, second moments), equal to the bit for any partition.
 
-Each row group is summed in float64. The sums of row groups are then added in fixed point: what is added is
-rounded once, to a grid of 2^-52, which for a block of unit rows is below the rounding of float64 itself.
-Fixed-point addition is associative, so no order has to be kept.
+Each row group is summed in float64. The sums of row groups are then added in fixed point: each is rounded
+once, to a multiple of 2^-52. For a block of unit rows this is below the rounding of float64 itself.
+Fixed-point addition is associative, so the order of the row groups does not matter.
 
 Shapes: N rows, D embedding dim, C rows of a chunk, B buckets, J fixed vectors of a map.
 """
@@ -19,7 +19,7 @@ from revision_ray.align.maps import CHUNK_ROWS, Affine, aligned, chunks
 from revision_ray.core.errors import AlignmentError, shorten
 
 _FRACTION_BITS = 52
-# Rows of a symmetric matrix that are added at a time: what that takes stays in the L2 cache.
+# Rows of a symmetric matrix that are added at a time, so that temporary arrays stay in the L2 cache.
 _TILE_ROWS = 16
 
 
@@ -38,25 +38,25 @@ class ExactSum:
         return ExactSum(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
     def add(self, values: np.ndarray, index: slice | tuple[slice, slice] = slice(None)) -> None:
-        """`values` (float64, finite) are part of the sum, at `index`."""
-        whole = np.trunc(values)  # what is left of the value is then exact, and rounded once
+        """Add `values` (float64, finite) to the sum at `index`."""
+        whole = np.trunc(values)  # so the fraction `values - whole` is exact, and is rounded only once
         self._add(
             whole.astype(np.int64), np.rint((values - whole) * 2.0**_FRACTION_BITS).astype(np.int64), index
         )
 
     def merge(self, other: "ExactSum") -> None:
-        """What `other` holds is part of this sum."""
+        """Add `other` to this sum, in place."""
         self._add(other.high, other.low, slice(None))
 
     def add_lower(self, values_DD: np.ndarray) -> None:
-        """The lower triangle of the symmetric `values_DD` is part of this sum's; see `mirror_lower`."""
+        """Add the lower triangle of the symmetric `values_DD`; call `mirror_lower` after the last one."""
         for start in range(0, len(values_DD), _TILE_ROWS):
             end = start + _TILE_ROWS
             index = (slice(start, end), slice(0, end))
             self.add(values_DD[index], index)
 
     def mirror_lower(self) -> None:
-        """What lies above the diagonal is what lies below it."""
+        """Copy the lower triangle onto the upper one."""
         above_DD = ~np.tri(len(self.high), dtype=bool)
         for part_DD in (self.high, self.low):
             np.copyto(part_DD, part_DD.T, where=above_DD)
@@ -67,20 +67,20 @@ class ExactSum:
         self.low[index] = total & ((1 << _FRACTION_BITS) - 1)
 
     def value(self, index: int | slice = slice(None)) -> np.ndarray:
-        """The sum (or what is at `index` of its first axis), rounded to float64."""
+        """Return the sum, or its entry at `index` of the first axis, rounded to float64."""
         return self.high[index].astype(np.float64) + self.low[index].astype(np.float64) * 2.0**-_FRACTION_BITS
 
     def total(self) -> "ExactSum":
-        """The sum over the first axis, exactly."""
+        """Return the exact sum over the first axis."""
         result = ExactSum.zeros(self.high.shape[1:])
         for high, low in zip(self.high, self.low, strict=True):
             result._add(high, low, slice(None))
         return result
 
 
-# Disjoint parts of the rows whose spread gives standard errors (delete-a-group jackknife).
+# Number of disjoint parts of the rows for standard errors by the delete-a-group jackknife.
 NUM_BUCKETS = 16
-# Rows that enter one matrix product of the second moments together: a row group of the embedding store.
+# Rows in one matrix product of the second moments; the embedding store's row groups are of this size.
 _ROWS_PER_PRODUCT = 2048
 
 
@@ -111,7 +111,11 @@ class Moments:
 
     @property
     def centroid(self) -> np.ndarray:
-        """Mean of the unit rows, float64 (D,)."""
+        """Mean of the unit rows, float64 (D,).
+
+        Raises:
+            AlignmentError: no rows were counted.
+        """
         self._require_rows()
         return self.sums.total().value() / self.count
 
@@ -136,27 +140,33 @@ class Moments:
 
     @property
     def centroid_standard_error(self) -> float:
-        """Root mean square distance between this centroid and the population's: sqrt(T / (N - 1))."""
+        """Root mean square distance between this centroid and the population's: sqrt(T / (N - 1)).
+
+        Infinite with fewer than two rows.
+        """
         return math.sqrt(self.trace / (self.count - 1)) if self.count > 1 else math.inf
 
     def without_bucket(self, bucket: int) -> tuple[int, np.ndarray]:
-        """(count, centroid) of all rows but one bucket's, for the jackknife."""
+        """Return count and centroid of all rows except those of one bucket, for the jackknife."""
         count = self.count - int(self.counts[bucket])
         return count, (self.sums.total().value() - self.sums.value(bucket)) / count
 
     def leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """(counts (G,), centroids (G, D)) of all rows but one bucket's, for each of the G buckets that hold
-        rows; G = 0 where one holds them all."""
+        """Return counts (G,) and centroids (G, D) of all rows except those of one bucket.
+
+        G is the number of buckets that hold rows, or 0 where fewer than two do.
+        """
         filled = np.flatnonzero(self.counts) if np.count_nonzero(self.counts) > 1 else []
         rest = [self.without_bucket(int(bucket)) for bucket in filled]
         counts_G = np.array([count for count, _ in rest], np.int64)
         return counts_G, np.array([centroid for _, centroid in rest]).reshape(len(rest), self.embedding_dim)
 
     def merge(self, other: "Moments") -> None:
-        """The rows of `other` are counted here too. Merging is exact: order and grouping change no bit.
+        """Add the rows of `other`, in place. Merging is exact: order and grouping do not change any bit.
 
         Raises:
-            AlignmentError: other dimension, a shard already counted, or second moments on one side only.
+            AlignmentError: dimensions differ, a shard is counted already, or only one of the two has second
+                moments.
         """
         if other.embedding_dim != self.embedding_dim:
             raise AlignmentError(
@@ -176,7 +186,7 @@ class Moments:
         self.shard_hashes |= other.shard_hashes
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All of it but the shard hashes, int64, by name; `of_tensors` gives it back to the bit."""
+        """Return all int64 arrays by name, without the shard hashes; the inverse of `of_tensors`."""
         tensors = {"counts": self.counts, "sum_high": self.sums.high, "sum_low": self.sums.low}
         if self.second is not None:
             tensors |= {"second_high": self.second.high, "second_low": self.second.low}
@@ -184,7 +194,7 @@ class Moments:
 
     @staticmethod
     def of_tensors(tensors: Mapping[str, np.ndarray], shard_hashes: Iterable[str]) -> "Moments":
-        """The moments that `tensors` was made of.
+        """Return the moments whose `tensors()` and shard hashes are given.
 
         Raises:
             KeyError: a tensor is missing.
@@ -198,15 +208,15 @@ class Moments:
         )
 
     def to_bytes(self) -> bytes:
-        """As a safetensors document; `from_bytes` gives it back to the bit."""
+        """Return the moments as the bytes of a safetensors file; the inverse of `from_bytes`."""
         return safetensors.numpy.save(self.tensors(), {"shard_hashes": json.dumps(sorted(self.shard_hashes))})
 
     @staticmethod
     def from_bytes(content: bytes) -> "Moments":
-        """The moments that `to_bytes` wrote.
+        """Return the moments that `to_bytes` wrote.
 
         Raises:
-            AlignmentError: not such a document.
+            AlignmentError: `content` is not a safetensors file of moments.
         """
         try:
             tensors = safetensors.numpy.load(content)
@@ -221,15 +231,15 @@ class Moments:
 
 
 def bucket_offset(shard_hash: str, row_group: int) -> int:
-    """Where a row group starts to fill the buckets: fixed by its content, spread over the row groups."""
+    """Return the bucket of a row group's first chunk; it depends only on shard content and group index."""
     return (int(shard_hash[:8], 16) + row_group) % NUM_BUCKETS
 
 
 class RowSums:
-    """Rows on their way into moments, block by block: the sums, and the memory that blocks take turns to use.
+    """Accumulator that adds blocks of rows to moments and reuses its buffers from block to block.
 
-    Each block is summed in float64 on one thread, in fixed chunks in file order, and that sum is added
-    exactly: the same blocks give the same bits, in any order. Callers hold BLAS to one thread.
+    Each block is summed in float64, in fixed chunks in file order. The sums of blocks are added exactly, so
+    the same blocks give the same bits in any order. Callers must limit BLAS to one thread.
     """
 
     def __init__(self, embedding_dim: int, affine: Affine | None = None, second: bool = False) -> None:
@@ -237,15 +247,18 @@ class RowSums:
         self._fixed_JD = affine.fixed_vectors() if affine else np.empty((0, embedding_dim))
         self._gram_JJ = self._fixed_JD @ self._fixed_JD.T
         self._total = Moments.zeros(embedding_dim, second)
-        # Second moments of a block: rows wait here for a product of many, which is several times as fast.
+        # Rows are collected here for the second moments: one large matrix product is several times as fast.
         size = (_ROWS_PER_PRODUCT, embedding_dim) if second else (0, 0)
         self._waiting_ND, self._num_waiting = aligned(size, np.float64), 0
         self._second_DD, self._product_DD = (np.empty((size[1],) * 2) for _ in range(2))
         self._num_products = 0
 
     def add(self, block_ND: np.ndarray, ids: Sequence[str] | None = None, offset: int = 0) -> list[int]:
-        """The block's rows, scaled to unit length and then mapped, are counted, but for those without a
-        direction, whose positions are returned. `offset`: the bucket that its first chunk goes to."""
+        """Scale the block's rows to unit length, map them, and add them to the moments.
+
+        Rows without a direction (NaN, infinite or zero) are left out; their positions are returned. `offset`
+        is the bucket of the first chunk, see `bucket_offset`. `ids` are needed where the map adds noise.
+        """
         sums_BD = np.zeros((NUM_BUCKETS, block_ND.shape[1]))
         counts, fixed_JD = self._total.counts, self._fixed_JD
         invalid: list[int] = []
@@ -277,11 +290,11 @@ class RowSums:
             self._multiply()
 
     def _multiply(self) -> None:
-        """The waiting rows are in the second moments of this block."""
+        """Add the collected rows to the second moments of this block."""
         if not self._num_waiting:
             return
         rows_ND = self._waiting_ND[: self._num_waiting]
-        # NumPy sees the transpose and halves the work (syrk).
+        # NumPy recognizes A.T @ A and halves the work (BLAS syrk).
         first = not self._num_products
         product_DD = np.matmul(rows_ND.T, rows_ND, out=self._second_DD if first else self._product_DD)
         if not first:
@@ -290,7 +303,7 @@ class RowSums:
         self._num_waiting = 0
 
     def moments(self) -> Moments:
-        """Of all rows that were added; they belong to the caller, nothing can be added any more."""
+        """Return the moments of all added rows. Call this last: add nothing afterwards."""
         if self._total.second is not None:
             self._total.second.mirror_lower()
         return self._total
@@ -304,15 +317,18 @@ def of_block(
     second: bool = False,
     offset: int = 0,
 ) -> tuple[Moments, list[int]]:
-    """Moments of the rows of a block, scaled to unit length and then mapped by `affine`, if one is given; and
-    the positions of the rows without a direction, which are left out. See `RowSums`."""
+    """Return the moments of one block of rows, and the positions of rows without a direction.
+
+    Rows are scaled to unit length and then mapped by `affine`, if given. Rows without a direction are left
+    out. See `RowSums`.
+    """
     sums = RowSums(block_ND.shape[1], affine, second)
     invalid = sums.add(block_ND, ids, offset)
     return sums.moments(), invalid
 
 
 def merged(parts: Iterable[Moments], embedding_dim: int, second: bool = False) -> Moments:
-    """All parts as one."""
+    """Return the merged moments of all parts."""
     total = Moments.zeros(embedding_dim, second)
     for part in parts:
         total.merge(part)
@@ -320,8 +336,10 @@ def merged(parts: Iterable[Moments], embedding_dim: int, second: bool = False) -
 
 
 def jackknife_standard_error(estimates: np.ndarray) -> np.ndarray:
-    """Delete-a-group jackknife over the first axis, whose entries each lack one group's rows; NaN with fewer
-    than two of them."""
+    """Return the delete-a-group jackknife standard error over the first axis.
+
+    Each entry of `estimates` is computed without the rows of one group. NaN with fewer than two entries.
+    """
     if len(estimates) < 2:
         return np.full(estimates.shape[1:], math.nan)
     squares = np.sum((estimates - estimates.mean(0)) ** 2, axis=0)
@@ -329,13 +347,15 @@ def jackknife_standard_error(estimates: np.ndarray) -> np.ndarray:
 
 
 def modality_gap(text: Moments, image: Moments) -> float:
-    """The Euclidean distance of the two centroids."""
+    """Return the Euclidean distance between the two centroids."""
     return float(np.linalg.norm(image.centroid - text.centroid))
 
 
 def gap_standard_error(text: Moments, image: Moments) -> float:
-    """Standard error of ||mu_x - mu_y||: delete-a-group jackknife over the buckets of each side; NaN where a
-    side has too few rows to form two."""
+    """Return the standard error of ||mu_x - mu_y||, by a delete-a-group jackknife over each side's buckets.
+
+    NaN where a side's rows fill fewer than two buckets.
+    """
     errors = []
     for moving, still in ((text, image), (image, text)):
         _, centroids_GD = moving.leave_one_out()
