@@ -153,7 +153,8 @@ def run_align(job: AlignJob) -> str:
 
     Raises:
         AlignmentError: the store has another encoder or dimension than the fit, or is aligned already.
-        DataError: the output holds something else, or too many rows were rejected.
+        DataError: a source shard is gone, or too many rows were rejected.
+        OutputError: the output holds something else.
     """
     output = storage.absolute(job.output)
     alignment = load_alignment(job.alignment)

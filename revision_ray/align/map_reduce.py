@@ -1,8 +1,8 @@
-"""Moments of whole stores as a Ray Data map-reduce: row groups out, a few kilobytes of sums back.
+"""Compute moments of whole stores as a Ray Data map-reduce; draw uniform samples of a store's rows.
 
-Tasks read row groups themselves and return merged partial moments; the driver adds those as they come.
-Merging is exact (`moments.ExactSum`), so neither the number of workers, nor scheduling, nor a task that ran
-twice can change a bit, and the driver holds one sum whatever the number of rows.
+Each task reads its row groups and returns their merged moments; the driver adds these as they arrive.
+Merging is exact (`moments.ExactSum`), so the number of workers, the scheduling and retried tasks do not
+change any bit. The driver holds one sum, whatever the number of rows.
 """
 
 import json
@@ -36,28 +36,31 @@ from revision_ray.data.store import (
 
 log = logging.getLogger(__name__)
 
-# A task's share. At most about 300 MB of 1280-d float16 rows, so that a lost task costs little; at least a
-# quarter of that where there is enough to do, so that scheduling does.
+# Row groups of one task. At most about 300 MB of 1280-d float16 rows, so that repeating a lost task is cheap;
+# at least a quarter of that where there are enough row groups, so that scheduling is cheap.
 _MOST_ROW_GROUPS_PER_TASK = 64
 _FEWEST_ROW_GROUPS_PER_TASK = 16
 _TASKS_PER_CPU = 4
-_FEWEST_CPUS = 8  # an autoscaling cluster starts small; plan tasks for what it may become
+_FEWEST_CPUS = 8  # an autoscaling cluster starts small; make enough tasks for it to grow
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformSample:
-    """A uniform sample without replacement: how many rows to take of each row group, and the seed."""
+    """A uniform sample without replacement: the number of rows to take of each row group, and the seed."""
 
-    rows: dict[tuple[str, int], int]
+    rows: dict[tuple[str, int], int]  # (shard hash, index of the row group) -> number of rows
     seed: int
-    without: "UniformSample | None" = None  # rows of this sample are not taken
+    without: "UniformSample | None" = None  # rows of this sample are excluded
 
     def size(self, group: RowGroup) -> int:
-        """How many rows of the row group are taken."""
+        """Return the number of rows to take of the row group."""
         return self.rows.get((group.shard_hash, group.index), 0)
 
     def positions(self, group: RowGroup) -> np.ndarray:
-        """Which rows of the row group are taken, ascending: a function of content and seed."""
+        """Return the positions of the rows to take of the row group, ascending.
+
+        They depend only on the shard's content and the seed.
+        """
         left_N = np.arange(group.num_rows)
         if self.without is not None:
             left_N = np.setdiff1d(left_N, self.without.positions(group))
@@ -68,11 +71,12 @@ class UniformSample:
 def draw_sample(
     store: Store, num_rows: int, seed: int, without: UniformSample | None = None
 ) -> UniformSample | None:
-    """`num_rows` of the store's rows, uniformly; None (take all) where it has no more.
+    """Draw a uniform sample of `num_rows` of the store's rows; return None where it has no more than that.
 
-    How many come from each row group is drawn here, which ones is drawn in the task from the same seed, so
-    the sample is a function of content and seed. Rows of the sample `without` are left out (all others are
-    taken where there are no more than `num_rows`), which sets held-out rows apart.
+    The number of rows per row group is drawn here; the rows themselves are drawn in the tasks, by
+    `UniformSample.positions`. The sample depends only on the store's content and the seed. Rows of the
+    sample `without` are excluded, to draw held-out rows; if at most `num_rows` others are left, all of them
+    are taken.
     """
     if without is None and num_rows >= store.num_rows:
         return None
@@ -95,9 +99,10 @@ def store_moments(
     second: bool = False,
     sample: UniformSample | None = None,
 ) -> tuple[Moments, list[Rejected]]:
-    """Moments of the store's unit rows, mapped by `affine` if one is given, and the rows without a direction.
+    """Compute the moments of the store's unit rows with Ray; return them and the rows without a direction.
 
-    `name` is what the progress display says. The moments' shard hashes are those of `store`.
+    Rows are mapped by `affine`, if given. `sample` limits the rows that are read. `name` labels the progress
+    display. The moments carry the shard hashes of `store`.
 
     Raises:
         DataError: a shard is missing or unreadable.
@@ -132,7 +137,7 @@ def checked_moments(
     max_rejected_fraction: float = 0.001,
     rejected_uri: str = "",
 ) -> Moments:
-    """Return the moments of `store_moments`; log rejected rows and list them at `rejected_uri`, if given.
+    """Compute moments as `store_moments` does; log rejected rows and list them in `rejected_uri`, if given.
 
     Raises:
         DataError: as `store_moments`, or more than `max_rejected_fraction` of the rows were rejected.
@@ -150,14 +155,14 @@ def checked_moments(
 def _run(groups: Sequence[RowGroup], work: Any) -> Iterator[dict[str, Any]]:
     items = [{"row_groups": json.dumps([asdict(group) for group in share])} for share in _shares(groups)]
     with data_context() as context, user_errors():
-        # Reservation runs one task at a time until it has heard of the cluster, which takes longer than many
-        # a fit; and there is nothing to hold back where a task returns a few kilobytes.
+        # With reservation, Ray Data runs one task at a time until it knows the cluster's resources, which
+        # takes longer than many fits. Tasks return a few kilobytes, so they need no limit on memory.
         context.op_resource_reservation_enabled = False
         yield from ray.data.from_items(items, override_num_blocks=len(items)).map(work).iter_rows()
 
 
 def _shares(groups: Sequence[RowGroup]) -> list[Sequence[RowGroup]]:
-    """The row groups, in order, in about equal parts of which a task takes one."""
+    """Split the row groups, in order, into about equal shares, one for each task."""
     cpus = int(ray.cluster_resources().get("CPU", 1))
     wanted = max(cpus, _FEWEST_CPUS) * _TASKS_PER_CPU
     number = min(wanted, len(groups) // _FEWEST_ROW_GROUPS_PER_TASK)
@@ -169,7 +174,7 @@ def _shares(groups: Sequence[RowGroup]) -> list[Sequence[RowGroup]]:
 def moments_here(
     store: Store, *, affine: Affine | None = None, second: bool = False, sample: UniformSample | None = None
 ) -> tuple[Moments, list[Rejected]]:
-    """What `store_moments` gives, to the bit, computed in this process: for tasks with maps of their own."""
+    """Compute the same moments as `store_moments`, to the bit, in this process; for use inside Ray tasks."""
     total, rejected, _ = _sum_groups(store.row_groups, affine, second, sample, store.embedding_dim)
     total.shard_hashes = store.shard_hashes
     return total, sorted(rejected, key=lambda row: (row.uri, row.id))
@@ -199,7 +204,7 @@ def _sum_groups(
     sample: UniformSample | None,
     embedding_dim: int,
 ) -> tuple[Moments, list[Rejected], int]:
-    """Moments, rows without a direction, and the number of rows read."""
+    """Return the moments, the rows without a direction, and the number of rows read."""
     rejected: list[Rejected] = []
     num_rows = 0
     with one_thread():
@@ -222,7 +227,7 @@ def _sum_groups(
 def read_sampled(
     group: RowGroup, sample: UniformSample | None, embedding_dim: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(embeddings (N, D) as stored, positions (N,)) of the row group's rows that are in the sample."""
+    """Return stored embeddings (N, D) and positions (N,) of the row group's rows that are in the sample."""
     block_ND = read_group(group, embedding_dim)
     if sample is None:
         return block_ND, np.arange(len(block_ND))
@@ -231,7 +236,7 @@ def read_sampled(
 
 
 def reasons(group: RowGroup, positions_N: np.ndarray, embedding_dim: int) -> list[Rejected]:
-    """Why the rows at these positions of a row group have no place in a fit."""
+    """Return the rows at these positions of a row group, each with the reason why it is rejected."""
     ids = read_group_ids(group, positions_N)
     found = shards.describe_rows(group.uri, group.index, positions_N.tolist(), embedding_dim)
     return [

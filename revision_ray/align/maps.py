@@ -1,12 +1,12 @@
-"""Affine maps of unit rows, the form of every alignment strategy, and chunks of rows on the unit sphere.
+"""Affine maps of unit rows, the common form of all alignment strategies, and float64 chunks of rows.
 
     z  = A u + offset + noise n           u = unit text row, A a scale or a matrix, n ~ N(0, I)
     z  = z / ||z||                        where `unit_output`
     z  = (z + r_k) / ||z + r_k||          for each centroid step k, r_k = mu_x - mu'_k
 
-Every stage is a linear combination of the row and a few fixed vectors. So a row is described by its
-coefficients: norms follow from inner products with the fixed vectors, and the mean over many rows is
-computed without making an aligned row.
+Each of the three lines gives a linear combination of the row and a few fixed vectors, so only its
+coefficients are computed. Norms follow from inner products with the fixed vectors, and the mean over many
+rows is computed without forming any aligned row.
 
 Shapes: N rows, D embedding dim, C rows of a chunk, K centroid steps, J = 1 + K fixed vectors.
 """
@@ -19,12 +19,12 @@ import numpy as np
 
 from revision_ray.core.errors import AlignmentError
 
-# Rows of a chunk: small enough that its float64 copy stays in the L2 cache (64 x 1280 x 8 bytes = 0.6 MB).
+# Rows of a chunk, so few that its float64 copy stays in the L2 cache (64 x 1280 x 8 bytes = 0.6 MB).
 CHUNK_ROWS = 64
-# A row whose norm is below this carries no direction: float16 holds nothing smaller but zero.
+# A row of smaller norm counts as zero: the smallest positive float16 value, 6e-8, is larger.
 SMALLEST_NORM = 1e-8
-# A half float's bits, moved into a float32, read as its value times 2^-112: the difference of the two
-# exponent biases. Scaling by a power of two is exact, and a row's direction does not depend on it.
+# The bits of a float16 shifted into a float32 represent its value times 2^-112, because the exponent biases
+# differ by 112. Scaling by a power of two is exact, and the direction of a row does not depend on it.
 _HALF_SCALE = 2.0**-112
 _HALF_BITS = np.array(0x8FFFE000, np.uint32).view(np.int32)[()]  # sign, exponent, fraction
 _CACHE_LINE = 64
@@ -32,22 +32,22 @@ _CACHE_LINE = 64
 
 @dataclass(frozen=True)
 class RowChunk:
-    """Rows that have a direction, in float64, not yet of unit length."""
+    """Float64 rows with a direction (finite and not zero), not yet scaled to unit length."""
 
     rows_CD: np.ndarray
     inverse_norm_C: np.ndarray
-    positions_C: np.ndarray  # of these rows in the block
+    positions_C: np.ndarray  # positions of the rows in the block
 
     def unit_rows(self) -> np.ndarray:
         return self.rows_CD * self.inverse_norm_C[:, None]
 
 
 def chunks(block_ND: np.ndarray, invalid: list[int]) -> Iterator[RowChunk]:
-    """The block in float64 chunks. Positions of rows that are NaN, infinite or zero go to `invalid` instead.
+    """Yield the block in float64 chunks; append positions of NaN, infinite or zero rows to `invalid`.
 
-    Rows of a chunk are scaled by a power of two that belongs to the dtype; `inverse_norm_C` fits them. The
-    arrays of a chunk are overwritten by the next one, and are aligned: the same values give the same bits
-    wherever they came from.
+    Rows of float16 are scaled by a power of two, and `inverse_norm_C` is that of the scaled rows. The next
+    chunk overwrites the arrays of a chunk. The arrays are aligned in memory, so that equal values give equal
+    bits wherever the block lies in memory.
     """
     dim = block_ND.shape[1]
     half = block_ND.dtype == np.float16
@@ -65,7 +65,7 @@ def chunks(block_ND: np.ndarray, invalid: list[int]) -> Iterator[RowChunk]:
         squared_C = np.vecdot(rows_CD, rows_CD)
         positions_C = np.arange(start, start + size)
         valid_C = np.isfinite(squared_C) & (squared_C > smallest**2)
-        if half and (squared_C >= (65536 * _HALF_SCALE) ** 2).any():  # what infinity and NaN would come to
+        if half and (squared_C >= (65536 * _HALF_SCALE) ** 2).any():  # infinity and NaN widen to this or more
             valid_C &= np.isfinite(part_CD).all(axis=1)
         if not valid_C.all():
             invalid.extend(positions_C[~valid_C].tolist())
@@ -74,9 +74,10 @@ def chunks(block_ND: np.ndarray, invalid: list[int]) -> Iterator[RowChunk]:
 
 
 def _widen(half_CD: np.ndarray, bits_CD: np.ndarray, double_CD: np.ndarray) -> None:
-    """`double_CD` holds the finite half floats times `_HALF_SCALE`, exactly; `bits_CD` is scratch.
+    """Write finite float16 values times `_HALF_SCALE` to `double_CD`, exactly; `bits_CD` is scratch.
 
-    NumPy's own conversion takes four times as long, and Torch's takes seconds to import in every worker.
+    NumPy's own conversion takes four times as long, and importing Torch for its conversion takes seconds in
+    every worker.
     """
     np.copyto(bits_CD, half_CD.view(half_CD.dtype.str.replace("f2", "i2")))  # sign extended
     np.left_shift(bits_CD, 13, out=bits_CD)
@@ -85,7 +86,7 @@ def _widen(half_CD: np.ndarray, bits_CD: np.ndarray, double_CD: np.ndarray) -> N
 
 
 def aligned(shape: tuple[int, int], dtype: type) -> np.ndarray:
-    """An empty array that starts on a cache line, where wide loads are twice as fast."""
+    """Return an uninitialised array that starts on a cache line, where wide loads are twice as fast."""
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
     memory = np.empty(size + _CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % _CACHE_LINE
@@ -93,9 +94,9 @@ def aligned(shape: tuple[int, int], dtype: type) -> np.ndarray:
 
 
 def noise_rows(ids: Sequence[str], dim: int, seed: int) -> np.ndarray:
-    """Standard normal noise (N, D), float64: a function of the row's id and the seed, and of nothing else.
+    """Return standard normal noise (N, D), float64, that depends only on row id and seed.
 
-    So a row gets the same noise in every pass, in any batch and on any worker.
+    A row therefore gets the same noise in every pass, in any batch and on any worker.
     """
     key = seed.to_bytes(8, "little", signed=True)
     noise_ND = np.empty((len(ids), dim))
@@ -111,7 +112,7 @@ class Affine:
 
     offset: np.ndarray  # (D,)
     scale: float = 1.0
-    matrix: np.ndarray | None = None  # (D, D), takes the place of scale
+    matrix: np.ndarray | None = None  # (D, D), used instead of scale
     noise: float = 0.0
     seed: int = 0
     unit_output: bool = True
@@ -126,18 +127,24 @@ class Affine:
         return self.noise > 0
 
     def with_centroid_step(self, shift_D: np.ndarray) -> "Affine":
-        """This map followed by one more centroid step that adds `shift_D` = mu_x - mu' (paper, sec. 4.3)."""
+        """Return this map followed by a centroid step that adds `shift_D` = mu_x - mu' (paper, sec. 4.3)."""
         steps = np.empty((0, len(shift_D))) if self.recentre is None else self.recentre
         return replace(self, recentre=np.vstack([steps, shift_D]))
 
     def fixed_vectors(self) -> np.ndarray:
-        """(J, D): the offset and the centroid shifts."""
+        """Return the offset and the centroid shifts, (J, D)."""
         return self.offset[None] if self.recentre is None else np.vstack([self.offset, self.recentre])
 
     def coefficients(
         self, chunk: RowChunk, ids: Sequence[str] | None, fixed_JD: np.ndarray, gram_JJ: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows_CD, a_C, b_CJ): the aligned rows are a * rows + b @ fixed."""
+        """Return rows_CD, a_C and b_CJ such that the aligned rows are a * rows + b @ fixed.
+
+        `fixed_JD` are the `fixed_vectors`, `gram_JJ` their inner products.
+
+        Raises:
+            AlignmentError: an aligned row has norm zero or NaN, or ids are needed and missing.
+        """
         rows_CD, a_C = self._linear(chunk, ids)
         b_CJ = np.zeros((len(rows_CD), len(fixed_JD)))
         b_CJ[:, 0] = 1.0
@@ -161,7 +168,7 @@ class Affine:
         return rows_CD, a_C, b_CJ
 
     def _linear(self, chunk: RowChunk, ids: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and factors whose product is A u + noise n."""
+        """Return rows and factors whose product is A u + noise n."""
         if self.matrix is None and not self.noise:
             return chunk.rows_CD, self.scale * chunk.inverse_norm_C
         unit_CD = chunk.unit_rows()
@@ -174,12 +181,13 @@ class Affine:
         return rows_CD, np.ones(len(rows_CD))
 
     def apply(self, text_ND: np.ndarray, ids: Sequence[str] | None = None) -> tuple[np.ndarray, list[int]]:
-        """Aligned rows, float32 (N, D), and the positions of rows without a direction, which come out as NaN.
+        """Return aligned rows, float32 (N, D), and the positions of rows without a direction.
 
-        Computed in float64 and rounded once.
+        Rows without a direction (NaN, infinite or zero) become NaN. All is computed in float64 and rounded
+        once.
 
         Raises:
-            AlignmentError: another dimension, or ids are needed and missing.
+            AlignmentError: the dimension differs, an aligned row has norm zero, or needed ids are missing.
         """
         if text_ND.ndim != 2 or text_ND.shape[1] != self.embedding_dim:
             raise AlignmentError(

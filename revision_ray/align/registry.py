@@ -1,13 +1,13 @@
-"""Registry of fits by name, and the single-file form of a fit.
+"""Find fits by name below a directory (a registry), and export or import a fit as a single file.
 
-A registry is any directory below which fits lie; a fit's name is its path below that directory. Nothing is
-stored beside the fits, so copying, moving or removing a directory is enough to change the registry.
+A registry is any directory with fits in it or in its subdirectories. A fit's name is its path relative to
+the registry. There is no index file: copy, move or remove a fit's directory to change the registry.
 
-A fit file is one safetensors file that holds the fit and its moments, and gives the same bits back. Its
-tensors are those of the fit's directory: the alignment's under their own names, the moments' below
-`moments.text.` and `moments.image.`. Its metadata have one key, `revision_ray_fit` (safetensors writes
-several in no fixed order): a JSON document of alignment.json, the shard hashes, the fit job's settings where
-known, and a digest of everything. Lists of rejected rows are left out.
+A fit file is one safetensors file with the fit and its moments; importing it restores the same bits. Its
+tensors are those of the fit's directory: the alignment's under their own names, those of the moments with
+the prefixes `moments.text.` and `moments.image.`. Its metadata have a single key, `revision_ray_fit`, because
+safetensors writes several keys in no fixed order. The value is a JSON document of alignment.json, the shard
+hashes, the fit job's settings where known, and a digest of everything. Rejected rows are not exported.
 """
 
 import difflib
@@ -44,16 +44,16 @@ UNFINISHED = f"unfinished: no {DOCUMENT}; run the job that makes it again"
 
 @dataclass(frozen=True, kw_only=True)
 class FitPlace:
-    """Where a fit, or what is left of one, lies in a registry."""
+    """Name and directory of a finished or unfinished fit in a registry."""
 
-    name: str  # path below the registry; "." for the registry itself
+    name: str  # path relative to the registry; "." for the registry itself
     uri: str
     finished: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegistryEntry:
-    """A place with its fit, or with what is wrong with that."""
+    """A place in a registry with its fit, or with the reason why the fit cannot be read (`damage`)."""
 
     place: FitPlace
     fit: Alignment | None
@@ -62,7 +62,7 @@ class RegistryEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredFit:
-    """A sound fit with the moments that it was made from."""
+    """A verified fit with the moments that it was made from."""
 
     alignment: Alignment
     text: Moments
@@ -70,10 +70,10 @@ class RegisteredFit:
 
 
 def places(registry: str) -> list[FitPlace]:
-    """Every finished or unfinished fit below `registry`, by name. Lists all files there, reads none.
+    """Find every finished or unfinished fit below `registry`, sorted by name; files are listed, not read.
 
     Raises:
-        DataError: no such directory, or no fit in it.
+        DataError: `registry` is a file, does not exist, or holds no fit.
     """
     root = storage.absolute(registry)
     if storage.info(root).type == pafs.FileType.File:
@@ -106,10 +106,10 @@ def _ends_with(uri: str, path: str) -> bool:
 
 
 def entries(registry: str) -> list[RegistryEntry]:
-    """Every fit below `registry`, read and verified with its moments, by name; damaged ones with the reason.
+    """Read and verify every fit below `registry`, sorted by name; unreadable ones carry the reason.
 
     Raises:
-        DataError: as `places`.
+        DataError: `registry` is a file, does not exist, or holds no fit.
     """
     found = places(registry)
     with ThreadPoolExecutor(min(8, len(found))) as pool:
@@ -126,10 +126,10 @@ def _entry(place: FitPlace) -> RegistryEntry:
 
 
 def read(uri: str) -> RegisteredFit:
-    """The fit at directory `uri`, its files verified against each other.
+    """Read the fit in directory `uri` with its moments, and check that its files agree.
 
     Raises:
-        AlignmentError: none there, unfinished, or damaged.
+        AlignmentError: there is none, or it is unfinished or damaged.
     """
     alignment = load_alignment(uri)
     try:
@@ -144,10 +144,10 @@ def read(uri: str) -> RegisteredFit:
 
 
 def check_consistent(fit: RegisteredFit, where: str) -> None:
-    """The alignment's arrays have one dimension, and its statistics are those of the moments beside it.
+    """Check that the fit's arrays have its dimension, and that its statistics follow from its moments.
 
     Raises:
-        AlignmentError: they do not.
+        AlignmentError: one of them does not; the message names `where`.
     """
     alignment, dim = fit.alignment, fit.alignment.embedding_dim
     for name, array in alignment.tensors().items():
@@ -157,7 +157,7 @@ def check_consistent(fit: RegisteredFit, where: str) -> None:
         ("text", fit.text, alignment.text_centroid, alignment.text_trace, alignment.num_texts),
         ("image", fit.image, alignment.image_centroid, alignment.image_trace, alignment.num_images),
     ):
-        # Centroids take the same steps on every machine; a trace is a sum, whose order is the machine's.
+        # Centroids have the same bits on every machine. A trace is a float sum, whose order may differ.
         same = (
             moments.embedding_dim == dim
             and moments.count == count
@@ -172,10 +172,10 @@ def check_consistent(fit: RegisteredFit, where: str) -> None:
 
 
 def place_of(registry: str, name: str) -> FitPlace:
-    """The place of this name.
+    """Return the place of the fit called `name`.
 
     Raises:
-        DataError: there is none; the nearest spelling is named.
+        DataError: there is none; the message suggests the most similar name.
     """
     found = places(registry)
     by_name = {place.name: place for place in found}
@@ -198,7 +198,7 @@ def _nearest(wanted: str, names: Sequence[str]) -> str:
 
 
 def summary(entry: RegistryEntry) -> dict[str, Any]:
-    """A line of the list; `damage` is empty where the fit is sound."""
+    """Return the main facts about one fit, for the list of fits; `damage` is empty where it can be read."""
     line: dict[str, Any] = {"name": entry.place.name, "uri": entry.place.uri, "damage": entry.damage}
     if entry.fit is None:
         return line
@@ -212,10 +212,10 @@ def summary(entry: RegistryEntry) -> dict[str, Any]:
 
 
 def details(place: FitPlace) -> dict[str, Any]:
-    """Everything that the fit says of itself, and what its moments hold.
+    """Return all facts about one fit: alignment.json, the tensors' shapes, and the contents of its moments.
 
     Raises:
-        AlignmentError: unfinished or damaged.
+        AlignmentError: the fit is unfinished or damaged.
     """
     if not place.finished:
         raise AlignmentError(f"{place.uri}: {UNFINISHED}")
@@ -244,19 +244,19 @@ METADATA_KEY, FORMAT_VERSION = "revision_ray_fit", 1
 _SIDES = ("text", "image")
 _SEGMENT = re.compile(
     r"(?!\.\.?$)[\w.,+@-]+"
-)  # of a name: no path out of the registry, no wildcard, no query
+)  # one part of a name: no path out of the registry, no wildcard, no query
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFit:
-    """What such a file holds."""
+    """Content of a fit file."""
 
     fit: RegisteredFit
-    config: str  # YAML of the fit job; empty where it is not known
+    config: str  # settings of the fit job as YAML; empty where unknown
 
 
 def pack(fit: RegisteredFit, config: str = "") -> bytes:
-    """The file of this fit; equal fits give equal bytes."""
+    """Return the bytes of a fit file; equal fits and configs give equal bytes."""
     tensors = dict(fit.alignment.tensors())
     document: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -275,7 +275,7 @@ def _text(document: dict[str, Any]) -> str:
 
 
 def _digest(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> str:
-    """Over every name, type, shape and value: safetensors itself checks none of the values."""
+    """Hash the document and every tensor's name, type, shape and values; safetensors checks no values."""
     parts = [_text(document).encode()]
     for name in sorted(tensors):
         array = tensors[name]
@@ -284,10 +284,10 @@ def _digest(tensors: dict[str, np.ndarray], document: dict[str, Any]) -> str:
 
 
 def unpack(content: bytes, where: str) -> PackedFit:
-    """What the file at `where` holds, verified.
+    """Parse and verify the bytes of a fit file; error messages name it as `where`.
 
     Raises:
-        AlignmentError: truncated, damaged, no such file, or of a version that this one does not read.
+        AlignmentError: it is truncated, damaged, no fit file, or of an unsupported format version.
     """
     try:
         tensors = safetensors.numpy.load(content)
@@ -299,7 +299,7 @@ def unpack(content: bytes, where: str) -> PackedFit:
     text = header.get("__metadata__", {}).get(METADATA_KEY, "")
     document = _document(text, where)
     digest = document.pop("digest", None)
-    # The same values may be spelled in several ways; only one is what was written.
+    # JSON can write the same values in several ways; accept only the bytes that `pack` writes.
     if digest != _digest(tensors, document) or text != _text({**document, "digest": digest}):
         raise AlignmentError(f"{where}: does not match its digest, so it is damaged; export the fit again")
     fit = _fit(tensors, document, where)
@@ -340,11 +340,11 @@ def _fit(tensors: dict[str, np.ndarray], document: dict[str, Any], where: str) -
 
 
 def export(uri: str, output: str) -> str:
-    """The fit at directory `uri` stands in the file `output` as well; says what was done.
+    """Write the fit in directory `uri` to the file `output`; return "exported" or "already there".
 
     Raises:
-        AlignmentError: the fit is damaged.
-        DataError: `output` holds something else already.
+        AlignmentError: the fit is unfinished or damaged.
+        OutputError: `output` exists and holds something else.
     """
     content = pack(read(uri), _config(uri))
     if not storage.exists(output):
@@ -364,13 +364,14 @@ def _config(uri: str) -> str:
 
 
 def import_file(file: str, registry: str, name: str | None = None) -> tuple[str, str, RegisteredFit]:
-    """The fit in `file` stands in the registry as `name`, by default the file's without its ending.
+    """Write the fit of `file` to the registry as `name`, by default the file's name without its suffix.
 
-    Returns what was done, the fit's URI, and the fit.
+    Returns "imported" or "already there", the fit's URI, and the fit.
 
     Raises:
-        AlignmentError: the file is damaged, or another fit has that name.
-        DataError: no file there, a name that is none, or other files in that place.
+        AlignmentError: the file, or the fit that has this name already, is damaged.
+        DataError: the file is missing, or the name is invalid.
+        OutputError: another fit has this name, or its directory holds other files.
     """
     name = storage.name_of(file).rpartition(".")[0] if name is None else name
     if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):

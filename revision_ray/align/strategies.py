@@ -1,7 +1,7 @@
-"""Alignment strategies: the closed form of each, and the table that names them.
+"""Alignment strategies: the closed form of each map, and the table `STRATEGIES` of them by name.
 
-`realign` is the method's (arXiv 2602.07026 sec. 4.1-4.2); its centroid step (sec. 4.3) needs a second pass
-over the texts and is added by `Affine.with_centroid_step`. The others are those that it is compared with.
+`realign` is the paper's method (arXiv 2602.07026 sec. 4.1-4.2). Its centroid step (sec. 4.3) needs another
+pass over the texts and is added by `centroid_steps`. The other strategies are there for comparison.
 
 Shapes: D embedding dim, R rank of the principal subspace.
 """
@@ -20,10 +20,10 @@ from revision_ray.core.errors import AlignmentError, ConfigError
 
 
 def fixed_frame(reference_DD: np.ndarray, energy: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bases of U (D, R) and of its orthogonal complement V (D, D - R).
+    """Return orthonormal bases of the subspace U (D, R) and of its orthogonal complement V (D, D - R).
 
-    U is spanned by the top eigenvectors of `reference_DD`, R being the smallest rank whose eigenvalues
-    reach the share `energy` of the trace. The sign of each vector is fixed by its largest component.
+    U is spanned by the top R eigenvectors of `reference_DD`. R is the smallest rank whose eigenvalues sum to
+    at least the share `energy` of the trace. The largest component of each vector is made positive.
     """
     eigenvalues, vectors_DD = scipy.linalg.eigh(reference_DD)
     eigenvalues, vectors_DD = np.maximum(eigenvalues[::-1], 0.0), vectors_DD[:, ::-1]
@@ -35,13 +35,16 @@ def fixed_frame(reference_DD: np.ndarray, energy: float) -> tuple[np.ndarray, np
 
 
 def of_symmetric(matrix_DD: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """`function` of a symmetric positive semi-definite matrix by its eigenvalues; negatives are rounding."""
+    """Apply `function` to the eigenvalues of a symmetric positive semi-definite matrix.
+
+    Negative eigenvalues are rounding errors and count as 0.
+    """
     eigenvalues, vectors_DD = scipy.linalg.eigh(matrix_DD)
     return (vectors_DD * function(np.maximum(eigenvalues, 0.0))) @ vectors_DD.T
 
 
 def shrunk(covariance_DD: np.ndarray, shrinkage: float) -> np.ndarray:
-    """(1 - l) Sigma + l tr(Sigma)/D I: pulled towards isotropic, with the same trace."""
+    """Return (1 - l) Sigma + l tr(Sigma)/D I: the covariance shrunk towards isotropic, with equal trace."""
     dim = len(covariance_DD)
     if not dim:
         return covariance_DD
@@ -49,32 +52,34 @@ def shrunk(covariance_DD: np.ndarray, shrinkage: float) -> np.ndarray:
 
 
 def inverse_root(eigenvalues: np.ndarray) -> np.ndarray:
-    """1 / sqrt, with 0 for directions that hold nothing (zero within rounding) instead of a blow-up."""
+    """Return 1 / sqrt(eigenvalues), and 0 where an eigenvalue is zero within rounding."""
     cut = eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float64).eps
     filled = eigenvalues > cut
     return np.where(filled, 1.0 / np.sqrt(np.where(filled, eigenvalues, 1.0)), 0.0)
 
 
 def fit_anchor(text: Moments, image: Moments) -> Affine:
-    """Carry the text centroid onto the image centroid, spread unchanged: u - mu_y + mu_x (sec. 4.1)."""
+    """Return the map u - mu_y + mu_x of the text centroid onto the image centroid (sec. 4.1)."""
     return Affine(scale=1.0, offset=image.centroid - text.centroid)
 
 
 def fit_anchor_trace(text: Moments, image: Moments) -> Affine:
-    """Carry text centroid and trace onto the image's: mu_x + s (u - mu_y), s = sqrt(T_x / T_y) (sec. 4.2).
+    """Return the map mu_x + s (u - mu_y) of text centroid and trace onto those of the images (sec. 4.2).
+
+    The scale is s = sqrt(T_x / T_y), see `trace_scale`.
 
     Raises:
-        AlignmentError: a side is empty, or the texts do not vary.
+        AlignmentError: a side is empty, or does not vary.
     """
     scale = trace_scale(text, image)
     return Affine(scale=scale, offset=image.centroid - scale * text.centroid)
 
 
 def trace_scale(text: Moments, image: Moments) -> float:
-    """s = sqrt(T_x / (T_y + 1e-10)); the constant is the reference's.
+    """Return the scale s = sqrt(T_x / (T_y + 1e-10)); the constant is that of the reference code.
 
     Raises:
-        AlignmentError: the trace of a side is zero within rounding, so there is nothing to scale.
+        AlignmentError: the trace of a side is zero within rounding.
     """
     for side, moments in (("text", text), ("image", image)):
         if moments.trace < 1e-12:
@@ -86,28 +91,34 @@ def trace_scale(text: Moments, image: Moments) -> float:
 
 
 def fit_none(text: Moments) -> Affine:
-    """Unit text rows as they are."""
+    """Return the identity map of unit text rows."""
     return Affine(scale=1.0, offset=np.zeros(text.embedding_dim), unit_output=False)
 
 
 def fit_mean_shift(text: Moments) -> Affine:
-    """u - mu_y, not scaled back to unit length (Unicorn, arXiv 2503.22655)."""
+    """Return the map u - mu_y, without scaling to unit length (Unicorn, arXiv 2503.22655)."""
     return Affine(scale=1.0, offset=-text.centroid, unit_output=False)
 
 
 def fit_c3(text: Moments, image: Moments, *, noise: float) -> Affine:
-    """normalise(u - mu_y + mu_x + sigma n), n ~ N(0, I) (C3, arXiv 2401.08567, as ReVision uses it)."""
+    """Return the map normalise(u - mu_y + mu_x + sigma n), n ~ N(0, I) (C3, arXiv 2401.08567).
+
+    This is the form that ReVision compares with; sigma is `noise`.
+    """
     anchor = fit_anchor(text, image)
     return Affine(scale=1.0, offset=anchor.offset, noise=noise)
 
 
 def fit_blockwise(text: Moments, image: Moments, *, shrinkage: float, energy: float) -> Affine:
-    """Anchor, then whiten and colour within the fixed-frame blocks U and V (paper, app. F: a known failure).
+    """Return the map that anchors, then whitens and colours within the blocks U and V of a fixed frame.
 
-    The frame is of Sigma_x + Sigma_y; within each block A = Sx^1/2 Sy^-1/2 of covariances shrunk towards
-    isotropic.
+    The paper reports it as a failure (app. F). U and V come from `fixed_frame` of Sigma_x + Sigma_y. Within
+    each block A = Sx^1/2 Sy^-1/2, where Sx and Sy are the block's covariances shrunk towards isotropic.
+
+    Raises:
+        AlignmentError: a side is empty or does not vary, or has no second moments.
     """
-    trace_scale(text, image)  # refuses a side that does not vary
+    trace_scale(text, image)  # raises AlignmentError where a side does not vary
     text_DD, image_DD = text.covariance, image.covariance
     matrix_DD = np.zeros_like(text_DD)
     for basis_DR in fixed_frame(text_DD + image_DD, energy):
@@ -118,12 +129,15 @@ def fit_blockwise(text: Moments, image: Moments, *, shrinkage: float, energy: fl
 
 
 def fit_gaussian_ot(text: Moments, image: Moments, *, shrinkage: float, noise: float) -> Affine:
-    """mu_x + A (u - mu_y) + sigma n, with A the Bures-Wasserstein map between the shrunk covariances.
+    """Return the map mu_x + A (u - mu_y) + sigma n, A the Bures-Wasserstein map of shrunk covariances.
 
     A = Sy^-1/2 (Sy^1/2 Sx Sy^1/2)^1/2 Sy^-1/2 is symmetric positive definite; n ~ N(0, I/D). Not in the
     paper. With Sx = c Sy, or with shrinkage 1, A is ReAlign's scale times the identity.
+
+    Raises:
+        AlignmentError: a side is empty or does not vary, or has no second moments.
     """
-    trace_scale(text, image)  # refuses a side that does not vary
+    trace_scale(text, image)  # raises AlignmentError where a side does not vary
     text_DD = shrunk(text.covariance, shrinkage)
     root_DD = of_symmetric(text_DD, np.sqrt)
     inverse_root_DD = of_symmetric(text_DD, inverse_root)
@@ -144,21 +158,23 @@ StrategyName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Which map, and its settings. Settings that the strategy has no use for must stay at their defaults."""
+    """Name and settings of an alignment strategy; settings that it does not use must keep their defaults."""
 
     strategy: StrategyName = "realign"
-    """none, mean_shift (Unicorn), c3, anchor, anchor_trace, realign (the paper), blockwise, gaussian_ot."""
+    """Alignment strategy: none, mean_shift (Unicorn), c3, anchor, anchor_trace, realign (the paper's),
+    blockwise or gaussian_ot."""
     centroid_steps: int = 1
-    """realign, blockwise, gaussian_ot: how often the centroid step is repeated; 1 is the paper. Each costs
-    one more pass over the texts."""
+    """realign, blockwise, gaussian_ot: number of centroid steps; the paper takes 1. Each step needs one more
+    pass over the texts."""
     noise: float | None = None
-    """c3: sigma of N(0, I) noise, default 0.01. gaussian_ot: sigma of N(0, I/D) noise, default 0."""
+    """c3: sigma of the N(0, I) noise, 0.01 if not given. gaussian_ot: sigma of the N(0, I/D) noise, 0 if not
+    given."""
     shrinkage: float = 0.1
     """gaussian_ot, blockwise: share of the isotropic covariance mixed into each covariance, 0 to 1."""
     frame_energy: float = 0.9
-    """blockwise: share of the trace that the principal subspace U holds."""
+    """blockwise: smallest share of the trace in the principal subspace U, above 0 and up to 1."""
     seed: int = 0
-    """Of the noise (a row's noise depends on this and on the row's id alone) and of samples."""
+    """Seed of the noise and of samples. The noise of a row depends only on this seed and on the row's id."""
 
     def __post_init__(self) -> None:
         if self.centroid_steps < 1:
@@ -179,7 +195,7 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a map is fitted. `second`: from second moments too. `settings`: those that it reads."""
+    """How to fit a map. `second`: the fit needs second moments. `settings`: keys of the config it reads."""
 
     fit: Callable[[Moments, Moments, StrategyConfig], Affine]
     second: bool = False
@@ -191,7 +207,8 @@ class Strategy:
 
 
 def _c3(text: Moments, image: Moments, config: StrategyConfig) -> Affine:
-    # 0.01 flattens a 1280-d spectrum about as far as the paper's C3 (alpha 1.33 to 1.06); it names no sigma.
+    # The paper does not give sigma for C3. 0.01 flattens a 1280-d spectrum about as much as the paper's C3
+    # does (alpha from 1.33 to 1.06).
     return fit_c3(text, image, noise=0.01 if config.noise is None else config.noise)
 
 
@@ -221,7 +238,7 @@ STRATEGIES: dict[StrategyName, Strategy] = {
 
 
 def fit_map(text: Moments, image: Moments, config: StrategyConfig) -> Affine:
-    """The map of `config.strategy` without its centroid steps, from moments of unpaired rows.
+    """Return the map of `config.strategy` without its centroid steps, from moments of unpaired rows.
 
     Raises:
         AlignmentError: dimensions differ, a side is empty, or a side does not vary.
@@ -232,8 +249,11 @@ def fit_map(text: Moments, image: Moments, config: StrategyConfig) -> Affine:
 def centroid_steps(
     affine: Affine, image: Moments, config: StrategyConfig, measure: Callable[..., Moments]
 ) -> tuple[Affine, list[Moments]]:
-    """The map with its centroid steps (arXiv 2602.07026 sec. 4.3, repeated), and the moments before each of
-    the aligned texts, which are those of `measure(name, affine=map)`."""
+    """Return the map with its centroid steps, and the moments of the aligned texts before each step.
+
+    One step is that of arXiv 2602.07026 sec. 4.3. `measure(name, affine=map)` must return the moments of the
+    texts aligned by the map so far. A strategy without centroid steps returns `affine` and an empty list.
+    """
     drifted: list[Moments] = []
     for step in range(config.centroid_steps if STRATEGIES[config.strategy].centroid_step else 0):
         drifted.append(measure(f"mu' step {step + 1}", affine=affine))
