@@ -1,4 +1,4 @@
-"""The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this machine."""
+"""Connect a job to its Ray cluster, and set up Ray Data, threads and errors for it."""
 
 import functools
 import gc
@@ -19,10 +19,12 @@ from revision_ray.core.errors import ClusterError, RevisionError, user_error
 
 
 def connect() -> None:
-    """Ray runs in this process: the cluster a job was submitted to, else RAY_ADDRESS's, else a local one.
+    """Connect this process to the cluster of RAY_ADDRESS, or start Ray on this machine if that is unset.
+
+    Does nothing where Ray is initialized already.
 
     Raises:
-        ClusterError: RAY_ADDRESS names a cluster that does not answer or lets nobody in.
+        ClusterError: the cluster of RAY_ADDRESS does not answer, or refuses the connection.
     """
     if ray.is_initialized():
         return
@@ -47,14 +49,14 @@ def connect() -> None:
 
 @contextmanager
 def data_context(target_block_bytes: int | None = None) -> Iterator[DataContext]:
-    """Ray Data's settings for what runs inside; the former ones are back afterwards.
+    """Set Ray Data's options for the pipelines run inside; restore the former ones afterwards.
 
-    Ray Data's own progress bars are off: jobs show theirs (`revision_ray.progress`).
+    Ray Data's own progress bars are off, because jobs show their own (`core.observe.progress`).
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Otherwise an error of ours reaches the driver as text inside one of Ray's: see `user_errors`.
+    # Otherwise a RevisionError reaches the driver only as text inside an error of Ray: see `user_errors`.
     context.raise_original_map_exception = True
     if target_block_bytes is not None:
         context.target_max_block_size = target_block_bytes
@@ -67,10 +69,10 @@ def data_context(target_block_bytes: int | None = None) -> Iterator[DataContext]
 
 @contextmanager
 def pipeline_rows(dataset: ray.data.Dataset) -> Iterator[Iterator[dict[str, Any]]]:
-    """The rows of a pipeline with actors, which hold no CPU or GPU any more when this is left.
+    """Iterate over the rows of a pipeline with actors, and release the actors' CPUs and GPUs on exit.
 
-    Ray ends an actor with the last handle to it. After an error these handles lie in reference cycles that
-    Python may not look at for minutes, while the next pipeline waits for the actors' resources.
+    Ray stops an actor when the last handle to it is gone. After an error the handles are in reference cycles,
+    which Python may not collect for minutes, while the next pipeline waits for the actors' resources.
     """
     try:
         with closing(iter(dataset.iter_rows())) as rows:  # type: ignore[type-var]  (a generator)
@@ -81,14 +83,14 @@ def pipeline_rows(dataset: ray.data.Dataset) -> Iterator[Iterator[dict[str, Any]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """BLAS works on one thread: sums then have one order, and tasks do not fight over cores."""
+    """Limit BLAS to one thread, so that the order of sums is fixed and tasks do not compete for cores."""
     with threadpool_limits(1):
         yield
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """An error of ours from a task or an actor is raised here as itself, without Ray's traces."""
+    """Raise a RevisionError of a task or an actor as itself, without Ray's traces."""
     try:
         yield
     except (RayError, RevisionError) as error:
@@ -99,9 +101,10 @@ def user_errors() -> Iterator[None]:
 
 
 def refusing_late(stage: Any) -> Any:
-    """A class of actors whose constructor's error of the user's is raised by the first call instead.
+    """Change an actor class so that a RevisionError of its constructor is raised by its first call instead.
 
-    Ray would start the actor again, write the trace to the driver's console, and keep the error's text alone.
+    Otherwise Ray restarts the actor, writes the trace to the driver's console, and keeps only the error's
+    text.
     """
 
     def start(self: Any, *args: Any) -> None:
@@ -125,15 +128,15 @@ def refusing_late(stage: Any) -> Any:
 
 
 def keep_traces_in_files() -> None:
-    """Ray Data writes the traces of what it raises to its log files, and no longer to the console as well.
+    """Make Ray Data write traces of its errors to its log files only, and not to the console.
 
-    The error that it raises says the same. Where it is a user's, one line is all that a person wants to see.
+    The raised error says the same, and for a user's error one line on the console is enough.
     """
     for name in _TELLTALES:
         logging.getLogger(name).addFilter(_hidden)
 
 
-# What Ray Data logs from here, it raises afterwards.
+# Loggers of Ray Data whose logged errors are also raised.
 _TELLTALES = (
     "ray.data.exceptions",
     "ray.data._internal.execution.streaming_executor_state",
@@ -142,6 +145,6 @@ _TELLTALES = (
 
 
 def _hidden(record: logging.LogRecord) -> bool:
-    # Ray Data's own mark for lines that belong to its files alone.
+    # Ray Data's own attribute for records that go to its log files only.
     record.hide = record.levelno >= logging.ERROR or bool(record.exc_info) or getattr(record, "hide", False)
     return True

@@ -1,8 +1,8 @@
 """Read and write bytes at URIs (local paths, s3://, gs://) atomically, with retries on object stores.
 
-A local file is written beside its place, synced and renamed. On an object store one PUT (or a completed
-multipart upload) is atomic by itself. A request to an object store that fails for a passing reason (overload,
-restart, no connection) is made again after a growing wait; an error that will not pass (no such file, no
+A local file is written under a temporary name, synced and renamed. On an object store one PUT (or a completed
+multipart upload) is atomic by itself. A request to an object store that fails for a temporary reason
+(overload, restart, no connection) is repeated after a growing wait. A lasting error (no such file, no
 permission) is raised at once. pyarrow's S3 retry strategy, which also repeats a read that ends early, does
 not replace these retries: `FileSystem.from_uri` takes none, it does not apply to other stores, and it logs
 nothing while it waits.
@@ -46,13 +46,13 @@ Found = TypeVar("Found")
 
 
 def is_passing(error: OSError) -> bool:
-    """Whether the same request may well succeed a little later."""
+    """Return whether `error` is temporary, so that the same request may succeed later."""
     lasting = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
     return not lasting and _PASSING.search(str(error)) is not None
 
 
 def patiently(uri: str, attempt: Callable[[], Found]) -> Found:
-    """What `attempt` returns; made again while its error is a passing one, `SECONDS_BETWEEN` apart."""
+    """Return the result of `attempt`; repeat it after `SECONDS_BETWEEN` while its error is temporary."""
     for seconds in SECONDS_BETWEEN:
         try:
             return attempt()
@@ -65,7 +65,7 @@ def patiently(uri: str, attempt: Callable[[], Found]) -> Found:
 
 
 class PatientReads:
-    """A file on an object store for `pyarrow.PythonFile`; a read that fails is made again."""
+    """A file on an object store for `pyarrow.PythonFile` that repeats reads with temporary errors."""
 
     def __init__(self, uri: str, file: pa.NativeFile) -> None:
         self._uri, self._file = uri, file
@@ -99,7 +99,7 @@ TEMPORARY = ".tmp-"  # in the names of files and folders that no listing shows
 
 
 def absolute(uri: str) -> str:
-    """`uri` as it is when it has a scheme, else as an absolute local path; no trailing slash."""
+    """Return a URI with a scheme unchanged, or else the absolute local path; without trailing slash."""
     if not uri:
         raise DataError(
             "an empty path was given; name a file, a directory or a URI such as s3://bucket/prefix"
@@ -117,7 +117,7 @@ def _filesystem_of(base: str) -> pafs.FileSystem:
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of `uri` and the path on it. Options ride in the query: `s3://b/x?region=...`.
+    """Return the filesystem of `uri` and the path on it. Options go into the query: `s3://b/x?region=...`.
 
     Raises:
         DataError: unknown scheme, or the filesystem cannot be reached.
@@ -141,37 +141,37 @@ _LOCAL = pafs.LocalFileSystem()
 
 
 def _query_apart(uri: str) -> tuple[str, str]:
-    """`uri` without its query, and the query with its mark. In a local path "?" is a character as any."""
+    """Return `uri` without its query, and the query with its "?". A local path has no query."""
     path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
     return path, mark + query
 
 
 def join(uri: str, *names: str) -> str:
-    """`uri` extended by path segments; a query stays at the end."""
+    """Return `uri` extended by path segments; a query stays at the end."""
     path, query = _query_apart(uri)
     return posixpath.join(path, *names) + query
 
 
 def name_of(uri: str) -> str:
-    """The last path segment of `uri`, without its query."""
+    """Return the last path segment of `uri`, without its query."""
     return posixpath.basename(_query_apart(uri)[0].rstrip("/"))
 
 
 def parent_of(uri: str) -> str:
-    """The directory that holds `uri`, with the same query."""
+    """Return the directory that holds `uri`, with the same query."""
     path, query = _query_apart(uri)
     return (posixpath.dirname(path.rstrip("/")) or "/") + query
 
 
 def relative_path(uri: str, root: str) -> str:
-    """The path of `uri` below the directory `root`, without query."""
+    """Return the path of `uri` relative to the directory `root`, without query."""
     path, root = _query_apart(uri)[0], _query_apart(root)[0].rstrip("/") + "/"
     assert path.startswith(root), (uri, root)
     return path[len(root) :]
 
 
 def info(uri: str) -> pafs.FileInfo:
-    """Type, size and modification time of what is at `uri` (type NotFound where nothing is)."""
+    """Return type, size and modification time of a file or directory (type NotFound if there is none)."""
     filesystem, path = resolve(uri)
     try:
         return patiently(uri, lambda: filesystem.get_file_info(path))
@@ -184,9 +184,10 @@ def exists(uri: str) -> bool:
 
 
 def list_files(uri: str, pattern: str = "*", recursive: bool = False) -> list[tuple[str, pafs.FileInfo]]:
-    """(URI, info) of the files below directory `uri` whose name matches `pattern`, sorted by URI.
+    """Return (URI, info) of the files in directory `uri` whose name matches `pattern`, sorted by URI.
 
-    A directory that does not exist has no files. Temporary files of unfinished writes are left out.
+    Subdirectories are searched if `recursive`. A directory that does not exist has no files. Temporary files
+    of unfinished writes are left out.
     """
     filesystem, path = resolve(uri)
     return [
@@ -199,7 +200,7 @@ def list_files(uri: str, pattern: str = "*", recursive: bool = False) -> list[tu
 def _files_below(
     filesystem: pafs.FileSystem, path: str, uri: str, recursive: bool
 ) -> list[tuple[str, pafs.FileInfo]]:
-    """(URI, info) of the finished files below `path`, sorted; `uri` lends its form and names errors."""
+    """Return (URI, info) of the finished files below `path`, sorted; URIs are written like `uri`."""
     selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
     try:
         files = [
@@ -217,7 +218,7 @@ def _files_below(
 
 
 def glob_files(uri: str) -> list[tuple[str, pafs.FileInfo]]:
-    """(URI, info) of the files that the wildcard path `uri` matches (`*`, `?`, `[...]`, `**`), sorted."""
+    """Return (URI, info) of the files that match the path `uri` with `*`, `?`, `[...]` or `**`, sorted."""
     filesystem, path = resolve(
         uri
     )  # In an object-store URI "?" starts the query: only * and [] are wildcards.
@@ -236,12 +237,12 @@ def glob_files(uri: str) -> list[tuple[str, pafs.FileInfo]]:
 
 
 def is_wildcard(uri: str) -> bool:
-    """Whether `uri` holds a wildcard character outside of its query."""
+    """Return whether `uri` holds a wildcard character outside its query."""
     return any(character in _query_apart(uri)[0] for character in "*?[")
 
 
 def wildcard_root(uri: str) -> str:
-    """The directory above the first wildcard of `uri`, which everything that it matches is below of."""
+    """Return the directory above the first wildcard of `uri`; all matches are below it."""
     path, query = _query_apart(absolute(uri))
     while is_wildcard(path):
         path = posixpath.dirname(path)
@@ -265,10 +266,10 @@ def _uri_like(uri: str, path: str) -> str:
 
 
 def open_input(uri: str) -> pa.NativeFile:
-    """A seekable binary file at `uri`; local files are memory-mapped, reads of others made again on failure.
+    """Open a file for reading, seekable: memory-mapped if local, else with reads repeated on failure.
 
     Raises:
-        DataError: nothing there, or it cannot be read.
+        DataError: there is no such file, or it cannot be read.
     """
     filesystem, path = resolve(uri)
     try:
@@ -286,7 +287,7 @@ def open_input(uri: str) -> pa.NativeFile:
 
 
 def is_absence(error: BaseException | None) -> bool:
-    """Whether `error`, of opening a file, says that no such file is there, nor could be."""
+    """Return whether an error of opening a file means that no such file exists or can exist."""
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return True
     nul_inside = type(error) is ValueError
@@ -294,7 +295,11 @@ def is_absence(error: BaseException | None) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content at `uri`."""
+    """Read the whole file at `uri`.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
     with open_input(uri) as file:
         try:
             return file.read()
@@ -303,10 +308,10 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, content: bytes | pa.Buffer) -> None:
-    """`content` stands at `uri`, whole or not at all; parents are created.
+    """Write `content` to `uri` atomically; parent directories are created.
 
     Raises:
-        DataError: the storage refused the write (disk full, no permission); nothing is left behind.
+        DataError: the write failed (disk full, no permission); no partial file is left.
     """
     filesystem, path = resolve(uri)
     try:
@@ -344,14 +349,14 @@ def _replace_local(path: str, content: bytes | pa.Buffer) -> None:
 
 
 def local_copy(uri: str) -> str:
-    """A path of this machine for the file or the folder of files at `uri`, which libraries can open that know
-    no URIs. A path, or the name of a model on a hub, is returned as it is.
+    """Return a local path of the file or folder at `uri`, for libraries that cannot open URIs.
 
-    What lies on an object store is copied once, for as long as its files keep their sizes and times, to
-    ~/.cache/revision_ray, or where REVISION_RAY_CACHE says. Folders inside a folder are left out.
+    A local path, or the name of a model on a hub, is returned unchanged. A file or folder on an object store
+    is copied to REVISION_RAY_CACHE (default ~/.cache/revision_ray), and copied again when the size or time of
+    a file changes. Subfolders are left out.
 
     Raises:
-        DataError: nothing there, or it cannot be read, or there is no room for it.
+        DataError: there is nothing at `uri`, or it cannot be read or copied.
     """
     uri = absolute(uri) if uri.startswith("file://") else uri
     if "://" not in uri:
@@ -389,10 +394,10 @@ def _copy_whole(files: list[tuple[str, pafs.FileInfo]], cache: str, folder: str)
 
 
 def read_json(uri: str) -> Any:
-    """The JSON document at `uri`.
+    """Read the JSON document at `uri`.
 
     Raises:
-        DataError: nothing there, or it is not JSON.
+        DataError: there is no such file, or it is not JSON.
     """
     try:
         return json.loads(read_bytes(uri))
@@ -405,13 +410,13 @@ def write_json(uri: str, document: Any) -> None:
 
 
 def delete_file(uri: str) -> None:
-    """Nothing stands at `uri` any more. For files that this library wrote itself."""
+    """Delete the file at `uri`. Use it only for files that this library wrote."""
     filesystem, path = resolve(uri)
     patiently(uri, lambda: filesystem.delete_file(path))
 
 
 def sha256(*parts: bytes) -> str:
-    """Hex digest over length-prefixed `parts`, so that no two lists of parts collide by concatenation."""
+    """Return the hex SHA-256 of `parts`, each prefixed by its length, so that their boundaries count."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

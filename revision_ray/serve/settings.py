@@ -1,4 +1,4 @@
-"""How the model is served: typed settings of every part, beside what they mean. Imports no Ray."""
+"""Settings of the serve job and of each part of the application. Imports no Ray."""
 
 import ipaddress
 import re
@@ -15,33 +15,34 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the language model generates."""
+    """Settings of text generation."""
 
     kind: Literal["continuous", "generate"] = "continuous"
     """continuous: requests join and leave the running batch at every step. generate: batches through the
-    model's own generate, for architectures whose cache the former does not know."""
+    model's own generate, for architectures that continuous does not support."""
     num_slots: int = 16
-    """Requests that generate at once."""
+    """Largest number of requests that generate at once in a replica."""
     max_length: int = 2048
-    """Tokens of prompt and answer together, with visual tokens; never more than the model's positions."""
+    """Most tokens of prompt and answer together, visual tokens included; the model's number of positions
+    limits it further."""
     max_waiting: int = 64
-    """Requests that may wait for a slot in a replica; further ones are refused."""
+    """Largest number of requests that wait for a slot in a replica; further ones are refused."""
     max_prefill_tokens: int = 2048
-    """Prompt tokens taken into one step, so that streams that run are not held up (continuous)."""
+    """continuous: most prompt tokens taken into one step, so that running streams are not delayed."""
     batch_wait_s: float = 0.01
-    """How long a batch waits for company (generate)."""
+    """generate: seconds that a batch waits for more requests."""
     piece_interval_s: float = 0.08
-    """Least time between two pieces of an answer's text, times the root of the number of answers that run;
-    tokens in between wait and go together, for passing a piece on takes CPU time from the model. 0: every
-    token by itself."""
+    """Shortest time between two pieces of an answer's text, in seconds, times the square root of the number
+    of running answers. Tokens in between are sent together, because sending a piece takes CPU time from the
+    model. 0 sends every token by itself."""
     token_timeout_s: float = 60.0
-    """A step that takes longer fails its requests, and the replica's health check."""
+    """Seconds after which a step fails its requests, and the replica's health check."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the weights; auto is bfloat16 on a GPU that has it and float32 on the CPU."""
+    """Data type of the weights; auto is bfloat16 on a GPU that has it and float32 on the CPU."""
     attention: str | None = None
-    """Attention implementation (sdpa, flash_attention_2, eager); transformers' choice if not given."""
+    """Attention implementation (sdpa, flash_attention_2, eager); transformers chooses if not given."""
     num_threads: int | None = None
-    """Threads of a replica on the CPU; torch's own choice if not given."""
+    """CPU threads of a replica; torch chooses if not given."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_slots", "max_length", "max_prefill_tokens", "num_threads")
@@ -51,20 +52,21 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """What images a request may hold, and how they are encoded."""
+    """Limits on the images of a request, and settings of the image encoder."""
 
     max_bytes: int = 20 * 2**20
-    """Of one encoded image; larger ones are refused with 413."""
+    """Most bytes of one encoded image; larger ones are refused with 413."""
     max_pixels: int = 50_000_000
-    """Width times height, checked in the header before a pixel is decoded (decompression bombs)."""
+    """Most pixels (width times height) of an image, checked in the header before decoding (decompression
+    bombs)."""
     max_per_request: int = 16
-    """Images in one request."""
+    """Most images in one request."""
     batch_size: int = 32
-    """Images that the tower takes at once."""
+    """Most images that the image tower takes at once."""
     batch_wait_s: float = 0.005
-    """How long a batch waits for company."""
+    """Seconds that a batch waits for more images."""
     cache_entries: int = 4096
-    """Embeddings kept in a replica, by the SHA-256 of the image; 0 keeps none."""
+    """Embeddings cached in a replica, by the SHA-256 of the image; 0 caches none."""
     num_threads: int = 2
     """Images decoded at once in a replica, and torch's threads for the tower on the CPU."""
 
@@ -75,17 +77,17 @@ class ImageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteImageSettings:
-    """Images that are named by their https address."""
+    """Settings for images that a request names by https address."""
 
     enabled: bool = False
-    """Off: image_url takes data URIs alone. On: the server fetches from the hosts below and no other."""
+    """false: image_url takes only data URIs. true: the server also fetches images from the hosts below."""
     hosts: list[str] = field(default_factory=list)
-    """Host names that may be fetched from. .example.org stands for every host below it; example.org:8443 is
-    another port than https's own."""
+    """Host names that images may be fetched from. .example.org allows every host below example.org;
+    example.org:8443 allows that port instead of 443."""
     max_redirects: int = 3
-    """Each is checked as the first address was."""
+    """Most redirects of one image; the address of each is checked like the first."""
     timeout_s: float = 10.0
-    """Of one image, redirects included."""
+    """Seconds in which one image must be fetched, redirects included."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "max_redirects")
@@ -99,35 +101,36 @@ class RemoteImageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestLimits:
-    """What one request may ask for."""
+    """Limits of one request."""
 
     max_body_bytes: int = 64 * 2**20
-    """Of a request; larger ones are refused with 413 while they are read."""
+    """Most bytes of a request body; larger ones are refused with 413 while they are read."""
     max_messages: int = 256
-    """Messages of a conversation."""
+    """Most messages of a conversation."""
     max_choices: int = 8
-    """n: answers to one prompt."""
+    """Largest n, the number of answers to one prompt."""
     max_text_characters: int = 1_000_000
-    """Of all texts of a request together, before anything is tokenised."""
+    """Most characters of all texts of a request together, checked before they are tokenised."""
     max_tokens_default: int = 512
-    """Tokens of an answer where the request names no max_tokens; fewer where the context ends before."""
+    """Most tokens of an answer where the request gives no max_tokens; fewer where the context ends before."""
     max_texts: int = 256
-    """Inputs of one embeddings request."""
+    """Most inputs of one embeddings request."""
     truncate_texts: bool = False
-    """Embeddings of texts that are longer than the encoder takes: cut them at their end, which the answer
-    says, where a request does not ask for it (truncate_prompt_tokens: -1); off refuses them."""
+    """Embeddings of texts longer than the encoder takes. true: cut off their end, and say so in the answer.
+    false: refuse them, unless the request sets truncate_prompt_tokens to -1."""
     max_ongoing_per_key: int | None = None
-    """Requests of one API key at once in an ingress replica; further ones are refused with 429."""
+    """Most requests of one API key at once in an ingress replica; further ones are refused with 429. No
+    limit if not given."""
     body_timeout_s: float = 60.0
-    """For reading a request."""
+    """Seconds in which the body of a request must arrive."""
     request_timeout_s: float = 300.0
-    """Of a whole request, its stream included."""
+    """Seconds that a whole request may take, its stream included."""
     image_timeout_s: float = 120.0
-    """For encoding an image; a replica that died must have been replaced by then."""
+    """Seconds that encoding an image may take, including the replacement of a replica that died."""
     first_token_timeout_s: float = 120.0
-    """For the wait in the queue and the first token."""
+    """Seconds that the wait in the queue and the first token may take together."""
     max_attempts: int = 3
-    """How often a request is put to a replica when replicas die before its first token."""
+    """How often a request is sent to a replica when replicas die before its first token."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -139,23 +142,23 @@ class RequestLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaSettings:
-    """Replicas of one part of the application. Above min_replicas it scales with its load."""
+    """Number, resources and queues of the replicas of one part; above min_replicas, load decides."""
 
     min_replicas: int = 1
     """Replicas that always run."""
     max_replicas: int = 1
-    """Replicas that run under load."""
+    """Most replicas that run under load."""
     num_cpus: float = 0.1
-    """CPUs that Ray sets aside for a replica; a fraction lets small machines run every part."""
+    """CPUs that Ray reserves for a replica; a fraction lets small machines run every part."""
     num_gpus: float = 0.0
-    """GPUs (or a fraction of one) for a replica."""
+    """GPUs, or a fraction of one, that Ray reserves for a replica."""
     max_ongoing: int = 64
-    """Requests that a replica works on at once."""
+    """Most requests that a replica works on at once."""
     max_queued: int = 128
-    """Requests that may wait outside the replicas, in each of their callers; further ones are refused with
-    503. -1 sets no bound."""
+    """Most requests that wait for a replica in each caller; further ones are refused with 503. -1 sets no
+    limit."""
     target_ongoing: float = 16.0
-    """Replicas are added above, and removed below, this many requests a replica."""
+    """Requests per replica above which replicas are added, and below which they are removed."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "min_replicas", "max_ongoing")
@@ -170,36 +173,37 @@ class ReplicaSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Replicas:
-    """How many replicas each part has and what they ask of the cluster."""
+    """Replicas of each part of the application, and how they are scaled and replaced."""
 
-    # Two: while one is replaced, connections find the other.
+    # Two, so that connections reach one while the other is replaced.
     ingress: ReplicaSettings = field(
         default_factory=lambda: ReplicaSettings(min_replicas=2, max_replicas=2, max_ongoing=256)
     )
-    """HTTP, validation, streaming."""
+    """Replicas that handle HTTP, validation and streaming."""
     image_encoder: ReplicaSettings = field(
         default_factory=lambda: ReplicaSettings(num_cpus=0.2, max_ongoing=128)
     )
-    """Images to embeddings."""
+    """Replicas that encode images."""
     language_model: ReplicaSettings = field(
         default_factory=lambda: ReplicaSettings(
             num_cpus=0.8, max_ongoing=80, max_queued=64, target_ongoing=12.0
         )
     )
-    """Prompts to answers. max_ongoing is best the engine's num_slots + max_waiting."""
+    """Replicas that generate answers. Set max_ongoing to the engine's num_slots + max_waiting."""
     text_encoder: ReplicaSettings = field(default_factory=ReplicaSettings)
-    """The dual encoder behind /v1/embeddings."""
+    """Replicas that encode texts for /v1/embeddings."""
     upscale_delay_s: float = 5.0
-    """Load must last this long before replicas are added."""
+    """Seconds that high load must last before replicas are added."""
     downscale_delay_s: float = 120.0
-    """Quiet must last this long before replicas are removed."""
+    """Seconds that low load must last before replicas are removed."""
     surge_percent: int = 0
-    """Further replicas, in percent, that a rolling update starts before it stops old ones; they need their
-    resources. At 0 an old one goes first: with a single one, requests wait until the new one has loaded."""
+    """Extra replicas, in percent, that a rolling update starts before it stops old ones; they need resources
+    of their own. At 0 an old replica is stopped first: if it is the only one, requests wait until the new
+    one has loaded."""
     drain_timeout_s: float = 60.0
-    """How long a replica that is replaced or removed may go on with what it has accepted."""
+    """Seconds in which a replica that is replaced or removed may finish the requests it has accepted."""
     health_period_s: float = 5.0
-    """Between two health checks of a replica."""
+    """Seconds between two health checks of a replica."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "upscale_delay_s", "downscale_delay_s", "surge_percent")
@@ -212,43 +216,44 @@ class ServeJob:
     and a chat page."""
 
     model: str = MISSING
-    """Folder or URI of the model, as jobs/finetune.py or jobs/export.py wrote it; every node must see it.
-    From an object store it is copied once to each node (REVISION_RAY_CACHE)."""
+    """Folder or URI of the model, written by jobs/finetune.py or jobs/export.py; every node must be able to
+    read it. A model on an object store is copied once to each node (REVISION_RAY_CACHE)."""
     name: str = ""
-    """The model's id in the API; by default the folder's name."""
+    """The model's id in the API; the folder's name if empty."""
     host: str = "127.0.0.1"
-    """Address that HTTP listens on. Any but a loopback address asks for API keys."""
+    """Address that HTTP listens on. API keys are required unless it is a loopback address."""
     port: int = 8000
     """Port that HTTP listens on."""
     location: Literal["HeadOnly", "EveryNode"] = "HeadOnly"
-    """HTTP on this machine alone, or on every node that runs a replica, for a load balancer."""
+    """HeadOnly: HTTP on the head node only. EveryNode: on every node that runs a replica, for a load
+    balancer."""
     application: str = "revision_ray"
-    """Name of the Serve application; one cluster can run several, each at a port of its own cluster."""
+    """Name of the Serve application."""
     api_keys_env: str = "REVISION_RAY_API_KEYS"
-    """Environment variable that holds the API keys, separated by commas. Unset or empty asks for none, which
-    only a loopback host may."""
+    """Environment variable with the API keys, separated by commas. If it is unset or empty, no key is
+    required; this is allowed only on a loopback host."""
     alignment: str = ""
     """Directory of the fit that served images are compared with (drift), and that aligns texts in
-    /v1/embeddings. Without one there is neither."""
+    /v1/embeddings. Empty: neither is done."""
     fits: list[str] = field(default_factory=list)
-    """Further fits, of other domains: drift says when one of them is nearer."""
+    """Directories of fits of other domains; the drift report says when served images are nearer to one."""
     encoder: EncoderConfig | None = None
-    """The dual encoder whose text tower serves /v1/embeddings; without one the route takes images alone."""
+    """The dual encoder whose text tower serves /v1/embeddings; if not given, the route takes only images."""
     page: bool = True
-    """A chat page at /."""
+    """Whether to serve a chat page at /."""
     cors_origins: list[str] = field(default_factory=list)
-    """Origins of web pages elsewhere that may call the API from a browser (CORS), such as
-    https://app.example.org or http://localhost:3000; "*" stands for every page. None by default."""
+    """Origins of other web pages that may call the API from a browser (CORS), such as
+    https://app.example.org or http://localhost:3000; "*" allows every page. None by default."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """Generation."""
+    """Settings of text generation."""
     images: ImageSettings = field(default_factory=ImageSettings)
-    """Images of a request."""
+    """Limits on images, and settings of the image encoder."""
     remote_images: RemoteImageSettings = field(default_factory=RemoteImageSettings)
-    """Images by https address."""
+    """Settings for images named by https address."""
     limits: RequestLimits = field(default_factory=RequestLimits)
-    """Bounds of a request."""
+    """Limits of one request."""
     replicas: Replicas = field(default_factory=Replicas)
-    """Replicas and resources."""
+    """Replicas of each part, and their resources."""
 
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
@@ -266,13 +271,13 @@ class ServeJob:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on `host`."""
+    """Return whether only this machine can reach a server that listens on `host`."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name may mean anything
+        return False  # a host name may resolve to any address
 
 
 def _at_least(settings: object, bound: int, *names: str) -> None:
