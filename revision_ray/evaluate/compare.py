@@ -1,4 +1,4 @@
-"""Paired tests of the answers of two runs, or of two conditions of one, to the same questions. No Ray.
+"""Compare the answers of two runs, or of two conditions of one run, with paired tests. Does not use Ray.
 
 Shapes: N questions, C clusters (images).
 """
@@ -21,7 +21,7 @@ from revision_ray.evaluate.prepare import load_questions
 FORMAT_VERSION = 1
 _CONDITIONS = ("image", "blind", "shuffled")
 _RESAMPLES = 9999
-_BATCH_ENTRIES = 4_000_000  # of a matrix of resamples, so that memory stays bounded
+_BATCH_ENTRIES = 4_000_000  # largest matrix of resamples, to bound memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def compare(runs: Sequence[str], benchmarks: Sequence[str], output: str, seed: i
     """Compare one or two evaluate outputs, write `comparison.json` below `output`, and return a table.
 
     Two runs are compared under every condition that both have, and the conditions of each run with each
-    other. Of `benchmarks`, where any are given, those that the runs hold are compared.
+    other. `benchmarks` limits the comparison to these names; if empty, all common benchmarks are compared.
 
     Raises:
         ConfigError: no run, or more than two.
@@ -99,7 +99,7 @@ def _benchmarks(run: str) -> list[str]:
 
 
 def _judged(run: str, name: str) -> dict[str, JudgedRun]:
-    """The answers of a run to a benchmark by condition."""
+    """Read the answers of a run to a benchmark and judge them; return them by condition."""
     questions = {question.id: question for question in load_questions(run, name)}
     found = {}
     for condition in _CONDITIONS:
@@ -127,12 +127,11 @@ def _judged(run: str, name: str) -> dict[str, JudgedRun]:
 
 
 def paired(first: JudgedRun, second: JudgedRun, seed: int) -> dict[str, Any]:
-    """Figures of the difference in accuracy, first minus second.
+    """Return the difference in accuracy, first minus second, with its interval and tests.
 
-    McNemar's exact test takes questions for independent. Where several are about one image they are not:
-    there the interval (percentile bootstrap over images) and `sign_flip_p` (a permutation test that swaps the
-    two sides of all questions of an image together) are those to trust. Both are None where there is one
-    image alone.
+    McNemar's exact test assumes independent questions. Questions about the same image are not independent;
+    then trust the interval (percentile bootstrap over images) and `sign_flip_p` (a permutation test that
+    swaps the two sides of all questions of an image together). Both are None if there is only one image.
 
     Raises:
         DataError: the two sides asked different questions.
@@ -202,7 +201,7 @@ def _interval(differences_C: np.ndarray, sizes_C: np.ndarray, seed: int) -> list
 def _sign_flip(first_C: np.ndarray, second_C: np.ndarray, seed: int) -> float | None:
     if len(first_C) < 2:
         return None
-    differing = first_C != second_C  # the others stay as they are whichever way they are swapped
+    differing = first_C != second_C  # swapping equal sides changes nothing
     if differing.sum() < 2:
         return 1.0
     found = permutation_test(
@@ -218,7 +217,7 @@ def _sign_flip(first_C: np.ndarray, second_C: np.ndarray, seed: int) -> float | 
 
 
 def table(report: dict[str, Any]) -> str:
-    """The comparisons as lines: accuracies and their difference in per cent, its interval, both tests."""
+    """Return the comparisons as text: accuracies and difference in per cent, the interval, both tests."""
     lines = [f"run {number}: {run}" for number, run in enumerate(report["runs"], 1)]
     labels = [" ".join(_label(each)) for each in report["comparisons"]]
     width = max(map(len, labels)) + 2

@@ -1,8 +1,8 @@
-"""The evaluate job: every benchmark under every condition, in one stream of batches through the model.
+"""Evaluate a saved model: ask every benchmark under every condition and report the scores.
 
     questions, embeddings --conditions--> batches --answer--> answers/NAME/CONDITION.parquet --> results
 
-A condition that is finished is never asked again.
+jobs/evaluate.py runs it, alone or as a stage of a chain.
 """
 
 import json
@@ -52,51 +52,56 @@ class EvaluateJob:
     interval beside controls that do not show the image."""
 
     model: str = ""
-    """Folder or URI of a saved model, or a hub id. Required but with `compare`."""
+    """Folder or URI of a saved model, or a hub id. Required unless `compare` is given."""
     benchmarks: list[str] = field(default_factory=list)
-    """Names, such as mme, pope or miniature; an unknown one is answered with all that are known. Required but
-    with `compare`."""
+    """Names of benchmarks, such as mme, pope or miniature; the error for an unknown name lists the
+    known ones. Required unless `compare` is given."""
     data: dict[str, str] = field(default_factory=dict)
-    """Where each benchmark lies: a directory, a file or a wildcard path of its Parquet or JSONL files; for
-    miniature the directory of a world."""
+    """Location of each benchmark by name: a directory, a file or a wildcard path of its Parquet or JSONL
+    files; for miniature, the directory of a world."""
     output: str = MISSING
-    """Directory of the answers and results. What is finished there is kept."""
+    """Directory to write the answers and results to. A rerun keeps what is already finished there."""
     controls: list[Control] = field(default_factory=lambda: ["blind", "shuffled"])
-    """blind: the same prompt without an image. shuffled: the image of another question."""
+    """Control conditions to ask as well. blind: the same prompt without an image. shuffled: the same prompt
+    with the image of another question."""
     compare: list[str] = field(default_factory=list)
-    """Outputs of two earlier runs: ask nothing, but test whether their answers to the same questions differ
-    (McNemar's exact test, bootstrap interval over images), and those of each run's conditions. Of one run,
-    its conditions alone."""
+    """Output directories of one or two earlier runs to compare; no question is asked. Two runs: test whether
+    their answers to the same questions differ (McNemar's exact test, bootstrap interval over images), and
+    compare the conditions of each run. One run: compare its conditions only."""
     images: str | None = None
-    """Image store to take embeddings from, by id; by default the model's own image tower makes them."""
+    """Image store to read embeddings from, by image id. By default the model's image tower computes them."""
     max_items: int | None = None
-    """Ask at most this many questions of each benchmark, drawn uniformly."""
+    """Largest number of questions to ask of each benchmark, drawn uniformly. By default all are asked."""
     today: str = ""
-    """Date that a chat template may print, as YYYY-MM-DD; by default the day on which the evaluation began,
-    which OUTPUT keeps."""
+    """Date that a chat template may print, as YYYY-MM-DD. By default the day on which the evaluation began;
+    a rerun reads it from the output."""
     seed: int = 0
-    """Of the drawing, and of which other image `shuffled` shows."""
+    """Random seed for drawing questions, for choosing the image that `shuffled` shows, and for the resampling
+    of `compare`."""
     batch_size: int = 32
-    """Prompts that are answered at once, and images that are encoded at once."""
+    """Number of prompts answered, or images encoded, in one batch."""
     max_new_tokens: int = 32
-    """Longest answer."""
+    """Longest answer, in tokens."""
     dtype: Dtype = "auto"
-    """Of the weights; auto is as they were saved."""
+    """Data type to load the weights in; auto keeps the type that they were saved in."""
     num_pictures: int = 8
-    """Images in the picture, with captions and answers; 0 draws none."""
+    """Number of images to draw in the picture with their captions and answers; 0 draws no picture."""
     caption_prompt: str = ""
-    """What asks for a caption; after stage 1 and in the miniature the image alone does."""
+    """Prompt that asks for a caption. Leave it empty for a model after stage 1 and for the miniature: they
+    describe the image without a prompt."""
     caption_model: str = ""
-    """Another model for the captions of the picture: that of stage 1 has learnt to describe and nothing else.
-    By default `model` describes too."""
+    """Another model to write the captions of the picture, such as the one from stage 1, which is trained only
+    to describe images. By default `model` writes them."""
     max_caption_tokens: int = 40
-    """Longest caption of `caption_model`."""
+    """Longest caption of `caption_model`, in tokens."""
     gpus_per_actor: float | None = None
-    """GPUs (or a fraction of one) for each model; by default 1 where the cluster has GPUs, else 0."""
+    """Number of GPUs (may be a fraction) for each copy of the model. By default 1 if the cluster has GPUs,
+    else 0."""
     cpus_per_actor: float = 1.0
-    """CPUs for each model; its thread count where it runs on the CPU."""
+    """Number of CPUs for each copy of the model; also its thread count when it runs on the CPU."""
     max_actors: int | None = None
-    """Up to so many models; by default one for every GPU, or for every two CPUs."""
+    """Largest number of copies of the model. By default as many as the GPUs of the cluster hold; without
+    GPUs, as many as half of its CPUs hold."""
 
     def __post_init__(self) -> None:
         as_date(self.today)
@@ -114,7 +119,7 @@ class EvaluateJob:
 
 
 def run_evaluate(job: EvaluateJob) -> str:
-    """Evaluate as `job` says; the table of results. Or compare earlier runs; the table of differences.
+    """Run the evaluation and return the table of results; with `compare`, return the table of differences.
 
     Raises:
         ConfigError: an unknown benchmark, or one without a place.
@@ -166,10 +171,10 @@ def run_evaluate(job: EvaluateJob) -> str:
 
 
 def _captioning(job: EvaluateJob, actors: ActorSettings) -> ActorSettings:
-    """What makes the captions: `actors` itself, or others with the model that was named for it.
+    """Return the actor settings for captions: `actors`, or a copy of them with `caption_model`.
 
     Raises:
-        CheckpointError: that model takes other embeddings.
+        CheckpointError: `caption_model` takes other embeddings than the model.
     """
     if not job.caption_model:
         return actors
@@ -192,17 +197,17 @@ def _warn_of_unknown_ends(key: str, model: str, folder: str) -> None:
 
 
 def _folder(model: str) -> str:
-    """The local folder of a saved model: `model` itself, or where the copy lies of a URI or of a hub id."""
+    """Return the local folder of a saved model; for a URI or hub id, the folder of the local copy."""
     return os.path.abspath(checkpoints.folder_with_weights(_placed(model), None))
 
 
 def _placed(model: str) -> str:
-    """A local folder by its absolute path: actors run in folders of their own. A URI or hub id as it is."""
+    """Return a local folder as an absolute path, because actors run in other folders; else return `model`."""
     return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def _fingerprint(folder: str) -> str:
-    """Hash of every file that decides answers: weights, configurations, tokenizer, templates."""
+    """Hash every file that affects the answers: weights, configurations, tokenizer, templates."""
     endings = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
     names = sorted(name for name in os.listdir(folder) if name.endswith(endings))
     return checkpoints.fingerprint_of("revision", [], [os.path.join(folder, name) for name in names])
@@ -220,7 +225,7 @@ def _model_config(folder: str) -> ReVisionConfig:
 
 
 def _store(uri: str | None, model: ReVisionConfig, folder: str) -> Store | None:
-    """The image store at `uri`, which fits the model; None where the model's own tower is to be used."""
+    """Open the image store at `uri` and check that it fits the model; return None if `uri` is None."""
     if uri is None:
         if model.image_tower is None:
             raise ConfigError(
@@ -234,7 +239,7 @@ def _store(uri: str | None, model: ReVisionConfig, folder: str) -> Store | None:
             f"{uri}: embedding_dim is {store.embedding_dim}, {folder} takes {model.embedding_dim}; embed the "
             "images with the encoder that it was trained with"
         )
-    if store.encoder.fingerprint:  # unknown of a folder of plain Parquet files
+    if store.encoder.fingerprint:  # a folder of plain Parquet files has none
         check_encoder(model, store.encoder.fingerprint)
     return store
 
@@ -258,12 +263,12 @@ def _actors(job: EvaluateJob) -> ActorSettings:
 
 
 def _dated(job: EvaluateJob, output: str) -> EvaluateJob:
-    """The same job with a date: its own, that of the evaluation in its output, or that of this day."""
+    """Return the job with a date: its own, else that of the earlier run in the output, else today."""
     return replace(job, today=job.today or _former(output).get("today") or date.today().isoformat())
 
 
 def _former(output: str) -> dict[str, Any]:
-    """The settings of the evaluation in `output`, if there is one."""
+    """Return the settings of the earlier evaluation in `output`, or an empty dict."""
     path = storage.join(output, _SETTINGS)
     return storage.read_json(path) if storage.exists(path) else {}
 
@@ -271,7 +276,7 @@ def _former(output: str) -> dict[str, Any]:
 def _claim(
     output: str, job: EvaluateJob, fingerprint: str, store: Store | None, found: dict[str, list[ReadUnit]]
 ) -> None:
-    """Write what decides the answers to the output; benchmarks may be added to those of an earlier run.
+    """Write the settings that affect the answers to the output. A later run may add benchmarks.
 
     Raises:
         OutputError: the earlier run had other settings, so its answers are not this run's.
@@ -315,7 +320,10 @@ def _work(forecast: Forecast, stage: Stage) -> StageWork:
 
 
 def _num_questions(forecast: Forecast, stage: Stage, name: str) -> int | None:
-    """Return the rows of a benchmark, among them rows that hold no question; None if not there yet."""
+    """Return the number of rows of a benchmark, or None if an earlier stage has yet to write it.
+
+    Rows without a question count too; `max_items` limits the number.
+    """
     uri, most = stage.job.data[name], stage.job.max_items
     if forecast.maker(stage, uri) and not storage.exists(uri):
         return None
