@@ -1,8 +1,8 @@
 """Load typed job configuration from one YAML file and `key=value` overrides. The only import of OmegaConf.
 
-YAML has types of its own for unquoted text: 007 is a number to it, `no` is false, 2026-01-01 a date. Here
-the schema decides. Where it says text, an override is taken as typed, and a word in a file that YAML would
-change is refused.
+YAML gives unquoted text types of its own: it reads 007 as a number, `no` as false and 2026-01-01 as a date.
+Here the schema decides. Where it expects text, an override is taken as typed, and an unquoted word in a file
+that YAML would convert is refused.
 """
 
 import ast
@@ -28,22 +28,22 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from revision_ray.core import artifact, logs, storage
 from revision_ray.core.errors import ConfigError, RevisionError, quote, shorten, user_error
 
-# Of the two, that one takes s3://bucket/a?b=c in a list. OmegaConf reads with it, too.
+# The C loader accepts s3://bucket/a?b=c in a list, the Python loader does not. OmegaConf uses it, too.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def of_file(text: str, schema: type, name: str) -> Any:
-    """The values that a YAML file gives to the keys of the dataclass `schema`; {} of an empty file.
+    """Parse a YAML file into values for the keys of the dataclass `schema`; an empty file gives {}.
 
     Raises:
-        ConfigError: unquoted text that YAML would change; a key that occurs twice.
+        ConfigError: unquoted text that YAML would convert; a key that occurs twice.
     """
     root = yaml.compose(text, _LOADER)
     return _Reader(name, text).value(root, schema, "") if root else {}
 
 
 def of_override(override: str, schema: type) -> Any:
-    """The value that key=value gives to a key of the dataclass `schema`. Text is taken as typed.
+    """Parse the value of a key=value override by its type in the dataclass `schema`; text stays as typed.
 
     Raises:
         ConfigError: the value has a comment, or text of a list that has a meaning in YAML.
@@ -55,7 +55,7 @@ def of_override(override: str, schema: type) -> Any:
     nested = may_nest and text.lstrip()[:1] in ("[", "{")
     if _takes_text(type_) and not nested and not _is_quoted(text):
         return None if text == "null" and {NoneType, Any} & {*_members(type_)} else _plain(text, type_)
-    # Anchors, aliases and tags belong to files: *.txt, &c and !x in a list are text that wants quotes.
+    # Anchors, aliases and tags are for files only: here *.txt, &c and !x in a list must be quoted.
     for token in yaml.scan(text, _LOADER):
         if isinstance(token, yaml.AnchorToken | yaml.AliasToken | yaml.TagToken):
             sign = text[token.start_mark.index]
@@ -69,7 +69,11 @@ def of_override(override: str, schema: type) -> Any:
 
 
 def check_texts(value: Any, type_: Any, key: str, name: str) -> None:
-    """Refuse what is no text where the schema has text: a parser without the schema changed it."""
+    """Check that values are text where the schema has text; a parser without the schema may convert it.
+
+    Raises:
+        ConfigError: another value stands where text is expected, or a key is not text.
+    """
     if isinstance(value, Mapping):
         for below, inner in value.items():
             if not isinstance(below, str):
@@ -85,7 +89,7 @@ def check_texts(value: Any, type_: Any, key: str, name: str) -> None:
 
 
 def _type_of(schema: type, key: str) -> Any:
-    """The type of the value at a dotted key of a dataclass; Any where there is no such key."""
+    """Return the type of the value at a dotted key of a dataclass; Any where there is no such key."""
     found: Any = schema
     for name in filter(None, re.split(r"[.\[\]]+", key)):
         found = _type_below(found, name)
@@ -93,7 +97,7 @@ def _type_of(schema: type, key: str) -> Any:
 
 
 def _type_below(type_: Any, name: str) -> Any:
-    """The type of what stands at `name` in a mapping of this type."""
+    """Return the type of the value under `name` in a mapping or dataclass of this type."""
     for member in _members(type_):
         if dataclasses.is_dataclass(member):
             return typing.get_type_hints(member).get(name, Any)
@@ -103,18 +107,18 @@ def _type_below(type_: Any, name: str) -> Any:
 
 
 def _type_of_items(type_: Any) -> Any:
-    """The type of the items of a list of this type."""
+    """Return the type of the items of a list of this type; Any if unknown."""
     lists = [member for member in _members(type_) if get_origin(member) in (list, tuple)]
     return get_args(lists[0])[0] if lists else Any
 
 
 def _members(type_: Any) -> tuple[Any, ...]:
-    """The types of a union; a type that is none by itself."""
+    """Return the member types of a union, or the type itself if it is no union."""
     return get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
 
 
 def _takes_text(type_: Any) -> bool:
-    """Whether text is a value of this type. Where nothing is said of the type, text is text."""
+    """Return whether this type accepts text; Any does."""
     return any(
         member in (str, Any) or any(isinstance(choice, str) for choice in _choices(member))
         for member in _members(type_)
@@ -122,7 +126,7 @@ def _takes_text(type_: Any) -> bool:
 
 
 def _shape(member: Any) -> str:
-    """Whether a value of this type is a list, a mapping or one value."""
+    """Return in words whether a value of this type is a list, a mapping or a single value."""
     kind = get_origin(member) or member
     if kind in (list, tuple):
         return "a list"
@@ -136,7 +140,7 @@ def _choices(member: Any) -> tuple[Any, ...]:
 
 
 def _is_quoted(text: str) -> bool:
-    """Whether all of the text is one string between quotes of YAML."""
+    """Return whether the whole text is one quoted YAML string."""
     if text[:1] not in ("'", '"') or text[-1:] != text[:1]:
         return False
     try:
@@ -147,26 +151,26 @@ def _is_quoted(text: str) -> bool:
 
 
 def _plain(text: str, type_: Any) -> str | int:
-    """Text as typed; a number where the type allows one too, and it has no other spelling."""
+    """Return the text as typed, or an int where the type allows one and the text is its usual spelling."""
     number = {Any, int} & {*_members(type_)} and re.fullmatch(r"0|-?[1-9][0-9]*", text)
     return int(text) if number else text
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Reads the nodes of parsed YAML as the types of a schema want them."""
+    """Converter of YAML nodes to values of the types that a schema declares."""
 
     name: str
-    """What messages begin with."""
+    """Source of the YAML; error messages begin with it."""
     text: str | None
     """The whole text of a file; None for a command line, where words are taken as typed."""
 
     def value(self, node: yaml.Node, type_: Any, key: str) -> Any:
-        """What `node` holds, for a key of this type.
+        """Return the value of `node` for a key of this type.
 
         Raises:
-            ConfigError: unquoted text that YAML would change; a key that occurs twice; a list where a mapping
-                is expected, and the like.
+            ConfigError: unquoted text that YAML would convert; a key that occurs twice; a list, mapping or
+                single value where another of these is expected.
         """
         if key:
             self._check_shape(node, type_, key)
@@ -181,7 +185,7 @@ class _Reader:
         return self._text(node, type_, key) if _takes_text(type_) else self._other(node, key)
 
     def _check_shape(self, node: yaml.Node, type_: Any, key: str) -> None:
-        """Refuse a list, a mapping or a single value where the type has none of its kind."""
+        """Raise ConfigError if the type does not accept a list, mapping or single value like `node`."""
         shapes = [_shape(member) for member in _members(type_)]
         found = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}.get(type(node), "one value")
         later = found == "one value" and (node.value in ("", "???") or "${" in node.value)
@@ -229,7 +233,7 @@ class _Reader:
         return taken
 
     def _other(self, node: yaml.ScalarNode, key: str) -> Any:
-        """A number, a yes or no, or what is neither, which is refused later."""
+        """Return a number, boolean or None, or else the text, which OmegaConf refuses later."""
         value = _as_yaml(node)
         if not isinstance(value, bool | int | float | NoneType):
             return node.value
@@ -242,7 +246,7 @@ class _Reader:
         return value
 
     def _check_comment(self, node: yaml.ScalarNode, key: str) -> None:
-        """Refuse a text behind which #2 stands, say: does that belong to it? A comment begins with "# "."""
+        """Raise ConfigError if text is followed by, say, " #2", which may belong to it; "# " is a comment."""
         rest = self.text[node.end_mark.index :].splitlines()[:1] if self.text and node.value else []
         if rest and re.match(r"\s+#[^\s#]", rest[0]):
             raise ConfigError(
@@ -255,7 +259,7 @@ class _Reader:
 
 
 def _as_yaml(node: yaml.ScalarNode) -> Any:
-    """What YAML makes of an unquoted word by itself. Its scientific notation wants a dot, ours does not."""
+    """Convert an unquoted word as YAML does; unlike YAML, accept 1e3 without a dot as a number."""
     if node.tag in ("tag:yaml.org,2002:value", "tag:yaml.org,2002:merge"):
         return node.value
     if re.fullmatch(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", node.value):
@@ -285,14 +289,14 @@ TEXTS = (
     "YAML reads otherwise: 007, no, ~, 1e3, 2026-01-01.",
 )
 Schema = TypeVar("Schema")
-Verbs = Mapping[str, Sequence[str]]  # of a command line, with the keys of the words that follow each
+Verbs = Mapping[str, Sequence[str]]  # verb of a command line -> keys of the words that follow it
 
 
 def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
-    """The run that `[YAML] key=value ...` describes, checked against the dataclass `schema`.
+    """Parse the arguments `[YAML] key=value ...` into an instance of the dataclass `schema`.
 
     Raises:
-        ConfigError: unknown key (the nearest one is named), wrong type, missing value, unreadable YAML.
+        ConfigError: unknown key (a similar one is suggested), wrong type, missing value, unreadable YAML.
     """
     overrides = [argument for argument in argv if _is_override(argument)]
     yamls = [argument for argument in argv if not _is_override(argument)]
@@ -312,16 +316,18 @@ def load(schema: type[Schema], argv: Sequence[str]) -> Schema:
 
 
 def _is_override(argument: str) -> bool:
-    """Whether it is key=value, and no URI with a query."""
+    """Return whether an argument is key=value, and not a URI with a query."""
     key, equals, _ = argument.partition("=")
     return bool(equals) and "://" not in key
 
 
 def from_mapping(schema: type[Schema], values: Mapping[str, Any], name: str) -> Schema:
-    """The run that nested mappings describe, as another tool read them from its own file; `name` says where.
+    """Convert nested mappings that another tool has read into an instance of the dataclass `schema`.
+
+    Error messages begin with `name`, the source of the mappings.
 
     Raises:
-        ConfigError: as `load`; also where that tool made a number, say, of what is text here.
+        ConfigError: as `load`; also where the other tool converted a text to, say, a number.
     """
     check_texts(values, schema, "", name)
     try:
@@ -357,7 +363,7 @@ def _resolved(merged: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def _other_entry(merged: DictConfig, key: str) -> str:
-    """Of a key in a mapping whose entries users name: that entry with the nearest name, which was meant."""
+    """Return a hint that suggests a similar entry of a mapping with free keys, or "" if there is none."""
     for length in range(1, len(names := key.split("."))):
         above = OmegaConf.select(merged, ".".join(names[:length]), default=None)
         if isinstance(above, DictConfig) and OmegaConf.get_type(above) is dict:
@@ -415,20 +421,20 @@ def _explain(error: OmegaConfBaseException, schema: type) -> str:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML text that `load` reads back."""
+    """Return the resolved configuration as YAML text that `load` can read."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def save_resolved(config: Any, uri: str) -> None:
-    """The resolved configuration stands at `uri`, written atomically."""
+    """Write the resolved configuration to `uri` as YAML, atomically."""
     storage.write_bytes(uri, to_yaml(config).encode())
 
 
 def keys(schema: type, default: Any = None, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """(dotted key, type, default, explanation) of every field, nested dataclasses unfolded.
+    """Return (dotted key, type, default, explanation) of every field, nested dataclasses included.
 
-    Defaults are those of the instance `default` where there is one: a job may default an inner key otherwise
-    than the inner dataclass does.
+    Defaults are those of the instance `default`, if given, because a job may give a nested dataclass other
+    defaults than its own.
     """
     explanations = _field_docstrings(schema)
     rows = []
@@ -445,7 +451,7 @@ def keys(schema: type, default: Any = None, prefix: str = "") -> list[tuple[str,
                 else re.sub(r"[\w.]+\.", "", str(field.type))
             )
             rows.append((key, name.replace("typing.", ""), shown, explanation))
-        # In a mapping every entry has a name of the user's.
+        # The entries of a mapping have names that users choose.
         below = f"{key}.NAME." if get_origin(field.type) is dict else f"{key}."
         for nested in inner:
             assert isinstance(nested, type)
@@ -460,12 +466,12 @@ def _default_of(field: dataclasses.Field) -> Any:
 
 
 def _field_docstrings(schema: type) -> dict[str, str]:
-    """Explanations: the string literal that follows a field in the class body (base classes included)."""
+    """Return the string literal below each field in the class body, by field name, base classes included."""
     found: dict[str, str] = {}
     for cls in reversed(schema.__mro__[:-1]):
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        except OSError:  # made by `make_dataclass`, which has no source; its fields explain in their metadata
+        except OSError:  # `make_dataclass` leaves no source; explanations are in the fields' metadata
             continue
         assert isinstance(body, ast.ClassDef)
         for statement, following in zip(body.body, body.body[1:], strict=False):
@@ -481,7 +487,7 @@ def _field_docstrings(schema: type) -> dict[str, str]:
 
 
 def help_text(schema: type, program: str, verbs: Verbs | None = None) -> str:
-    """Every key of `schema` with its type, default and explanation."""
+    """Return the text of --help: every key of `schema` with its type, default and explanation."""
     about = inspect.cleandoc(schema.__doc__ or "").strip()
     led = " | ".join(" ".join([verb, *map(str.upper, names)]) for verb, names in (verbs or {}).items())
     lead = f"[{led}] " if led else ""
@@ -493,7 +499,7 @@ def help_text(schema: type, program: str, verbs: Verbs | None = None) -> str:
 
 
 def spelled_out(argv: Sequence[str], verbs: Verbs) -> list[str]:
-    """`argv` with a leading verb and the words that follow it as key=value: show X is action=show name=X."""
+    """Rewrite a leading verb and its words as key=value: `show X` becomes `action=show name=X`."""
     if not argv or argv[0] not in verbs:
         return list(argv)
     given, rest = [f"action={argv[0]}"], list(argv[1:])
@@ -506,8 +512,9 @@ def spelled_out(argv: Sequence[str], verbs: Verbs) -> list[str]:
 
 
 def with_flags(argv: Sequence[str], flags: Mapping[str, str]) -> list[str]:
-    """`argv` with each of the `flags` as the key=value that it stands for; a {} in it is the flag's value,
-    the word that follows or stands behind its "=".
+    """Replace each of the `flags` in `argv` by its key=value; a {} there takes the flag's value.
+
+    The value is the next word, or the text after "=".
 
     Raises:
         ConfigError: a flag's value is missing.
@@ -534,12 +541,12 @@ def run_job(
     flags: Mapping[str, str] | None = None,
     verbs: Verbs | None = None,
 ) -> None:
-    """Parse the command line into `schema`, run `job`, say the result; exit 2 on an error of the user's.
+    """Parse the command line into `schema`, run `job` and print its result.
 
-    `job` returns one line that says where the result is. `flags` are options that stand for a key=value (see
-    `with_flags`). `verbs` are words that may lead, each for action=VERB, with the keys that may follow
-    without their names. While it runs, no other job writes to its `output`. Errors of ours keep their
-    traceback and exit 1.
+    `job` returns the text to print. `flags` are options that stand for a key=value, see `with_flags`.
+    `verbs` may come first on the command line, see `spelled_out`. While the job runs, no other job can write
+    to its `output`. A user's error is printed as one line and exits with 2; any other error keeps its
+    traceback and exits with 1.
     """
     argv = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in argv):
@@ -557,7 +564,7 @@ def run_job(
         if known is None:
             raise
         if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()  # what Ray's processes still write comes before the last line
+            sys.modules["ray"].shutdown()  # so that output of Ray's processes comes before the error line
         if logs.shows_traces():
             _without_secrets(type(error), error, error.__traceback__)
         said = re.sub(r"\s*\n\s*", " ", f"{type(known).__name__}: {known}".rstrip())
@@ -567,12 +574,12 @@ def run_job(
 
 
 def _without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A traceback as Python writes it, but for secrets."""
+    """Write a traceback to standard error as Python does, without secrets."""
     sys.stderr.write(logs.without_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _alone(job: Any) -> AbstractContextManager[None]:
-    """The job is the only writer to its output. One that only shows something writes nothing."""
+    """Return the lock of the job's output, or a null context for a job that only shows something."""
     shows = getattr(job, "inspect", 0) or getattr(job, "dry_run", False)
     output = getattr(job, "output", "")
     return artifact.writing(output) if output and not shows else nullcontext()

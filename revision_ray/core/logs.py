@@ -1,7 +1,7 @@
-"""Log lines that say which run and stage they belong to, and hold no secret.
+"""Set up logging: text or JSON lines without secrets; JSON lines name their run and stage.
 
-A person reads `12:30:01 INFO ...`; with REVISION_RAY_LOG=json every line is one JSON object, as log
-collectors take them: time, level, run, stage, message, and the figures behind the message, if any.
+Text lines look like `12:30:01 INFO ...`. With REVISION_RAY_LOG=json every line is one JSON object for log
+collectors: time, level, run, stage, logger, message, and figures and exception, if any.
 """
 
 import json
@@ -22,7 +22,7 @@ TRACES_VARIABLE = "REVISION_RAY_TRACES"
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# Shorter values are words that stand in many a line, such as AWS_ACCESS_KEY_ID=none.
+# Shorter values may be ordinary words, such as "none" in AWS_ACCESS_KEY_ID=none.
 _SHORTEST_SECRET = 8
 _IN_URI = (
     (re.compile(r"(\w+://)[^/\s@\"']+@"), r"\1***@"),
@@ -37,7 +37,7 @@ _IN_URI = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What a process works for; both are empty until `work_for` says."""
+    """Run and stage that a process works for; empty until `work_for` sets them."""
 
     id: str = ""
     stage: str = ""
@@ -51,25 +51,24 @@ def current() -> RunContext:
 
 
 def work_for(stage: str, output: str = "") -> None:
-    """Log lines and metrics of this process name `stage` and its run from now on.
+    """Set the stage and run that JSON log lines and metrics of this process name.
 
-    The run is a function of the output, so that every process knows it, and a job that goes on after a
-    failure is the same run: the output's last name and six digits of its hash (a URI may hold a key, these
-    do not).
+    The run's id depends only on the output (see `run_id`), so a job that is resumed is the same run. Without
+    an output it is made of the stage and the process id.
     """
     global _current
     _current = RunContext(id=run_id(output) if output else f"{stage}-{os.getpid()}", stage=stage)
 
 
 def work_as(run: RunContext) -> None:
-    """As another process that works for `run`."""
+    """Set the run and stage of this process to those of another process."""
     global _current
     _current = run
 
 
 @contextmanager
 def working_for(stage: str, output: str = "") -> Iterator[None]:
-    """As `work_for`, for as long as this is entered: one stage of several in a process."""
+    """Set run and stage as `work_for` does, and restore the former ones on exit."""
     global _current
     former = _current
     work_for(stage, output)
@@ -81,12 +80,12 @@ def working_for(stage: str, output: str = "") -> Iterator[None]:
 
 def run_id(output: str) -> str:
     place = absolute(output)
-    # A bucket by itself stands behind the keys of its URI.
+    # The name of a bucket may follow keys and "@" in the URI.
     return f"{name_of(place).rpartition('@')[2] or 'root'}-{sha256(place.encode())[:6]}"
 
 
 def set_up(level: int = logging.INFO, text: str = TEXT, stream: TextIO | None = None) -> None:
-    """Lines of this process go to `stream` (standard error), as text in the format `text`, or as JSON."""
+    """Send log lines of this process to `stream` (default standard error) as text lines or JSON."""
     handler = logging.StreamHandler(stream or sys.stderr)
     as_json = os.environ.get(FORMAT_VARIABLE, "text") == "json"
     handler.setFormatter(JsonLines() if as_json else TextLines(text, datefmt="%H:%M:%S"))
@@ -94,16 +93,19 @@ def set_up(level: int = logging.INFO, text: str = TEXT, stream: TextIO | None = 
 
 
 def shows_traces() -> bool:
-    """Whether traces of errors that a user can mend are wanted on the console (REVISION_RAY_TRACES=1)."""
+    """Return whether to show traces of users' errors on the console (REVISION_RAY_TRACES=1)."""
     return os.environ.get(TRACES_VARIABLE, "0") not in ("", "0")
 
 
 def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """`text` with *** for user names, passwords and keys in URIs, and for secrets of the environment."""
+    """Return `text` with *** for user names, passwords and keys in URIs, and for secrets in `environment`.
+
+    `environment` is os.environ by default.
+    """
     for pattern, instead in _IN_URI:
         text = pattern.sub(instead, text)
     for name, value in (os.environ if environment is None else environment).items():
-        # Files that hold a secret may be named, as in RAY_AUTH_TOKEN_PATH.
+        # A path of a file with a secret is no secret, as in RAY_AUTH_TOKEN_PATH.
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and value[0] not in "/~":
             text = text.replace(value, "***")
     return text
@@ -115,7 +117,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line; `extra={"figures": {...}}` of a log call stands in it as it is."""
+    """Formatter that writes one JSON object per line; `extra={"figures": {...}}` is copied into it."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
