@@ -1,10 +1,10 @@
 """Metrics of every stage for Prometheus, and progress bars for terminals and job logs.
 
-Every process records into Ray's metrics; each node's agent exports them over HTTP (at the node's metrics
-port), with `ray_` before the name and tags of its own (node, worker). A value is there after at most one
-report interval (10 s by default, `metrics_report_interval_ms`). What a process recorded less than that
-before its end may be lost, so results and manifests, not metrics, say what a finished stage did. Work that
-is done again after a failure is counted again. Outside a Ray process the instruments do nothing.
+Every process records into Ray's metrics. The agent of each node exports them over HTTP at the node's metrics
+port; it puts `ray_` before the name and adds tags of its own (node, worker). A value appears after at most
+one report interval (10 s by default, `metrics_report_interval_ms`). Values recorded in the last interval
+before a process ends may be lost, so read results and manifests, not metrics, for what a finished stage did.
+Work that is repeated after a failure is counted again. Outside a Ray process the instruments do nothing.
 """
 
 import functools
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def _record(record: Callable[[float, dict[str, str]], None], value: float, tags: Tags) -> None:
-    """Record `value`. An error of Ray's metrics is logged, and never fails what is measured."""
+    """Record `value`; log an error of Ray's metrics instead of raising it."""
     try:
         record(float(value), dict(tags or {}))
     except Exception:
@@ -37,7 +37,7 @@ def _record(record: Callable[[float, dict[str, str]], None], value: float, tags:
 
 
 class Counter:
-    """A sum that only grows. Adding nothing is allowed, which Ray's own counter refuses."""
+    """A sum that only grows; adding 0 does nothing, whereas Ray's own counter refuses it."""
 
     kind = "counter"
 
@@ -51,7 +51,7 @@ class Counter:
 
 
 class Gauge:
-    """The last value of each process; those of several are told apart by Ray's tags."""
+    """The last value of each process; Ray's tags tell the processes apart."""
 
     kind = "gauge"
 
@@ -65,7 +65,7 @@ class Gauge:
 
 
 class Histogram:
-    """How often values fell between boundaries."""
+    """Counts of values between given boundaries."""
 
     kind = "histogram"
 
@@ -82,14 +82,14 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class StageInstruments:
-    """One set for all stages, told apart by the tags run and stage; a stage records what it has."""
+    """Metrics of all stages, which the tags run and stage tell apart; a stage records those that apply."""
 
     done: Counter
-    """Rows, scenes, questions or steps that are done. Tags: part (what the progress line calls it), unit."""
+    """Rows, scenes, questions or steps that are done. Tags: part (its name in the progress line), unit."""
     planned: Gauge
-    """How many there are to do, where that is known. Tags: part, unit."""
+    """Total number to do, where it is known. Tags: part, unit."""
     seconds: Gauge
-    """Time since the part began, until its last progress. Tag: part."""
+    """Seconds from the start of the part to its last progress. Tag: part."""
     samples: Counter
     """Rows or samples that were used."""
     rejected: Counter
@@ -99,12 +99,12 @@ class StageInstruments:
     tokens: Counter
     """Tokens that were encoded or trained on, without padding."""
     padding_share: Gauge
-    """Share of padding among the tokens that were computed lately."""
+    """Latest share of padding among the computed tokens."""
 
 
 @functools.cache
 def stage_instruments() -> StageInstruments:
-    """The instruments of this process, made once."""
+    """Return the stage instruments of this process; they are made once."""
     of = ("run", "stage")
     return StageInstruments(
         done=Counter(
@@ -121,7 +121,7 @@ def stage_instruments() -> StageInstruments:
 
 
 def instruments_in(made: object) -> list[Counter | Gauge | Histogram]:
-    """The instruments that the dataclass instance `made` holds."""
+    """Return the instruments in the fields of the dataclass instance `made`."""
     return [getattr(made, field.name) for field in fields(made)]  # type: ignore[arg-type]
 
 
@@ -133,7 +133,7 @@ def record(
     tokens: int = 0,
     padding_share: float = math.nan,
 ) -> None:
-    """Counted for the run and stage that this process works for."""
+    """Record figures for the run and stage of this process; a `padding_share` of NaN is not recorded."""
     made, tags = stage_instruments(), _tags()
     made.samples.inc(samples, tags)
     made.rejected.inc(rejected, tags)
@@ -143,7 +143,7 @@ def record(
 
 
 def record_progress(part: str, unit: str, amount: int, total: int | None, seconds: float) -> None:
-    """`amount` more `unit`s of a part are done, `seconds` after it began."""
+    """Record that `amount` more `unit`s of a part are done, `seconds` after its start."""
     made, tags = stage_instruments(), {**_tags(), "part": part}
     made.done.inc(amount, {**tags, "unit": unit})
     if total is not None:
@@ -160,10 +160,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts `unit`s towards `total` and shows them; `note` holds further figures to show.
+    """A progress bar on a terminal, or log lines elsewhere, that count `unit`s towards `total`.
 
-    They are counted for Prometheus, too, unless another of the workers that share the progress does that.
-    Work that a run before has `already_done` counts towards the total, not for the speed.
+    They are recorded for Prometheus, too, unless `counted` is False, for instance because another worker
+    records the same progress. Units `already_done` by an earlier run count towards the total, but not for the
+    speed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The Serve application: its deployments, run until it is stopped, or built for `serve deploy`."""
+"""Build the Serve application from its deployments; run it until it is stopped, or for `serve deploy`."""
 
 import glob
 import logging
@@ -36,19 +36,20 @@ from revision_ray.serve.settings import Replicas, ReplicaSettings, ServeJob, is_
 
 log = logging.getLogger(__name__)
 
-# On a terminal; a cluster's Serve file says what it wants logged.
+# Logging when run by the job; with `serve deploy`, the Serve file sets it.
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _PROXY_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _MONITOR = ReplicaSettings(num_cpus=0.05, max_ongoing=100, max_queued=1000)
-# Serve tries a replica that cannot load its model so often, then the deployment has failed.
+# Number of times that Serve starts a replica that cannot load its model before the deployment fails.
 _ATTEMPTS_TO_START = 3
 
 
 def run_serve(job: ServeJob) -> str:
-    """The application answers at job.host:job.port until SIGINT or SIGTERM, and then finishes what it took.
+    """Serve the model at job.host:job.port until SIGINT or SIGTERM; then finish the accepted requests.
 
     Raises:
-        ConfigError: the model, a fit or the port cannot be used, or keys are missing.
+        ConfigError: the model or the port cannot be used, or API keys are missing.
+        AlignmentError: a fit cannot be used.
     """
     digests = _digests(job, loopback=is_loopback(job.host))
     job = checked(job)
@@ -83,19 +84,21 @@ def run_serve(job: ServeJob) -> str:
 
 
 def build(args: dict) -> serve.Application:
-    """The application for `serve deploy`: `args` are the keys of configs/serve.yaml.
+    """Return the application for `serve deploy`; `args` are the keys of configs/serve.yaml.
 
-    Where Serve listens is said elsewhere in its file, so keys are asked for unless `host` says loopback.
+    Another part of the Serve file sets the address to listen on. API keys are therefore required unless
+    `args` has a `host` that is a loopback address.
 
     Raises:
-        ConfigError: as `run`.
+        ConfigError: the model cannot be used, or API keys are missing.
+        AlignmentError: a fit cannot be used.
     """
     job = config.from_mapping(ServeJob, args, "args")
     return application(checked(job), _digests(job, loopback="host" in args and is_loopback(job.host)))
 
 
 def application(job: ServeJob, digests: Sequence[str]) -> serve.Application:
-    """Every part of a checked job, bound to those that it calls."""
+    """Return the application of a checked job: all deployments, each bound to those that it calls."""
     replicas = job.replicas
     facts = facts_of(job)
     monitor = image_encoder = text_encoder = None
@@ -118,7 +121,7 @@ def application(job: ServeJob, digests: Sequence[str]) -> serve.Application:
 
 
 def _deployed(part_class: Any, name: str, part: ReplicaSettings, replicas: Replicas) -> Any:
-    """`part_class` as a Serve deployment with the replicas of `part`."""
+    """Return `part_class` as a Serve deployment with the replica settings `part`."""
     number: dict[str, Any] = {"num_replicas": part.min_replicas}
     if part.max_replicas > part.min_replicas:
         number = {"autoscaling_config": _autoscaling(part, replicas)}
@@ -128,7 +131,7 @@ def _deployed(part_class: Any, name: str, part: ReplicaSettings, replicas: Repli
         ray_actor_options={"num_cpus": part.num_cpus, "num_gpus": part.num_gpus},
         max_ongoing_requests=part.max_ongoing,
         max_queued_requests=part.max_queued,
-        # What the proxy says where the ingress itself has too many requests waiting.
+        # Answer of the proxy when too many requests wait for the ingress itself.
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
@@ -140,7 +143,7 @@ def _deployed(part_class: Any, name: str, part: ReplicaSettings, replicas: Repli
 
 
 def _autoscaling(part: ReplicaSettings, replicas: Replicas) -> AutoscalingConfig:
-    # Load is seen as often as the delay needs; Serve's default is 10 s, and it warns of every other value.
+    # Measure load at least twice per delay. Serve's default is 10 s, and it warns about any other value.
     interval_s = min(10.0, max(0.5, replicas.upscale_delay_s / 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -156,7 +159,11 @@ def _autoscaling(part: ReplicaSettings, replicas: Replicas) -> AutoscalingConfig
 
 
 def _digests(job: ServeJob, *, loopback: bool) -> tuple[str, ...]:
-    """Of the API keys; the keys stay in this process."""
+    """Return the SHA-256 digests of the API keys; the keys themselves are not passed on.
+
+    Raises:
+        ConfigError: there are no keys, and the host is not a loopback address.
+    """
     digests = key_digests(os.environ.get(job.api_keys_env, ""))
     if not digests and not loopback:
         raise ConfigError(
@@ -168,11 +175,11 @@ def _digests(job: ServeJob, *, loopback: bool) -> tuple[str, ...]:
 
 
 def checked(job: ServeJob) -> ServeJob:
-    """`job` with absolute paths; what it names exists and belongs together.
+    """Check the model and the fits of a job, and return the job with absolute paths.
 
     Raises:
         ConfigError: the model cannot be served.
-        AlignmentError: a fit is missing, or of another encoder than the model's.
+        AlignmentError: a fit is missing, or belongs to another encoder than the model.
     """
     job = replace(job, model=storage.absolute(job.model))
     kind = _model_type(job.model)
@@ -189,7 +196,7 @@ def checked(job: ServeJob) -> ServeJob:
         raise ConfigError(
             f"model={job.model}: is damaged or not complete ({shorten(error)}); save it again"
         ) from error
-    # Serve's replicas would say it with their traces.
+    # Checked here, because an error in a Serve replica would come with its trace.
     checkpoints.tensor_names(sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))))
     Prompter(tokenizer, facts.image_token_id, facts.num_visual_tokens)  # has a chat template
     if warning := unknown_ends(folder):
@@ -225,7 +232,7 @@ def checked(job: ServeJob) -> ServeJob:
 
 
 def _model_type(model: str) -> str | None:
-    """As config.json has it; None where there is none."""
+    """Return the model_type in the folder's config.json, or None if there is none."""
     try:
         document = storage.read_json(storage.join(model, "config.json"))
     except DataError:
@@ -238,7 +245,7 @@ def _absolute(uri: str) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Serve's own message comes a minute later, from an actor."""
+    """Raise ConfigError if the port cannot be used; Serve itself says so only a minute later, in an actor."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -251,10 +258,10 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _serve_runs(job: ServeJob) -> bool:
-    """Whether Serve runs on this cluster already, where this job says.
+    """Return whether Serve already runs on this cluster, at the job's host and port.
 
     Raises:
-        ConfigError: it runs elsewhere; it would stay there, whatever one asks for.
+        ConfigError: it listens at another address; Serve does not change the address while it runs.
     """
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
@@ -269,7 +276,7 @@ def _serve_runs(job: ServeJob) -> bool:
 
 
 def _drain(handle: DeploymentHandle, timeout_s: float) -> None:
-    """No replica of the ingress takes further requests, and those that it took are answered."""
+    """Make the ingress replicas refuse further requests, and wait for those accepted, at most `timeout_s`."""
     ends = time.monotonic() + timeout_s
     while time.monotonic() < ends:
         inside = handle.broadcast("drain").results(timeout_s=10, return_exceptions=True)

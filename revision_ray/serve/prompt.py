@@ -1,8 +1,7 @@
-"""Messages to token ids through the model's chat template, with the images that they show, in order.
+"""Convert chat messages to token ids with the model's chat template, and list their images in order.
 
-What a client writes is text: strings in it that name control tokens (`<image>`, the end of a turn) are
-encoded as the characters that they are (data/chat.py), so no message can hold an image that was not sent, or
-speak in another's turn.
+Control tokens in a client's text (`<image>`, the end of a turn) are encoded as plain characters
+(data/chat.py). So a message can neither insert an image that was not sent, nor start another turn.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from revision_ray.model.processing import IMAGE_TOKEN
 from revision_ray.serve.protocol import ApiError, ImageEmbeddingPart, ImageUrlPart, Message, Model, TextPart
 from revision_ray.serve.settings import ServeJob
 
-# Characters of a reason of others (a template, the tokenizer) that a message repeats.
+# Longest reason of a template or tokenizer, in characters, that an error message repeats.
 _MAX_REASON = 200
 
 
@@ -28,16 +27,16 @@ class ModelFacts:
     """Tokens of prompt and answer together."""
     embedding_dim: int
     num_visual_tokens: int
-    """For each image."""
+    """Visual tokens of each image."""
     image_token_id: int
     vocab_size: int
     fingerprint: str | None
-    """Of the image encoder; None where the model knows none, and takes any."""
+    """Fingerprint of the image encoder; None where it is unknown, and any encoder is accepted."""
     image_input: bool
-    """Whether it holds an image tower."""
+    """Whether the model has an image tower."""
 
     def listed(self, model_id: str) -> Model:
-        """The model as /v1/models has it."""
+        """Return the model's entry in /v1/models."""
         return Model(
             id=model_id,
             object="model",
@@ -52,10 +51,10 @@ class ModelFacts:
 
 
 def facts_of(job: ServeJob) -> ModelFacts:
-    """The facts of the model in the job's folder.
+    """Read the facts of the job's model.
 
     Raises:
-        DataError, OSError: no model there.
+        DataError, OSError: there is no model in the job's folder.
     """
     config = ReVisionConfig.from_pretrained(storage.local_copy(job.model))
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -74,7 +73,7 @@ def facts_of(job: ServeJob) -> ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePartPlace:
-    """An image part, and where in the request it stands."""
+    """An image part of a request, and its parameter path for error messages (`param`)."""
 
     param: str
     part: ImageUrlPart | ImageEmbeddingPart
@@ -82,7 +81,7 @@ class ImagePartPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateInput:
-    """What the chat template takes, and the images that its `image` parts stand for."""
+    """Messages for the chat template, and the images of their `image` parts, in order."""
 
     messages: list[dict[str, Any]]
     images: list[ImagePartPlace]
@@ -90,7 +89,8 @@ class TemplateInput:
 
 
 def conversation_of(messages: Sequence[Message]) -> TemplateInput:
-    """
+    """Convert the messages of a request to input of the chat template.
+
     Raises:
         ApiError: an image outside a user's message.
     """
@@ -121,26 +121,26 @@ def conversation_of(messages: Sequence[Message]) -> TemplateInput:
 
 
 class Prompter:
-    """Token ids of conversations. Not for several threads at once: tokenizers are not."""
+    """Converter of conversations to token ids. Not thread-safe, because tokenizers are not."""
 
     def __init__(self, tokenizer: Any, image_token_id: int, num_visual_tokens: int) -> None:
-        """The tokenizer is the model folder's: its chat template knows what an image part is.
+        """Take the tokenizer of the model's folder, whose chat template handles image parts.
 
         Raises:
-            ConfigError: it has no chat template.
+            ConfigError: the tokenizer has no chat template.
         """
         self._chat, self._image_token_id = ChatTemplate(tokenizer), image_token_id
         self.num_visual_tokens = num_visual_tokens
 
     def input_ids(self, conversation: TemplateInput) -> tuple[int, ...]:
-        """The prompt, with the placeholders of each image.
+        """Return the token ids of the prompt, with placeholders for the visual tokens of each image.
 
-        Equal to what the processor makes of the rendered template without special tokens of its own, for
-        text without control tokens.
+        For text without control tokens they equal those of the processor for the rendered template, without
+        added special tokens.
 
         Raises:
-            ApiError: the template does not take this conversation, or a control token cannot be written as
-                text.
+            ApiError: the template refuses this conversation or does not show all its images, or a control
+                token cannot be written as text.
         """
         try:
             rendered = self._chat.render(conversation.messages, prompt=True)
