@@ -1,11 +1,11 @@
-"""Whether the images that are served are like those that the model's texts were aligned to.
+"""Detect drift: check whether served images are like those that the model's texts were aligned to.
 
-A model trained on aligned texts reads image embeddings where the fit put the texts: around the fit's image
-centroid. Images from elsewhere lie elsewhere, and what the model says about them is worth less.
+A model trained on aligned texts expects image embeddings around the fit's image centroid. Images of another
+domain lie elsewhere, and the model's answers about them are less reliable.
 
-Served images go into the moments that fits are made of; the distance between their centroid and the fit's is
-held against its *sampling floor* (`align.domain`). For unit rows T = 1 - ||mu||^2: a trace that changed has
-moved the centroid too, so the distance alone decides.
+The moments of served images are collected as in a fit. The distance between their centroid and the fit's is
+compared with the *sampling floor* (`align.alignment`). For unit rows T = 1 - ||mu||^2, so a change of the
+trace also moves the centroid, and the distance alone decides.
 
 Shapes: N rows, D embedding dim.
 """
@@ -25,18 +25,18 @@ from revision_ray.serve.metrics import instruments
 
 TOO_FEW, ALIKE, DRIFTED, NO_FIT = "too few images", "like the fit's images", "drifted", "no fit"
 
-# With enough images any mixture differs from the fit's by more than chance. Below this share of the spread
-# sqrt(T) it is called alike all the same: a judgement (modality gaps are half a spread and more).
+# With enough images any mixture differs from the fit's by more than chance. A distance below this share of
+# the spread sqrt(T) still counts as alike. The value is a judgement: modality gaps are half a spread or more.
 TOLERANCE = 0.05
-# Images that the report rests on: the last ones, in parts that are forgotten one by one, so that a change
-# after months of service does not drown in what was before.
+# The report covers the last WINDOW images, in NUM_PARTS parts. The oldest part is dropped first, so that a
+# change is noticed even after months of service.
 WINDOW, NUM_PARTS = 20_000, 8
 # Seconds between two settings of the gauges.
 _PUBLISH_S = 2.0
 
 
 class Drift:
-    """Moments of the last `window` to 9/8 `window` images that were served, beside the fit's.
+    """Moments of the last `window` to 9/8 `window` served images, and their comparison with the fit's.
 
     Raises:
         AlignmentError: a fit of `others` has another dimension or image encoder than `fit`.
@@ -52,7 +52,7 @@ class Drift:
                 _check_comparable(fit, other)
 
     def add(self, rows_ND: np.ndarray) -> None:
-        """The images' embeddings, of any float dtype and length, are part of what was served."""
+        """Add embeddings (N, D) of served images, of any float dtype and any norm."""
         # Rows that arrived together share a bucket (64 of them), so the jackknife sees how alike they are.
         moments, invalid = of_block(rows_ND, offset=self._num_blocks % NUM_BUCKETS)
         self._num_blocks += 1
@@ -60,10 +60,10 @@ class Drift:
         self.merge(moments)
 
     def merge(self, moments: Moments) -> None:
-        """What `moments` counted is part of what was served.
+        """Add the moments of served images.
 
         Raises:
-            AlignmentError: other dimension than the fit's.
+            AlignmentError: their dimension is not the fit's.
         """
         if self.fit and moments.embedding_dim != self.fit.embedding_dim:
             raise AlignmentError(
@@ -78,14 +78,17 @@ class Drift:
             self._parts.popleft()
 
     def moments(self) -> Moments | None:
-        """Of the images in the window; None before the first."""
+        """Return the moments of the images in the window; None before the first image."""
         if not any(part.count for part in self._parts):
             return None
         return merged(self._parts, self._parts[0].embedding_dim)
 
     def report(self) -> dict[str, Any]:
-        """What stands at /v1/drift: distances are Euclidean, between centroids of unit rows; None where there
-        is nothing to compare."""
+        """Return the content of /v1/drift.
+
+        Distances are Euclidean, between centroids of unit rows. Values that need images or a fit are None
+        without them.
+        """
         moments, fit = self.moments(), self.fit
         report: dict[str, Any] = {
             "verdict": NO_FIT if fit is None else TOO_FEW,
@@ -118,7 +121,7 @@ class Drift:
         return report
 
     def _nearest(self, centroid: np.ndarray, distance: float, floor: float) -> dict[str, Any] | None:
-        """The fit of another domain whose images are nearer than the own one's by more than chance."""
+        """Return the nearest fit of another domain if it is nearer than `fit` by more than the floor."""
         found = [(float(np.linalg.norm(centroid - other.image_centroid)), other) for other in self.others]
         if not found:
             return None
@@ -135,8 +138,10 @@ class Drift:
 
 
 def _standard_error(moments: Moments, centroid: np.ndarray) -> float | None:
-    """Of the distance between the moments' centroid and `centroid`, which is taken as it is; None where the
-    images arrived in fewer than two buckets."""
+    """Return the standard error of the distance between the moments' centroid and a fixed `centroid`.
+
+    None where the images fill fewer than two buckets.
+    """
     _, rest_GD = moments.leave_one_out()
     error = float(jackknife_standard_error(np.linalg.norm(rest_GD - centroid, axis=1)))
     return None if math.isnan(error) else error
@@ -161,8 +166,9 @@ def _named(fit: Alignment) -> str:
 
 
 class DriftMonitor:
-    """The Serve deployment that knows what was served, in a single replica: image encoders send it their
-    embeddings and do not wait for an answer. A replica that is replaced starts counting again.
+    """Serve deployment with a single replica that collects the embeddings of all served images.
+
+    A replica that is replaced starts to count from zero.
 
     Raises:
         AlignmentError: a fit cannot be loaded, or `others` cannot be compared with `fit`.
@@ -175,7 +181,7 @@ class DriftMonitor:
         self._will_publish = False
 
     async def add(self, embeddings: np.ndarray) -> None:
-        """Embeddings (N, D) of served images are counted; the gauges follow within seconds."""
+        """Add embeddings (N, D) of served images; update the gauges within a few seconds."""
         self.drift.add(embeddings)
         if not self._will_publish:
             self._will_publish = True
@@ -198,12 +204,12 @@ class DriftMonitor:
 
 
 _EVERY_S = 0.5
-# More wait for a monitor that does not answer: then images go uncounted, and memory is safe.
+# Most embeddings that wait for a monitor that does not answer; further images are not counted.
 _MOST_WAITING = 10_000
 
 
 class DriftReporter:
-    """Hands embeddings to the monitor's handle every half second. None of its failures reaches a caller."""
+    """Sender of embeddings to the monitor's handle, every half second; its failures never reach a caller."""
 
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
@@ -211,7 +217,7 @@ class DriftReporter:
         self._task: asyncio.Task[None] | None = None
 
     def add(self, row_D: np.ndarray) -> None:
-        """The embedding (D,) of a served image will be counted."""
+        """Queue the embedding (D,) of a served image for the monitor; call it in the event loop."""
         if self._monitor is None or len(self._rows) >= _MOST_WAITING:
             return
         self._rows.append(row_D)
@@ -224,7 +230,7 @@ class DriftReporter:
                 await asyncio.sleep(_EVERY_S)
                 rows, self._rows = self._rows, []
                 await asyncio.wait_for(self._monitor.add.remote(np.stack(rows)), timeout=10)
-        except Exception:  # whatever the monitor's trouble is: images are served on
+        except Exception:  # images must be served whatever error the monitor has
             self._rows.clear()
         finally:
             self._task = None

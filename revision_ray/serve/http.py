@@ -57,12 +57,12 @@ from revision_ray.serve.protocol import (
 )
 from revision_ray.serve.settings import ServeJob
 
-# JSON may escape half of a character, which is no text: it would fail wherever text is encoded.
+# JSON can escape a lone surrogate (half of a character), which cannot be encoded as text later.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def strict_route(max_bytes: int, timeout_s: float) -> type[APIRoute]:
-    """Routes whose requests have a JSON body of at most `max_bytes`, which came within `timeout_s`."""
+    """Return a route class that takes only JSON bodies of at most `max_bytes` that arrive in `timeout_s`."""
 
     class StrictRequest(Request):
         async def body(self) -> bytes:
@@ -103,7 +103,7 @@ async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
         async with asyncio.timeout(timeout_s):
             async for chunk in request.stream():
                 body += chunk
-                # Counted, not believed: a chunked body states no length.
+                # Count the bytes, because a chunked body states no length.
                 if len(body) > max_bytes:
                     raise _too_large(max_bytes)
     except TimeoutError:
@@ -147,7 +147,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`, of which a later one would hide an earlier one of its name."""
+    """Return the JSON object of `pairs`; raise ApiError if a name occurs twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -157,12 +157,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-# What a browser or a load balancer asks before it has a key; nothing here tells about the model's users.
+# Paths that browsers and load balancers open without a key; they reveal nothing about the model's users.
 OPEN_PATHS = ("/", "/health", "/openapi.json")
 
 
 def key_digests(keys: str) -> tuple[str, ...]:
-    """SHA-256 of each key in a comma-separated list, in hex: what may travel and be kept."""
+    """Return the hex SHA-256 of each key in a comma-separated list, to be passed on instead of the keys."""
     return tuple(_digest(os.fsencode(key.strip())) for key in keys.split(",") if key.strip())
 
 
@@ -171,7 +171,7 @@ def _digest(key: bytes) -> str:
 
 
 class ApiGuard:
-    """ASGI middleware around the API."""
+    """ASGI middleware that checks API keys, limits requests, sets headers and answers errors."""
 
     def __init__(
         self, app: ASGIApp, *, digests: Sequence[str], max_ongoing_per_key: int | None, gate: "RequestGate"
@@ -235,16 +235,16 @@ class ApiGuard:
                 self._ongoing[digest] -= 1
 
     def _checked(self, authorization: str) -> str:
-        """The digest of the key; "" where none is asked for.
+        """Check the Authorization header; return the key's digest, or "" where no key is required.
 
         Raises:
-            ApiError: 401.
+            ApiError: 401, the key is missing or unknown.
         """
         if not self._digests:
             return ""
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip().encode("latin-1"))  # the bytes that were sent
-        # Against all of them, in constant time: how long it takes tells nothing.
+        # Compare with all digests in constant time, so that the duration reveals nothing.
         equal = [hmac.compare_digest(given, digest) for digest in self._digests]
         if scheme.lower() == "bearer" and any(equal):
             return given
@@ -261,7 +261,7 @@ class ApiGuard:
 
 
 class RequestGate:
-    """How many requests are inside; once closed, no further one comes in."""
+    """Context manager that counts running requests, and refuses further ones once it is closed."""
 
     def __init__(self) -> None:
         self.num_inside, self._closed = 0, False
@@ -285,7 +285,7 @@ _START_TIMEOUT_S = 1.0
 
 
 class Ingress:
-    """The Serve deployment of the API. Handles of parts that the configuration has not are None."""
+    """The Serve deployment of the API. Handles of parts that are not configured are None."""
 
     def __init__(
         self,
@@ -297,7 +297,7 @@ class Ingress:
         text_encoder: Any = None,
         monitor: Any = None,
     ) -> None:
-        """`digests` are the API keys' (key_digests): the keys themselves never come here."""
+        """Take the `digests` of the API keys (see `key_digests`), never the keys themselves."""
         self.job, self.digests, self.gate = job, tuple(digests), RequestGate()
         self.model = facts.listed(job.model_id)
         self._monitor = monitor
@@ -320,13 +320,14 @@ class Ingress:
         return asgi_app(self)
 
     def start(self) -> None:
-        """Begin to ask the parts whether they are there. In the event loop."""
+        """Start a task that waits until all parts are ready; call it in the event loop."""
         self._starting = asyncio.create_task(together([ready(part) for part in self._parts]))
 
     async def check_started(self) -> None:
-        """
+        """Check that all parts have started.
+
         Raises:
-            ApiError: 503, a part of the application is not there yet.
+            ApiError: 503, a part of the application is not ready yet.
         """
         if self._starting is None or self._starting.done():
             return
@@ -335,7 +336,7 @@ class Ingress:
             raise starting()
 
     async def drain(self) -> int:
-        """No further request is taken; how many are still under way."""
+        """Refuse further requests; return the number of those still running."""
         self.gate.close()
         return self.gate.num_inside
 
@@ -379,7 +380,7 @@ _EVENTS = {"text/event-stream": {"schema": _EVENT}}
 
 
 def asgi_app(ingress: Ingress) -> ASGIApp:
-    """The API over `ingress`, behind the guard."""
+    """Return the ASGI app of the API of `ingress`, wrapped in the guard and, if configured, CORS."""
     limits = ingress.job.limits
 
     @asynccontextmanager
@@ -500,7 +501,7 @@ def _no_query(request: Request) -> None:
 
 
 def _open(ingress: Ingress) -> APIRouter:
-    """What needs no key: OPEN_PATHS."""
+    """Return the routes that need no key (/health, and the chat page if configured)."""
     router = APIRouter()
 
     @router.get("/health", responses=_errors(503))
@@ -540,5 +541,5 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
-    # The guard, to which the error goes on, notes what it was.
+    # The error also reaches the guard, which logs it.
     return ApiError(500, "the server failed; nothing in the request needs to change").response()
