@@ -24,10 +24,10 @@ _FIRST_LENGTH = 64
 
 
 class SlotCache(Cache):
-    """Sequences live in slots; those that run stand in slots [0, B), so that a step sees views of them.
+    """Cache of keys and values of S sequences; running ones are in slots [0, B), so a step needs only views.
 
-    A layer's memory (S, K, L, E) is taken at its first step and doubled in length as sequences grow. Each
-    forward is announced: `prefill` for whole new prompts, `decode` for one more token of each row.
+    A layer's memory (S, K, L, E) is allocated at its first step and doubled in length as sequences grow. Call
+    `prefill` before a forward over whole new prompts, `decode` before one with one more token for each row.
     """
 
     def __init__(self, num_slots: int, max_length: int) -> None:
@@ -42,15 +42,15 @@ class SlotCache(Cache):
         self._seen, self._length = 0, 0
 
     def prefill(self, first_slot: int, num_rows: int, length: int) -> None:
-        """The next forward brings new sequences, padded on the right to `length`, for `first_slot` and on."""
+        """Prepare a forward over `num_rows` new sequences, right-padded to `length`, from `first_slot` on."""
         self._grow(length)
         self._rows, self._positions_B = slice(first_slot, first_slot + num_rows), None
         self._seen, self._length = 0, length
 
     def decode(self, positions_B: torch.Tensor, length: int) -> None:
-        """The next forward brings one token for each of the slots [0, B), at `positions_B`, below `length`.
+        """Prepare a forward with one token for each of the slots [0, B), at `positions_B`, below `length`.
 
-        Keys and values from `length` on are not shown; what a shorter row must not see is up to the mask.
+        It gets keys and values up to `length`; the mask must hide those beyond the end of shorter rows.
         """
         self._grow(length)
         self._rows, self._positions_B = slice(0, len(positions_B)), positions_B
@@ -59,17 +59,17 @@ class SlotCache(Cache):
         self._seen, self._length = length - 1, length
 
     def move(self, source: int, target: int, length: int) -> None:
-        """The sequence of slot `source`, `length` tokens long, stands in slot `target`."""
+        """Copy the sequence of slot `source`, `length` tokens long, to slot `target`."""
         for cached in (*self._keys.values(), *self._values.values()):
             cached[target, :, :length] = cached[source, :, :length]
 
     def zero(self, slot: int) -> None:
-        """Nothing is left of what was in `slot`: masked keys must be finite, for 0 times NaN is NaN."""
+        """Set the content of `slot` to 0: masked keys must be finite, because 0 times NaN is NaN."""
         for cached in (*self._keys.values(), *self._values.values()):
             cached[slot] = 0
 
     def clear(self) -> None:
-        """No memory is held."""
+        """Release all memory."""
         self._keys.clear()
         self._values.clear()
         self._capacity = min(_FIRST_LENGTH, self._max_length)
@@ -82,13 +82,13 @@ class SlotCache(Cache):
         *args: object,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores (B, K, T, E) and gives what the layer attends to."""
+        """Store keys and values (B, K, T, E); return those that the layer attends to."""
         keys = self._stored(self._keys, layer_idx, key_states)
         values = self._stored(self._values, layer_idx, value_states)
         if self._positions_B is None:
             keys[self._rows, :, : self._length] = key_states
             values[self._rows, :, : self._length] = value_states
-            return key_states, value_states  # nothing is cached of a new prompt
+            return key_states, value_states  # a new prompt has nothing cached before it
         rows_B = self._rows_B[: len(self._positions_B)]
         keys[rows_B, :, self._positions_B] = key_states[:, :, 0]
         values[rows_B, :, self._positions_B] = value_states[:, :, 0]
@@ -137,9 +137,9 @@ _LOG = logging.getLogger(__name__)
 
 
 class ContinuousEngine(QueuedEngine):
-    """A step decodes one token of every running prompt; new prompts are taken between steps.
+    """Engine whose steps decode one token of every running prompt; new prompts join between steps.
 
-    An answer does not depend on its neighbours but for rounding.
+    An answer does not depend on the other prompts in the batch, except for rounding.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: EngineConfig) -> None:
@@ -174,7 +174,7 @@ class ContinuousEngine(QueuedEngine):
 
     @torch.inference_mode()
     def _prefill(self, taken: list[QueuedRequest]) -> None:
-        """The prompts `taken` run, and their first tokens are chosen."""
+        """Run the prompts `taken`, and choose their first tokens."""
         try:
             self._release()
         finally:  # they count as running from here on, and fail with the rest
@@ -192,7 +192,7 @@ class ContinuousEngine(QueuedEngine):
 
     @torch.inference_mode()
     def _decode(self) -> None:
-        """Every running request has one token more."""
+        """Generate one more token for every running request."""
         self._release()
         if not self._running:
             return
@@ -206,7 +206,7 @@ class ContinuousEngine(QueuedEngine):
     def _first_logits(
         self, first_slot: int, embeds_BTH: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
-        """(B, V) after each of the new sequences, which stand in the slots from `first_slot`.
+        """Return the logits (B, V) after each of the new sequences, in the slots from `first_slot` on.
 
         Padding is on the right, where causal attention never looks, so there is no mask but the model's own.
         """
@@ -225,7 +225,7 @@ class ContinuousEngine(QueuedEngine):
         return logits if logits.ndim == 2 else logits[last_BT]  # of a model that keeps them all
 
     def _following_logits(self, embeds_B1H: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """(B, V) after one more token of the sequences in the slots [0, B), which were `lengths` long."""
+        """Return the logits (B, V) after one more token of the sequences in slots [0, B), `lengths` long."""
         positions_B = torch.tensor(lengths, device=self._device)
         total = max(lengths) + 1
         self._cache.decode(positions_B, total)
@@ -252,7 +252,7 @@ class ContinuousEngine(QueuedEngine):
                 self._cache.zero(first_slot + row)
 
     def _release(self) -> None:
-        """Requests that ended have left, and those that run stand in the first slots again."""
+        """Remove requests that ended, and move the running ones to the first slots."""
         for slot in reversed(range(len(self._running))):
             if self._running[slot].ended:
                 last = self._running.pop()
@@ -262,7 +262,7 @@ class ContinuousEngine(QueuedEngine):
 
     @torch.inference_mode()
     def _try(self) -> None:
-        """Raises ConfigError where steps do not give what the model gives without them.
+        """Raise ConfigError if steps do not give the logits of one forward over the same tokens.
 
         Signatures and layer types cannot tell whether a model builds on the mask and the positions it is
         given (some rebuild them, ALiBi from the mask for instance); two short rows of random tokens can.

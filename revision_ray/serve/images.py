@@ -1,8 +1,8 @@
-"""Images of a request: read from data URIs or allowed https hosts, checked, and sent to the image encoder.
+"""Read the images of a request from data URIs or allowed https hosts, check and embed them.
 
-The declared type of a data URI is not trusted; the first bytes decide. Decoding, with its limits on pixels,
-happens where images are encoded. A host name is resolved once, its addresses are checked, and the connection
-goes to one of those addresses, so DNS rebinding gains nothing. Redirects are followed here, and each target
+The first bytes decide what an image is, not the declared type of a data URI. Images are decoded, within their
+limits on pixels, by the image encoder. A host name is resolved once, its addresses are checked, and the
+connection goes to one of them, which prevents DNS rebinding. Redirects are followed here, and each target
 passes the same checks.
 
 Shapes: I images, D embedding_dim.
@@ -41,10 +41,10 @@ _SHORTEST_NORM = 1e-8
 
 
 def bytes_of_data_uri(uri: str, *, max_bytes: int, param: str) -> bytes:
-    """The bytes of a data URI in base64, or percent-encoded.
+    """Return the bytes of an image's data URI, base64 or percent-encoded.
 
     Raises:
-        ApiError: 400 no data URI, or not an image's; 413 more than `max_bytes`.
+        ApiError: 400 not a data URI, or not of an image; 413 more than `max_bytes`.
     """
     try:
         content = data_uri_content(uri, max_bytes=max_bytes)
@@ -56,10 +56,10 @@ def bytes_of_data_uri(uri: str, *, max_bytes: int, param: str) -> bytes:
 
 
 def checked(content: bytes, *, max_bytes: int, param: str) -> bytes:
-    """`content`, which begins as an image does and has at most `max_bytes`.
+    """Check that `content` begins like an image and has at most `max_bytes`, and return it.
 
     Raises:
-        ApiError: 400 something else; 413 too large.
+        ApiError: 400 empty or not an image; 413 too large.
     """
     if len(content) > max_bytes:
         raise too_large(max_bytes, param)
@@ -82,17 +82,17 @@ def too_large(max_bytes: int, param: str) -> ApiError:
 
 
 def digest(content: bytes) -> bytes:
-    """The image's identity: SHA-256 of its bytes."""
+    """Return the SHA-256 of an image's bytes, which identifies it."""
     return hashlib.sha256(content).digest()
 
 
 def embedding_row(part: ImageEmbedding, *, dim: int, fingerprint: str | None, param: str) -> np.ndarray:
-    """float32 (dim,) of length one.
+    """Return the embedding of a request as a unit row, float32 (dim,).
 
-    `fingerprint` is that of the encoder that the model knows; None takes any.
+    `fingerprint` is that of the model's image encoder; None accepts any encoder.
 
     Raises:
-        ApiError: 400 of another encoder or dimension, not finite, or zero.
+        ApiError: 400, it is of another encoder or dimension, not finite, or zero.
     """
     if fingerprint and part.encoder_fingerprint != fingerprint:
         raise ApiError(
@@ -136,7 +136,7 @@ _CHUNK = 64 * 1024
 
 
 def is_public(address: str) -> bool:
-    """Whether the address is on the open internet, also behind IPv6 forms that carry an IPv4 address."""
+    """Return whether an address is on the public internet; an IPv4 address inside IPv6 is checked too."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -155,13 +155,13 @@ def is_public(address: str) -> bool:
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """Every address of `host`, by the system's resolver."""
+    """Return all addresses of `host`, from the system's resolver."""
     infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(info[4][0]) for info in infos]
 
 
 class _Checked(AbstractResolver):
-    """What aiohttp asks for addresses: all that it gets were checked, and it connects to those."""
+    """Resolver for aiohttp that returns only checked addresses."""
 
     def __init__(self, find: Resolve, allowed: Callable[[str], bool]) -> None:
         self._find, self._allowed = find, allowed
@@ -190,7 +190,7 @@ class _Checked(AbstractResolver):
 
 
 class Fetcher:
-    """Fetches images by address, as `settings` allow; use it in one event loop."""
+    """Client that fetches images from the hosts that `settings` allow; use it in one event loop."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class Fetcher:
         self._session: aiohttp.ClientSession | None = None
 
     async def fetch(self, url: str, param: str) -> bytes:
-        """The bytes of the image at `url`.
+        """Return the bytes of the image at `url`.
 
         Raises:
             ApiError: 400 the address is not allowed, cannot be reached in time, or holds no image; 413 more
@@ -226,7 +226,7 @@ class Fetcher:
         except TimeoutError as error:
             raise _unreachable(f"it took longer than {self._settings.timeout_s:g} s", param) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            # Why is not said: it would tell which addresses and ports inside answer.
+            # The reason is not given, because it would reveal which internal addresses and ports answer.
             raise _unreachable("its host could not be reached, or may not be fetched from", param) from error
         return checked(content, max_bytes=self._max_bytes, param=param)
 
@@ -334,7 +334,7 @@ def _unreachable(why: str, param: str) -> ApiError:
 
 
 class ServedImages:
-    """Embeddings of what requests show. `encoder` is the image encoder's handle, None without a tower."""
+    """Embeddings of the images of requests; `encoder` is the image encoder's handle, None without a tower."""
 
     def __init__(
         self,
@@ -350,10 +350,10 @@ class ServedImages:
         self._settings, self._limits = settings, limits
 
     async def embeddings(self, shown: Sequence[ImagePartPlace]) -> np.ndarray:
-        """float32 (I, D), unit rows in the order of `shown`.
+        """Return embeddings float32 (I, D), in the order of `shown`.
 
         Raises:
-            ApiError: an image is refused; which one is named.
+            ApiError: an image is refused; the message names it.
         """
         most = self._settings.max_per_request
         if len(shown) > most:
