@@ -1,6 +1,6 @@
-"""Conditions of a benchmark as batches through the model, and their answers as scored tables (Ray Data).
+"""Send the prompts of each condition through the model in batches, and write scored answers (Ray Data).
 
-A batch is a function of the questions, the seed and the batch size, never of how many actors there are.
+Batches depend on the questions, the seed and the batch size, but not on the number of actors.
 
 Shapes: B batch, D embedding_dim.
 """
@@ -28,24 +28,24 @@ Control = Literal["blind", "shuffled"]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkCondition:
-    """One benchmark under one condition: `shown` holds the key of the image each prompt is put with."""
+    """One benchmark under one condition: its prompts and the image that goes with each of them."""
 
     benchmark: str
     condition: str
     prepared: PreparedBenchmark
     positions: list[int]
-    """Of the questions asked, in `prepared`."""
+    """Positions in `prepared` of the questions asked."""
     prompts: list[str]
     shown: list[str] | None
-    """None: no image."""
+    """Key of the image of each prompt; None if no image is given."""
     scored: bool = True
-    """A caption is neither right nor wrong."""
+    """Whether answers are judged; False for captions."""
 
 
 def conditions(
     name: str, prepared: PreparedBenchmark, controls: Sequence[Control], seed: int
 ) -> Iterator[BenchmarkCondition]:
-    """The benchmark with its own images, then under each of the controls."""
+    """Yield the benchmark with its own images, then under each of the controls."""
     everything = list(range(len(prepared.questions)))
     prompts = [question.prompt for question in prepared.questions]
     yield BenchmarkCondition(
@@ -80,9 +80,9 @@ def conditions(
 def captions(
     name: str, prepared: PreparedBenchmark, prompt: str, keys: Sequence[str], model: str
 ) -> BenchmarkCondition:
-    """What the model with fingerprint `model` says to `prompt` about each of the images `keys`."""
+    """Return the condition that asks the model with fingerprint `model` to caption the images `keys`."""
     first = {key: position for position, key in reversed(list(enumerate(prepared.keys)))}
-    # Other images, another prompt or another model are another part.
+    # Other images, another prompt or another model give another condition, and so another file.
     digest = storage.sha256(model.encode(), prompt.encode(), *(key.encode() for key in keys))[:8]
     return BenchmarkCondition(
         benchmark=name,
@@ -96,13 +96,13 @@ def captions(
 
 
 def derangement(keys: Sequence[str], seed: int) -> dict[str, str]:
-    """Each image to another one, a function of the keys and the seed: one random cycle through all of them.
+    """Map each image to another one, along one random cycle through all images.
 
-    Questions about one image get one other image, so that no question sees its own under another question's
-    name.
+    The result depends only on the keys and the seed. All questions about an image get the same other image,
+    so no question is shown its own.
 
     Raises:
-        DataError: there are fewer than two images.
+        DataError: `keys` holds fewer than two images.
     """
     if len(keys) < 2:
         raise DataError("the shuffled control needs two different images or more; leave it out of controls=")
@@ -117,7 +117,7 @@ def answers_path(output: str, name: str, condition: str) -> str:
 
 @refusing_late
 class AnswerPrompts:
-    """Batches of prompts to what the model says."""
+    """Actor that answers batches of prompts with the model."""
 
     def __init__(self, actors: ActorSettings) -> None:
         self.responder = actors.responder()
@@ -133,8 +133,10 @@ class AnswerPrompts:
 
 
 def answer_parts(output: str, parts: Sequence[BenchmarkCondition], actors: ActorSettings) -> None:
-    """The answers of every part stand below `output`; parts that did before are not asked again, but judged
-    anew where their verdicts are of other rules."""
+    """Answer every part and write its scored answers below `output`.
+
+    A part that has an answers file is not asked again, but judged again if other rules judged it.
+    """
     left = [part for part in parts if not _stands(output, part)]
     batches = [
         batch for number, part in enumerate(left) for batch in _batches(number, part, actors.batch_size)
@@ -171,7 +173,7 @@ def _stands(output: str, part: BenchmarkCondition) -> bool:
 
 
 def _batches(number: int, part: BenchmarkCondition, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Rows of the part, those of near lengths together, so that little is padding."""
+    """Yield batches of the part, sorted by prompt length to keep padding small."""
     order = sorted(range(len(part.prompts)), key=lambda row: (len(part.prompts[row]), row))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -189,7 +191,7 @@ def _batches(number: int, part: BenchmarkCondition, batch_size: int) -> Iterator
 
 
 def _scored(part: BenchmarkCondition, said: dict[int, str]) -> pa.Table:
-    """One row a question, in the order of the benchmark, with the raw answer and its verdict."""
+    """Return one row per question, in the order of the part, with the raw answer and its verdict."""
     rows = []
     for row, position in enumerate(part.positions):
         question = part.prepared.questions[position]

@@ -36,10 +36,10 @@ def parquet_bytes(table: pa.Table) -> pa.Buffer:
 
 
 def read_parquet(uri: str) -> pa.Table:
-    """The table at `uri`.
+    """Read the Parquet table at `uri`.
 
     Raises:
-        DataError: it is not there, or damaged.
+        DataError: the file is missing or damaged.
     """
     with storage.open_input(uri) as file:
         try:
@@ -69,15 +69,15 @@ class BenchmarkQuestion:
 
     id: str
     prompt: str
-    """What the model is asked, without the image's place."""
+    """Text of the question, without an image placeholder."""
     answers: tuple[str, ...]
-    """The true answer, or the spellings of it that count."""
+    """The true answer, or all accepted spellings of it."""
     scoring: Scoring
     letters: str = ALL_LETTERS
     options: tuple[str, ...] = ()
     groups: dict[str, str] = field(default_factory=dict)
     image_id: str = ""
-    """Under which an image store may hold the image; empty where only its content identifies it."""
+    """Id of the image in an image store; empty if only its content identifies it."""
     image: bytes | None = None
 
 

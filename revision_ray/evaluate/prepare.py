@@ -1,4 +1,4 @@
-"""Questions and image embeddings of every benchmark, made once and kept for all conditions (Ray Data).
+"""Read questions and compute image embeddings of each benchmark once, for all conditions (Ray Data).
 
     units --read--> questions, encoded images --encode--> questions/NAME.parquet, images/NAME.parquet
 
@@ -40,10 +40,10 @@ _META = b"revision_ray.evaluate"
 
 @dataclass(frozen=True, kw_only=True)
 class ActorSettings:
-    """The model in actors: how many, on what, and how it runs. `num_gpus` and `num_cpus` are those of one."""
+    """Settings of the actors that run the model. `num_gpus` and `num_cpus` are for one actor."""
 
     model: str
-    """Absolute path, URI, or hub id: each actor looks for it on its own node."""
+    """Absolute path, URI or hub id; each actor resolves it on its own node."""
     dtype: Dtype
     batch_size: int
     max_new_tokens: int
@@ -63,7 +63,7 @@ class ActorSettings:
         )
 
     def map(self, dataset: ray.data.Dataset, stage: type) -> ray.data.Dataset:
-        """`stage(self)` over blocks of one row each, in a pool of actors."""
+        """Apply `stage(self)` to batches of one row each, in a pool of actors."""
         return dataset.map_batches(
             stage,
             fn_constructor_args=(self,),
@@ -77,11 +77,11 @@ class ActorSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedBenchmark:
-    """A benchmark ready to be asked: its questions without images, and an embedding for every image key."""
+    """A benchmark ready to ask: its questions without images, and an embedding for every image key."""
 
     questions: list[BenchmarkQuestion]
     keys: list[str]
-    """Of each question's image."""
+    """Image key of each question."""
     embeddings: dict[str, np.ndarray]
     """float32 (D,) by image key."""
     left_out: dict[str, int]
@@ -101,7 +101,7 @@ _READ_SCHEMA = pa.schema(
 
 
 def read_stage(batch: pa.Table) -> pa.Table:
-    """Units to their questions and distinct images, one row a unit."""
+    """Read the questions and distinct images of each unit; return one row per unit."""
     rows = [
         {**row, **_read(ReadUnit(**json.loads(row["unit"])))}
         for row in batch.select(["benchmark", "number", "unit"]).to_pylist()
@@ -131,7 +131,7 @@ def _read(unit: ReadUnit) -> dict[str, Any]:
 
 @refusing_late
 class EncodeImages:
-    """Images of a unit to the embeddings of the model's own image tower."""
+    """Actor that encodes the images of a unit with the model's own image tower."""
 
     def __init__(self, actors: ActorSettings) -> None:
         self.batch_size, self.responder = actors.batch_size, actors.responder()
@@ -163,13 +163,13 @@ def prepare(
     store: Store | None,
     choose: Callable[[str, list[BenchmarkQuestion]], list[int]],
 ) -> None:
-    """Every benchmark of `units` is prepared below `output`; those that are already are left as they are.
+    """Prepare every benchmark of `units` below `output`, except those already prepared there.
 
-    Embeddings come from `store` where one is given, else from the model. `choose` gives the positions of the
+    Embeddings come from `store` if it is given, else from the model. `choose` returns the positions of the
     questions to keep.
 
     Raises:
-        DataError: an image cannot be decoded, is not in the store, or is nowhere.
+        DataError: an image cannot be decoded, or is neither in the store nor in the files.
     """
     missing = {name: parts for name, parts in units.items() if not storage.exists(_path(output, name))}
     if not missing:
@@ -234,7 +234,7 @@ def _assembled(
 
 
 def _numbered(questions: list[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
-    """The questions with ids of their own: what occurs again gets `#2`, `#3`."""
+    """Make the ids of the questions unique: repeated ids get the suffix `#2`, `#3` and so on."""
     seen = Counter[str]()
     numbered = []
     for question in questions:
@@ -247,7 +247,7 @@ def _numbered(questions: list[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
 def _of_store(
     name: str, questions: list[BenchmarkQuestion], keys: list[str], store: Store
 ) -> dict[str, np.ndarray]:
-    """float32 unit rows (D,) by image key, found under the question's image id or the image's content."""
+    """Return float32 unit rows (D,) by image key, looked up by the question's image id or by the key."""
     wanted: dict[str, list[str]] = {}
     for question, key in zip(questions, keys, strict=True):
         for row_id in {question.image_id, key} - {""}:
@@ -271,14 +271,14 @@ def _of_store(
 
 
 def sample(items: Sequence[BenchmarkQuestion], max_items: int | None, seed: int) -> list[int]:
-    """Positions of at most `max_items` questions, drawn uniformly, in their order."""
+    """Return sorted positions of at most `max_items` questions, drawn uniformly."""
     if max_items is None or max_items >= len(items):
         return list(range(len(items)))
     return sorted(random.Random(f"{seed}/sample").sample(range(len(items)), max_items))
 
 
 def _path(output: str, name: str) -> str:
-    """Written behind the images: where it stands, both are there."""
+    """Return the path of the questions file. It is written after the images, so it marks both as complete."""
     return storage.join(output, "questions", f"{name}.parquet")
 
 
@@ -301,7 +301,7 @@ def _write(output: str, name: str, prepared: PreparedBenchmark) -> None:
 
 
 def load_prepared(output: str, name: str) -> PreparedBenchmark:
-    """The benchmark as `prepare` left it below `output`."""
+    """Read a benchmark that `prepare` wrote below `output`."""
     table = read_parquet(_path(output, name))
     images = read_parquet(storage.join(output, "images", f"{name}.parquet"))
     return PreparedBenchmark(
@@ -313,7 +313,7 @@ def load_prepared(output: str, name: str) -> PreparedBenchmark:
 
 
 def load_questions(output: str, name: str) -> list[BenchmarkQuestion]:
-    """The questions of a benchmark alone, as `prepare` left them below `output`."""
+    """Read only the questions of a benchmark that `prepare` wrote below `output`."""
     return _questions(read_parquet(_path(output, name)))
 
 
