@@ -10,19 +10,19 @@ from revision_ray.core.stage import Stage, inside
 
 @dataclass(frozen=True, kw_only=True)
 class StageChoice:
-    """Choice of the stages of a chain that a run looks at."""
+    """Choice of the stages of a chain to run; by default all."""
 
     first: str | None = None
     """Begin with this stage (--from)."""
     only: tuple[str, ...] = ()
-    """Run these stages alone (--only)."""
+    """Run only these stages (--only)."""
 
 
 def makers(stages: Sequence[Stage]) -> dict[str, tuple[str, ...]]:
     """Return stage -> the earlier stages whose outputs it reads.
 
     Raises:
-        ConfigError: two outputs are one or lie in each other, or a stage reads what it or a later one makes.
+        ConfigError: two outputs are equal or nested, or a stage reads its own output or that of a later one.
     """
     made_by: dict[str, tuple[str, ...]] = {}
     for place, stage in enumerate(stages):
@@ -55,8 +55,8 @@ def chosen(stages: Sequence[Stage], choice: StageChoice) -> list[Stage]:
     """Return the stages that `choice` names, in the order of the chain.
 
     Raises:
-        ConfigError: the chain cannot be (see `makers`); a name that no stage has (the nearest one is named);
-            or a stage that is not chosen has not made yet what a chosen one reads.
+        ConfigError: the chain is invalid (see `makers`); a name that no stage has (the nearest one is named);
+            or a chosen stage reads the output of a stage that is neither chosen nor finished.
     """
     if choice.first and choice.only:
         raise ConfigError("--from and --only: give one of the two")

@@ -1,4 +1,4 @@
-"""The pipeline job: a YAML that chains other jobs, the list of jobs that can be stages, the final report."""
+"""Run a chain of jobs from one YAML and report on it; list the jobs that can be stages."""
 
 import inspect
 import re
@@ -24,7 +24,7 @@ from revision_ray.pipeline.run import run_chain
 from revision_ray.train import export_job, from_scratch, stages
 
 # Every job that can be a stage. A new one is declared at the end of its module and added here; its key in the
-# configuration, its estimate and its part of the report follow. The report has its parts in this order.
+# configuration, its estimate and its part of the report follow from it. The report keeps this order.
 KINDS = {
     kind.name: kind
     for kind in (
@@ -62,10 +62,10 @@ _OneJob = make_dataclass(
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(_OneJob):
-    """One stage: exactly one job, with the keys that it has when it runs alone."""
+    """One stage of a chain: exactly one job, with the same keys as when it runs alone."""
 
     title: str = ""
-    """What the report calls it; its name if not given."""
+    """Title of the stage in the report; by default its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,29 +75,30 @@ class PipelineJob:
     STAGE,STAGE runs those alone."""
 
     output: str = MISSING
-    """Run directory: the ledger of what was done, and the resolved configuration. Stages have outputs of
-    their own, usually below it."""
+    """Run directory for the ledger of finished work and the resolved configuration. Each stage has its own
+    output, usually below it."""
     given: dict[str, Any] = field(default_factory=dict)
-    """Values that several stages name, as ${given.NAME}."""
+    """Values that several stages share; refer to one as ${given.NAME}."""
     stages: dict[str, StageConfig] = MISSING
-    """The chain, in the order in which it runs. A stage names what an earlier one makes by
+    """Stages in the order in which they run. A stage refers to the output of an earlier one as
     ${stages.NAME.JOB.output}."""
     estimates: Estimates = field(default_factory=Estimates)
-    """What --dry-run reckons with."""
+    """Assumptions that --dry-run uses to estimate rows, tokens, GPU hours and dollars."""
     from_stage: str | None = None
-    """--from: begin with this stage; what it reads must be there."""
+    """--from: begin with this stage; its inputs must exist."""
     only: list[str] = field(default_factory=list)
-    """--only: run these stages alone; what they read must be there."""
+    """--only: run only these stages; their inputs must exist."""
     dry_run: bool = False
     """--dry-run: print what would run, with rows, tokens, GPU hours and dollars, and do nothing."""
 
 
 def run_pipeline(job: PipelineJob) -> str:
-    """Run the chain and return its report; of a dry run, return the table of what would run.
+    """Run the chain and return its report; for a dry run, return the table of what would run.
 
     Raises:
-        ConfigError: the chain cannot be, or a stage has no such name.
-        DataError, AlignmentError, CheckpointError: a stage's data are at fault, or another job writes there.
+        ConfigError: the chain is invalid, or no stage has a name given to --from or --only.
+        DataError, AlignmentError, CheckpointError: a stage failed on its data, or another job writes to its
+            output.
     """
     chain = stages_of(job)
     ledger = open_ledger(job.output)
@@ -115,7 +116,7 @@ def stages_of(job: PipelineJob) -> list[Stage]:
     """Return the chain that the configuration describes.
 
     Raises:
-        ConfigError: no stages, a name that no command line can hold, or a stage of no job or of several.
+        ConfigError: no stages, a name that no command line can hold, or a stage with no job or several jobs.
     """
     if not job.stages:
         raise ConfigError(
@@ -146,7 +147,7 @@ def measure(stage: Stage) -> dict[str, Any]:
 
 
 def report(chain: Sequence[Stage], run: str) -> str:
-    """Return one part for each kind of stage that has finished, and where everything is."""
+    """Return the report: one part for each kind of finished stage, and the location of the outputs."""
     parts = []
     for kind in KINDS.values():
         finished = [stage for stage in chain if stage.kind is kind and stage.finished]

@@ -1,4 +1,4 @@
-"""Running a chain: what has not changed is skipped, what was cut off goes on, every step is on record."""
+"""Run a chain: skip unchanged stages, continue interrupted ones, and record every step in the ledger."""
 
 import logging
 import time
@@ -24,12 +24,12 @@ def run_chain(
     choice: StageChoice,
     measure: Callable[[Stage], Measured] | None = None,
 ) -> None:
-    """Every chosen stage has run, or was found unchanged; `measure` says how much a finished one did.
+    """Run every chosen stage that has changed; `measure` returns the rows, tokens and gpus of a finished one.
 
     Raises:
-        ConfigError: the chain or the choice cannot be.
-        DataError: what is given is not there; or a stage's output stands and is of other settings or inputs;
-            or another job writes to it.
+        ConfigError: the chain or the choice is invalid.
+        DataError: an input that no stage makes is missing; or a stage's output exists but is of other
+            settings or inputs; or another job writes to it.
         RevisionError: as the stage's job raises.
     """
     now = chosen(stages, choice)
@@ -47,7 +47,7 @@ def run_chain(
 
 
 def _check_given(now: Sequence[Stage], stages: Sequence[Stage]) -> None:
-    """What no stage makes is there: the last stage's data, too, before the first one is paid for."""
+    """Check that every input that no stage makes exists, before the first stage runs."""
     missing = [
         f"{uri} ({stage.key_of(key)})"
         for stage in now
@@ -68,7 +68,7 @@ def _there(uri: str) -> bool:
 
 
 def inputs_of(stage: Stage, contents: Contents) -> dict[str, Identified]:
-    """What the stage reads, as it stands now."""
+    """Return the current identity of everything the stage reads, by configuration key."""
     return {
         key: [[uri, ledger.listed(uri) if key in stage.kind.sources else contents.of(uri)] for uri in uris]
         for key, uris in stage.reads.items()
@@ -76,7 +76,7 @@ def inputs_of(stage: Stage, contents: Contents) -> dict[str, Identified]:
 
 
 def why(stage: Stage, record: StageRecord | None, inputs: dict[str, Identified], contents: Contents) -> str:
-    """The reason why a stage has to run; empty where nothing it is made from has changed and it stands."""
+    """Return why a stage has to run; empty if its settings, inputs and output are unchanged."""
     if record is None or record.job != stage.kind.name:
         return "runs for the first time"
     if record.state == "running":
@@ -99,7 +99,7 @@ def changes(record: StageRecord, stage: Stage, inputs: dict[str, Identified]) ->
 
 
 def _changed_inputs(record: StageRecord, inputs: dict[str, Identified]) -> list[str]:
-    """Keys under which other content is read than at the last run, wherever it lies."""
+    """Return the keys whose content differs from the last run, regardless of its location."""
     return [
         key
         for key in sorted(record.inputs.keys() | inputs.keys())
@@ -162,7 +162,11 @@ def _since(start: float) -> float:
 
 
 def _alone(stage: Stage) -> ExitStack:
-    """This process is the only writer to the stage's output, until what is returned is left."""
+    """Lock the stage's output for this process until the returned context exits.
+
+    Raises:
+        DataError: another process writes to it.
+    """
     held = ExitStack()
     try:
         held.enter_context(artifact.writing(stage.output))
@@ -172,10 +176,10 @@ def _alone(stage: Stage) -> ExitStack:
 
 
 def _refuse_stale(stage: Stage, former: StageRecord, inputs: dict[str, Identified]) -> None:
-    """The job does not go on with an output that it could not know to be of other inputs.
+    """Check that the existing output was not made from other inputs that the job itself does not check.
 
     Raises:
-        DataError: it would.
+        DataError: the output was made from other content than the job would read now.
     """
     if storage.absolute(former.settings["output"]) != stage.output or not storage.exists(stage.output):
         return
@@ -189,7 +193,7 @@ def _refuse_stale(stage: Stage, former: StageRecord, inputs: dict[str, Identifie
 
 
 def _explained(stage: Stage, error: str, changed: list[str]) -> str:
-    """The job's error with what the pipeline knows of its cause."""
+    """Return the job's error message with the changes since the stage ran last."""
     if not changed:
         return f"stage {stage.name}: {error}"
     return f"stage {stage.name}: {error} [since it ran last: {'; '.join(changed)}; {_remedy(stage)}]"
