@@ -163,7 +163,7 @@ def mmmu(row: Row) -> BenchmarkQuestion | str:
 
 
 def mmmu_pro_vision(row: Row) -> BenchmarkQuestion:
-    """Question and options stand in the image."""
+    """Return the row as a question; its text and options are inside the image."""
     letters = ALL_LETTERS[: len(_list_of(row["options"], row))]
     return BenchmarkQuestion(
         id=row["id"],
@@ -308,7 +308,7 @@ def _list_of(value: Any, row: Row) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """How one benchmark is read, asked and scored."""
+    """Settings of one benchmark: how it is read, asked and scored."""
 
     name: str
     columns: tuple[str, ...]
@@ -328,7 +328,7 @@ class Benchmark:
 
 
 def benchmark(name: str) -> Benchmark:
-    """The benchmark of this name.
+    """Return the benchmark with this name.
 
     Raises:
         ConfigError: there is none; the nearest names are given.
@@ -454,7 +454,7 @@ _LINES_PER_UNIT = 512  # whose images wait in memory together
 
 @dataclass(frozen=True, kw_only=True)
 class ReadUnit:
-    """What one task reads: a row group of a Parquet file, or lines of a JSONL file (`row_group` -1)."""
+    """Input of one read task: a row group of a Parquet file, or lines of a JSONL file (`row_group` -1)."""
 
     benchmark: str
     uri: str
@@ -468,14 +468,14 @@ class ReadUnit:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A row that is no question of this benchmark, and why: `several images` in MMMU, `no image`."""
+    """A row left out of a benchmark, and the reason, such as `several images` in MMMU or `no image`."""
 
     id: str
     reason: str
 
 
 def units(name: str, uri: str) -> list[ReadUnit]:
-    """The units of the benchmark `name` at `uri`: a directory, a file or a wildcard path.
+    """Return the units of the benchmark `name` at `uri`: a directory, a file or a wildcard path.
 
     In a directory, files of another split (`dev-00000-of-00001.parquet`) are passed over.
 
@@ -597,7 +597,7 @@ def _records(spec: Benchmark, unit: ReadUnit) -> Iterator[tuple[int, dict[str, A
 
 
 def _image_bytes(cell: Any, uri: str, where: str) -> bytes | None:
-    """The encoded image of a cell (see `image_value`); a path is relative to the file `uri`."""
+    """Return the encoded image of a cell (see `image_value`); a path is relative to the file `uri`."""
     try:
         cell = image_value(cell)
     except UndecodableImage as error:

@@ -1,4 +1,4 @@
-"""Answers to results.json, and to a table that a person reads."""
+"""Compute the results of the answers for results.json, and format them as a table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ FORMAT_VERSION = 1
 def results(
     output: str, prepared: Mapping[str, PreparedBenchmark], conditions: Sequence[str]
 ) -> dict[str, Any]:
-    """The figures of every benchmark below `output`: by condition, over all questions and by group.
+    """Return the figures of every benchmark below `output`: by condition, over all questions and by group.
 
-    `average` is the mean of the benchmarks' accuracies, each weighing the same (the paper's headline figure);
-    variants of one benchmark weigh as one.
+    `average` is the mean of the benchmarks' accuracies, with equal weights (the paper's headline figure);
+    variants of one benchmark count as one.
     """
     benchmarks = {}
     for name, asked in prepared.items():
@@ -65,7 +65,7 @@ def _figures(name: str, rows: dict[str, list[Answered]]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any], conditions: Sequence[str]) -> str:
-    """One line a benchmark and group: accuracy in per cent with its interval, the controls beside it."""
+    """Return one line per benchmark and group: accuracy in per cent and interval, under each condition."""
     lines = []
     for name, figures in found["benchmarks"].items():
         lines.append((name, figures["conditions"]))
