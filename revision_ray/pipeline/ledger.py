@@ -150,7 +150,7 @@ Identified = list[
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """A stage as it ran last."""
+    """Record of the last run of a stage."""
 
     job: str
     settings: dict[str, Any]
@@ -186,12 +186,12 @@ class Ledger:
     hashes: dict[str, list[Any]] = field(default_factory=dict)
 
     def begin(self, name: str, record: StageRecord) -> None:
-        """The stage is on record as running."""
+        """Record the stage as running."""
         self.records[name] = record
         self._save()
 
     def end(self, name: str, state: Literal["failed", "finished"], message: str, **known: Any) -> None:
-        """The stage is on record as ended, with what is known of it now."""
+        """Record the stage as ended, with what is known of it now."""
         self.records[name] = replace(
             self.records[name], state=state, message=message, ended=utc_now(), **known
         )
@@ -212,7 +212,7 @@ class Ledger:
 
 
 def open_ledger(run: str) -> Ledger:
-    """The ledger of the run directory, empty where there is none yet.
+    """Read the ledger of the run directory; return an empty one if there is none yet.
 
     Raises:
         DataError: it is damaged, or of a later version.
