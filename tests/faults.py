@@ -257,21 +257,15 @@ def stall_until_stores_spill(cluster: Machines, title: str) -> Strike:
 
     def strike(work: Work) -> None:
         before = num_spilled()
-        stalled: dict[int, psutil.Process] = {}
-
-        def has_spilled() -> bool:
-            # Workers start one after the other: one that came later would do the work of all.
-            for node in cluster.nodes:
-                for process in cluster.workers(node, title):
-                    if process.pid not in stalled:
-                        process.send_signal(signal.SIGSTOP)
-                        stalled[process.pid] = process
-            return num_spilled() > before
-
+        stalled = wait_until(
+            lambda: [process for node in cluster.nodes for process in cluster.workers(node, title)], work
+        )
+        for process in stalled:
+            process.send_signal(signal.SIGSTOP)
         try:
-            wait_until(has_spilled, work)
+            wait_until(lambda: num_spilled() > before, work)
         finally:
-            for process in stalled.values():
+            for process in stalled:
                 process.send_signal(signal.SIGCONT)
 
     return strike
